@@ -1,0 +1,102 @@
+"""Reading collections in BEIR format: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``.
+
+Shared by training and evaluation. Knows no model.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kalm_rag.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """One BEIR folder with the judgements of one split.
+
+    Attributes:
+        name: The folder's name.
+        split: Which split the judgements are from.
+        doc_ids: Ids of the passages, in file order.
+        passages: Their texts: title, a space, text, stripped.
+        queries: Texts by query id; only queries with a positive judgement, in the order of the judgements.
+        qrels: Per query id, grades by passage id (0 is judged and not relevant).
+    """
+
+    name: str
+    split: str
+    doc_ids: list[str]
+    passages: list[str]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+
+
+def load_collection(folder: Path, split: str) -> Collection:
+    """Read one BEIR folder.
+
+    Args:
+        folder: The folder.
+        split: Name of a file in ``qrels/`` without ``.tsv``.
+
+    Raises:
+        InputError: If the folder, a file in it, or the split is missing (the message lists the splits found), a line
+            can't be read, or no judged query is in ``queries.jsonl``.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; wanted a BEIR folder (corpus.jsonl, queries.jsonl, qrels/).")
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}; found {_names(folder)}. Wanted a BEIR folder.")
+    judgements = folder / "qrels" / f"{split}.tsv"
+    if not judgements.is_file():
+        found = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+        raise InputError(f"{folder} has no split {split!r} (qrels/{split}.tsv); found {', '.join(found) or 'none'}.")
+    doc_ids, passages = [], []
+    for row in _rows(folder / "corpus.jsonl"):
+        doc_ids.append(str(row["_id"]))
+        passages.append(f"{row.get('title') or ''} {row.get('text') or ''}".strip())
+    texts = {str(row["_id"]): str(row["text"]) for row in _rows(folder / "queries.jsonl")}
+    qrels = _read_qrels(judgements)
+    queries = {qid: texts[qid] for qid, grades in qrels.items() if qid in texts and max(grades.values()) > 0}
+    if not queries:
+        raise InputError(f"{judgements} judges no query of queries.jsonl as relevant; nothing to measure.")
+    kept = {qid: qrels[qid] for qid in queries}
+    return Collection(
+        name=folder.name, split=split, doc_ids=doc_ids, passages=passages, queries=queries, qrels=kept
+    )
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder"
+
+
+def _rows(path: Path) -> Iterator[dict[str, object]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                row["_id"]
+            except (ValueError, KeyError, TypeError) as err:
+                raise InputError(f"{path}:{number} is not a JSON object with an _id: {line[:60]!r}.") from err
+            yield row
+
+
+def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+    with path.open(encoding="utf-8", newline="") as lines:
+        for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+            if number == 1 and row[:1] == ["query-id"]:
+                continue
+            try:
+                query_id, doc_id, score = row
+                qrels.setdefault(query_id, {})[doc_id] = int(score)
+            except ValueError as err:
+                raise InputError(f"{path}:{number} is not 'query-id, corpus-id, score': {row!r}.") from err
+    return qrels

@@ -1,0 +1,102 @@
+"""The two texts that steer a reranking decoder: the app's system text and its task.
+
+Knows no framework and no model; what a model makes of them is the model's business (`Reranker.preview` shows it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from kalm_rag.errors import InputError
+
+SystemMode = Literal["append", "replace", "ignore"]
+
+JUDGE = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".'
+)
+"""KaLM's own system sentence (model card of KaLM-Reranker-V1). Scores mean P(yes) because of it."""
+
+DEFAULT_TASK = "Given a query, retrieve documents that answer the query."
+"""KaLM's default task (model card of KaLM-Reranker-V1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instructions:
+    """System and task text of one app, for every query it asks.
+
+    Attributes:
+        system: The app's system text, or None. Blank counts as None.
+        task: What kind of passage is wanted, or None for the default task. Blank counts as None.
+        system_mode: ``"append"`` (default) keeps the judge sentence and adds the app's text on a new line;
+            ``"replace"`` puts the app's text in its place (then it must ask for yes or no itself);
+            ``"ignore"`` keeps the judge sentence alone.
+
+    Raises:
+        InputError: If a text is not a string or holds a lone surrogate, or the mode is unknown.
+
+    Example:
+        >>> Instructions(task="Find recipes without meat.").task_text
+        'Find recipes without meat.'
+        >>> Instructions().task_text
+        'Given a query, retrieve documents that answer the query.'
+    """
+
+    system: str | None = None
+    task: str | None = None
+    system_mode: SystemMode = "append"
+
+    def __post_init__(self) -> None:
+        for field in ("system", "task"):
+            value = getattr(self, field)
+            if value is None:
+                continue
+            check_text(value, field)
+            if not value.strip():
+                object.__setattr__(self, field, None)
+        if self.system_mode not in get_args(SystemMode):
+            raise InputError(f"system_mode is {self.system_mode!r}; wanted one of {', '.join(get_args(SystemMode))}.")
+
+    @property
+    def app_system(self) -> str | None:
+        """The app's system text where the mode lets it through, else None."""
+        return None if self.system_mode == "ignore" else self.system
+
+    @property
+    def system_text(self) -> str:
+        """What stands where the protocol says ``{system}``."""
+        if self.app_system is None:
+            return JUDGE
+        return self.app_system if self.system_mode == "replace" else f"{JUDGE}\n{self.app_system}"
+
+    @property
+    def task_text(self) -> str:
+        """What stands where the protocol says ``{task}``."""
+        return self.task if self.task is not None else DEFAULT_TASK
+
+
+def check_text(text: object, what: str) -> str:
+    """Give `text` back if it is a string that UTF-8 can hold.
+
+    Args:
+        text: The value to check.
+        what: How to name it in the message, e.g. ``"passage 3"``.
+
+    Raises:
+        InputError: If it is not a ``str``, or holds a lone surrogate.
+
+    Example:
+        >>> check_text("naïve", "query")
+        'naïve'
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{what} is {type(text).__name__}; wanted a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        raise InputError(
+            f"{what} holds a lone surrogate (U+{ord(text[err.start]):04X} at position {err.start}), which is not "
+            f"valid Unicode. Decode its source with errors='replace', or clean it before."
+        ) from err
+    return text

@@ -1,0 +1,133 @@
+"""What a reranking model must offer the engine: passages to token states, and a decoder over pooled states.
+
+The engine (`kalm_rag.reranker`) owns batching, pooling, threads and stores; a backbone owns tokens and weights.
+Two families implement this: `kalm_rag.models.t5gemma2` (KaLM checkpoints) and `kalm_rag.models.pico`.
+Letters: B passages, T tokens, N pooled states, H width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kalm_rag.instructions import Instructions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPassage:
+    """Encoder input of one passage, already cut at the model's limit.
+
+    Attributes:
+        ids: Token ids the encoder reads, at least one.
+        found: Tokens the whole passage has; more than ``len(ids)`` when it was cut.
+    """
+
+    ids: Sequence[int]
+    found: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneInfo:
+    """What a model is, for people and for the fingerprint of its states.
+
+    Attributes:
+        family: ``"t5gemma2"`` or ``"pico"``.
+        name: Checkpoint as asked for: a name, repository id or folder.
+        revision: Commit, release or ``"local"``.
+        weights: Digest of whatever weights change a state (hex).
+        template: Passage template of the encoder input.
+        hidden_size: H, width of a state in elements.
+        max_passage_tokens: Where passages are cut, template included.
+        dtype: Computing dtype, e.g. ``"float32"``.
+        state_dtype: Dtype that states are made and exactly stored in.
+    """
+
+    family: str
+    name: str
+    revision: str
+    weights: str
+    template: str
+    hidden_size: int
+    max_passage_tokens: int
+    dtype: str
+    state_dtype: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that changes a state; the name of its namespace in a store.
+
+        The name is left out on purpose: the same weights under another path give the same states.
+        """
+        parts = {
+            "family": self.family,
+            "revision": self.revision,
+            "weights": self.weights,
+            "template": self.template,
+            "hidden_size": self.hidden_size,
+            "max_passage_tokens": self.max_passage_tokens,
+            "dtype": self.dtype,
+            "state_dtype": self.state_dtype,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Backbone(Protocol):
+    """A loaded model. All methods are safe to call from several threads at once."""
+
+    info: BackboneInfo
+    device: torch.device
+    state_dtype: torch.dtype
+
+    def tokenize(self, passages: Sequence[str]) -> list[TokenizedPassage]:
+        """Turn passages into encoder input, cut at the limit. Special tokens inside the text are inert."""
+        ...
+
+    def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Read passages once, without any query.
+
+        Returns:
+            Token states ``(B, T, H)`` in the computing dtype, and a bool mask ``(B, T)``, both on the device.
+        """
+        ...
+
+    def prompt(self, query: str, instructions: Instructions) -> Any:
+        """Prepare one query under its instructions; the result is opaque and may be used for many passages."""
+        ...
+
+    def decode(self, prompts: Sequence[Any], states: Tensor, counts: Tensor) -> Tensor:
+        """Score each passage under its own prompt.
+
+        Args:
+            prompts: B prompts, one a row; the same object may stand in many rows (and is then computed once
+                where the family allows it).
+            states: Pooled states, shape ``(B, N, H)``, right-padded, float32 or the computing dtype, on the device.
+            counts: Tokens behind each state, float32 ``(B, N)``; 0 marks padding, which must not change a score.
+
+        Returns:
+            Margins, float32 ``(B,)`` on the device: logit(yes) - logit(no), higher is more relevant.
+        """
+        ...
+
+    def preview(self, query: str, instructions: Instructions) -> str:
+        """Show the exact text that the decoder reads."""
+        ...
+
+
+class EmbeddingBackbone(Backbone, Protocol):
+    """A backbone whose encoder also gives the retrieval vector (pico)."""
+
+    embedding_size: int
+
+    def embed_states(self, states: Tensor, counts: Tensor) -> Tensor:
+        """Rebuild passage vectors from pooled states: unit length, float32 ``(B, embedding_size)``."""
+        ...
+
+    def embed_query(self, query: str) -> Tensor:
+        """Give the query's retrieval vector: unit length, float32 ``(embedding_size,)`` on the CPU."""
+        ...

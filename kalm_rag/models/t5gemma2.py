@@ -1,0 +1,305 @@
+"""KaLM checkpoints: any T5Gemma 2 encoder-decoder, text path only, by the protocol of KaLM-Reranker-V1.
+
+Protocol: arXiv 2606.22807 and the model cards of ``KaLM-Embedding/KaLM-Reranker-V1-*``. The vision tower is never
+built, so it never reaches memory or the device; of the logits only two rows at one position are computed.
+Letters: B passages, T passage tokens, N pooled states, Q prompt tokens, H width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2Config
+from transformers.models.t5gemma2.modeling_t5gemma2 import (
+    T5Gemma2Decoder,
+    T5Gemma2LMHead,
+    T5Gemma2PreTrainedModel,
+    T5Gemma2TextEncoder,
+)
+
+from kalm_rag.errors import InputError, ModelError
+from kalm_rag.instructions import Instructions
+from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
+
+PASSAGE_TEMPLATE = "<Document>: {passage}"
+PROMPT_TEMPLATE = "<bos><start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n\n\n\n"
+USER_TEMPLATE = "{system}\n\n<Instruct>: {task}\n<Query>: {query}"
+MAX_PASSAGE_TOKENS = 1024
+MAX_QUERY_TOKENS = 512
+
+
+# Checkpoints come with both spellings of the encoder's names, depending on the transformers release that saved them.
+_KEY_MAPPING = {r"^model\.encoder\.(layers|norm|embed_tokens)\.": r"model.encoder.text_model.\1."}
+
+
+class _TextEncoder(T5Gemma2PreTrainedModel):
+    """The encoder without its vision tower; parameter names as in the full model."""
+
+    def __init__(self, config: Any) -> None:  # noqa: ANN401 - the config classes are untyped
+        super().__init__(config)
+        self.text_model = T5Gemma2TextEncoder._from_config(config.text_config, eoi_token_index=config.eoi_token_index)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+
+class _TextModel(T5Gemma2PreTrainedModel):
+    """Encoder and decoder; parameter names as in the full model."""
+
+    _tied_weights_keys = {  # noqa: RUF012 - transformers reads a plain class attribute
+        "decoder.embed_tokens.weight": "encoder.text_model.embed_tokens.weight",
+        "decoder.embed_tokens.eoi_embedding": "encoder.text_model.embed_tokens.eoi_embedding",
+    }
+
+    def __init__(self, config: T5Gemma2Config) -> None:
+        super().__init__(config)
+        self.encoder = _TextEncoder(config.encoder)
+        self.decoder = T5Gemma2Decoder(config.decoder, config.eoi_token_index)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+
+class T5Gemma2TextReranker(T5Gemma2PreTrainedModel):
+    """`T5Gemma2ForConditionalGeneration` as far as text needs it: loads its checkpoints, skips the vision weights."""
+
+    _tied_weights_keys = {  # noqa: RUF012
+        "lm_head.out_proj.weight": "model.encoder.text_model.embed_tokens.weight"
+    }
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower", r"multi_modal_projector"]  # noqa: RUF012
+
+    def __init__(self, config: T5Gemma2Config) -> None:
+        super().__init__(config)
+        self.model = _TextModel(config)
+        self.lm_head = T5Gemma2LMHead(config.decoder.hidden_size, config.decoder.vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.out_proj
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Decoder input of one query: token ids, shape ``(Q,)``."""
+
+    ids: Tensor
+
+
+class TextTokens:
+    """Tokenises by the protocol; special tokens inside user text are plain text, never control.
+
+    Works on the `tokenizers` object itself with padding and truncation off: the transformers wrapper sets them
+    per call, which is what makes it fail with "Already borrowed" across threads.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401 - PreTrainedTokenizerFast is untyped
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError("the checkpoint has no fast tokenizer (tokenizer.json). Convert it with transformers first.")
+        self._plain: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self._inert: Tokenizer | None = None
+        self._lock = threading.Lock()
+        self._markers = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = pad if pad is not None else 0
+        self.yes_id, self.no_id = self._last_id("yes"), self._last_id("no")
+        if self.yes_id == self.no_id:
+            raise ModelError("the tokenizer gives 'yes' and 'no' one token id; a yes/no reranker needs two.")
+
+    def _last_id(self, word: str) -> int:
+        return int(self._plain.encode(word, add_special_tokens=False).ids[-1])
+
+    def has_markers(self, text: str) -> bool:
+        """Whether the text spells one of the tokenizer's special tokens."""
+        return any(marker in text for marker in self._markers)
+
+    def ids(self, text: str, *, inert: bool = False) -> list[int]:
+        """Token ids of a text; with `inert`, special tokens in it are read as ordinary characters."""
+        tokenizer = self._inert_tokenizer() if inert else self._plain
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def ids_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of user texts, special tokens inert, in parallel."""
+        marked = {i for i, text in enumerate(texts) if self.has_markers(text)}
+        clean = [text for i, text in enumerate(texts) if i not in marked]
+        encoded = iter(self._plain.encode_batch(clean, add_special_tokens=False))
+        return [
+            self.ids(text, inert=True) if i in marked else list(next(encoded).ids) for i, text in enumerate(texts)
+        ]
+
+    def cut_query(self, query: str) -> str:
+        """Cut a query to `MAX_QUERY_TOKENS` before it enters the template, so that the suffix is never cut."""
+        ids = self.ids(query, inert=self.has_markers(query))
+        if len(ids) <= MAX_QUERY_TOKENS:
+            return query
+        return str(self._plain.decode(ids[:MAX_QUERY_TOKENS], skip_special_tokens=False))
+
+    def prompt_ids(self, user: str) -> list[int]:
+        """Token ids of the whole decoder input around the user's part."""
+        if not self.has_markers(user):
+            return self.ids(PROMPT_TEMPLATE.format(user=user))  # one string, as published
+        # The turn markers are atomic and split the text before anything else, so tokenising the pieces between
+        # them apart gives the ids of the whole; only the user's piece is read with its markers as plain text.
+        before, after = PROMPT_TEMPLATE.split("user\n{user}")
+        return [*self.ids(before), *self.ids(f"user\n{user}", inert=True), *self.ids(after)]
+
+    def _inert_tokenizer(self) -> Tokenizer:
+        with self._lock:  # a second copy costs memory, so it is made when the first such text comes
+            if self._inert is None:
+                copy = Tokenizer.from_str(self._plain.to_str())
+                copy.encode_special_tokens = True
+                self._inert = copy
+            return self._inert
+
+
+class T5Gemma2Backbone:
+    """A loaded KaLM checkpoint. See `kalm_rag.models.backbone.Backbone` for the contract."""
+
+    def __init__(self, model: T5Gemma2TextReranker, tokens: TextTokens, info: BackboneInfo) -> None:
+        self.info = info
+        self.state_dtype = model.dtype
+        self.device = model.device
+        self._model = model.eval()
+        self._tokens = tokens
+        self._softcap = model.config.decoder.final_logit_softcapping
+        rows = torch.tensor([tokens.yes_id, tokens.no_id], device=model.device)
+        self._answers = model.lm_head.out_proj.weight.detach()[rows].clone()  # (2, H)
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, name: str, revision: str, device: torch.device, dtype: torch.dtype, weights: str | None = None
+    ) -> T5Gemma2Backbone:
+        """Load a checkpoint folder in the Hugging Face format (one safetensors shard or several).
+
+        Args:
+            folder: Holds config.json, the tokenizer and ``*.safetensors``.
+            name: How the checkpoint was asked for.
+            revision: Its commit, or ``"local"``.
+            device: Where to compute.
+            dtype: float32 or bfloat16.
+            weights: Digest that pins the weights; None reads and hashes the files.
+
+        Raises:
+            InputError: For float16, whose range this model overflows.
+            ModelError: If the folder is no T5Gemma 2 checkpoint, has no safetensors, or misses weights.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"dtype is {dtype}; T5Gemma 2 overflows float16. Use torch.bfloat16 or torch.float32.")
+        config = _read_config(folder)
+        tokens = TextTokens(AutoTokenizer.from_pretrained(folder))
+        try:
+            model, report = T5Gemma2TextReranker.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, key_mapping=_KEY_MAPPING, output_loading_info=True
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as err:
+            raise ModelError(f"{folder} could not be loaded as a T5Gemma 2 checkpoint: {err}") from err
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ModelError(
+                f"{folder} misses {len(missing)} weights (first: {missing[0]}); scores would be random. "
+                f"Fetch or save the checkpoint again."
+            )
+        info = BackboneInfo(
+            family="t5gemma2",
+            name=name,
+            revision=revision,
+            weights=weights if weights is not None else digest_files(sorted(folder.glob("*.safetensors"))),
+            template=PASSAGE_TEMPLATE,
+            hidden_size=config.decoder.hidden_size,
+            max_passage_tokens=MAX_PASSAGE_TOKENS,
+            dtype=str(dtype).removeprefix("torch."),
+            state_dtype=str(dtype).removeprefix("torch."),
+        )
+        return cls(model.to(device), tokens, info)
+
+    def tokenize(self, passages: Sequence[str]) -> list[TokenizedPassage]:
+        """Turn passages into encoder input; see `Backbone.tokenize`."""
+        encoded = self._tokens.ids_many([PASSAGE_TEMPLATE.format(passage=text) for text in passages])
+        return [TokenizedPassage(ids=ids[:MAX_PASSAGE_TOKENS], found=len(ids)) for ids in encoded]
+
+    @torch.inference_mode()
+    def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Read passages once; see `Backbone.encode`."""
+        tokens, mask = self._pad(ids)
+        states = self._model.model.encoder.text_model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        return states, mask
+
+    def prompt(self, query: str, instructions: Instructions) -> Prompt:
+        """Tokenise the decoder's input; see `Backbone.prompt`."""
+        ids = self._tokens.prompt_ids(self._user_part(query, instructions))
+        return Prompt(torch.tensor(ids, device=self.device))
+
+    @torch.inference_mode()
+    def decode(self, prompts: Sequence[Prompt], states: Tensor, counts: Tensor) -> Tensor:
+        """Score each passage under its prompt; see `Backbone.decode`."""
+        lengths = [len(p.ids) for p in prompts]
+        ids = nn.utils.rnn.pad_sequence([p.ids for p in prompts], batch_first=True, padding_value=self._tokens.pad_id)
+        last = torch.tensor(lengths, device=self.device) - 1  # (B,)
+        mask = torch.arange(ids.shape[1], device=self.device) <= last[:, None]  # (B, Q)
+        hidden = self._model.model.decoder(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            encoder_hidden_states=states.to(self._model.dtype),
+            encoder_attention_mask=(counts > 0).long(),
+            use_cache=False,
+        ).last_hidden_state  # (B, Q, H)
+        at_last = hidden[torch.arange(len(prompts), device=self.device), last]  # (B, H)
+        logits = nn.functional.linear(at_last, self._answers)  # (B, 2)
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        yes_no = logits.float()
+        return yes_no[:, 0] - yes_no[:, 1]
+
+    def preview(self, query: str, instructions: Instructions) -> str:
+        """Show the exact decoder text; see `Backbone.preview`."""
+        return PROMPT_TEMPLATE.format(user=self._user_part(query, instructions))
+
+    def _user_part(self, query: str, instructions: Instructions) -> str:
+        cut = self._tokens.cut_query(query)
+        # str.format never reads braces inside the values, so a query with "{x}" is safe here
+        return USER_TEMPLATE.format(system=instructions.system_text, task=instructions.task_text, query=cut)
+
+    def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        width = max(len(row) for row in ids)
+        padded = [[*row, *[self._tokens.pad_id] * (width - len(row))] for row in ids]
+        lengths = torch.tensor([len(row) for row in ids], device=self.device)
+        mask = torch.arange(width, device=self.device) < lengths[:, None]  # (B, T)
+        return torch.tensor(padded, device=self.device), mask
+
+
+def digest_files(files: Sequence[Path]) -> str:
+    """Sha256 over the contents of files, in the order given, hex."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_config(folder: Path) -> T5Gemma2Config:
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} has no .safetensors file. Save the checkpoint with save_pretrained(); pickles are refused.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as err:
+        raise ModelError(f"{folder} has no readable config.json: {err}") from err
+    if not isinstance(config, T5Gemma2Config):
+        raise ModelError(f"{folder} is a {config.model_type!r} checkpoint; wanted 't5gemma2' (KaLM-Reranker-V1).")
+    return config

@@ -1,0 +1,474 @@
+"""The engine: passages in once, states out; queries in, relevances out. Batches, devices and threads live here.
+
+Knows models and states; knows no store, no Chroma and no framework.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kalm_rag.errors import ClosedError, InputError, KalmRagError, StateMismatchError
+from kalm_rag.instructions import Instructions, check_text
+from kalm_rag.models.backbone import Backbone, BackboneInfo, TokenizedPassage
+from kalm_rag.models.registry import acquire, parse_device, parse_dtype
+from kalm_rag.pooling import check_ratio, mean_groups, repool_factor
+from kalm_rag.states import Codec, Layout, PassageStates, StateBatch, batch_states, passage_key
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RATIO = 4
+_WINDOW = 2048
+"""Passages tokenised and sorted by length at a time: long enough to batch well, short enough to bound memory."""
+_LONG = 512
+"""Passages from which `encode` shows a progress bar by itself (on a terminal)."""
+_ENCODE_TOKENS = {"cpu": 4096, "cuda": 65536}
+_DECODE_STATES = {"cpu": 2048, "cuda": 65536}
+
+
+@dataclass(frozen=True, slots=True)
+class Relevance:
+    """How relevant a passage is.
+
+    Attributes:
+        margin: logit(yes) - logit(no); higher is more relevant. Sort on this one.
+        probability: P(yes) = sigmoid(margin), in [0, 1]; saturates near its ends.
+    """
+
+    margin: float
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One passage of a ranking: its position in the input, and its relevance."""
+
+    index: int
+    margin: float
+    probability: float
+
+
+def probability_of(margin: float) -> float:
+    """Sigmoid of a margin, without overflow at either end.
+
+    Example:
+        >>> probability_of(0.0), probability_of(-1000.0)
+        (0.5, 0.0)
+    """
+    if margin >= 0:
+        return 1.0 / (1.0 + math.exp(-margin))
+    odds = math.exp(margin)
+    return odds / (1.0 + odds)
+
+
+class Reranker:
+    """Scores passages for queries in two phases: `encode` once per passage, `score` per query.
+
+    Safe to use from many threads. Engines made by `from_pretrained` share one loaded model per
+    (checkpoint, revision, device, dtype) in a process; `close` gives it back.
+
+    Args:
+        backbone: A loaded model.
+        ratio: Tokens one stored state stands for, >= 1 (None: 1). Larger is smaller and faster, a little less exact.
+        batch_size: Most passages in one pass; also bounded by tokens, so long passages make smaller batches.
+
+    Raises:
+        InputError: If `ratio` or `batch_size` is not a whole number >= 1.
+
+    Example:
+        >>> from kalm_rag import Reranker
+        >>> with Reranker.from_pretrained("pico") as reranker:
+        ...     ranking = reranker.rank("What is the capital of France?", ["I like tea.", "Paris is France's capital."])
+        >>> ranking[0].index
+        1
+    """
+
+    def __init__(self, backbone: Backbone, *, ratio: int | None = DEFAULT_RATIO, batch_size: int = 64) -> None:
+        self.ratio = check_ratio(ratio)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}; wanted a whole number >= 1.")
+        self.batch_size = batch_size
+        self._backbone: Backbone | None = backbone
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str = "pico",
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        ratio: int | None = DEFAULT_RATIO,
+        batch_size: int = 64,
+    ) -> Reranker:
+        """Load a model by name, or share it if this process has it already.
+
+        Args:
+            name: ``pico`` (bundled, offline), ``nano``, ``small``, ``large`` (KaLM-Reranker-V1 R2, pinned), any
+                repository id, or the folder of a T5Gemma 2 checkpoint.
+            revision: Commit, tag or branch for a repository; None takes the pinned one.
+            device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
+            dtype: ``bf16`` or ``fp32``; None takes bf16 on CUDA, fp32 on the CPU. float16 is refused.
+            ratio: Tokens a state stands for, >= 1; None is 1 (no pooling).
+            batch_size: Most passages in one pass.
+
+        Raises:
+            ModelError: If the name is unknown or the checkpoint can't be fetched or loaded.
+            MissingDependencyError: If the model's package is not installed.
+            InputError: If an argument is out of range.
+        """
+        where = parse_device(device)
+        if not isinstance(name, str) or not name:
+            raise InputError(f"name is {name!r}; wanted a model name, repository id or folder.")
+        check_ratio(ratio)
+        lease = acquire(name, revision=revision, device=where, dtype=parse_dtype(dtype, where))
+        engine = cls(lease.backbone, ratio=ratio, batch_size=batch_size)
+        engine._finalizer = weakref.finalize(engine, lease.release)
+        return engine
+
+    @property
+    def backbone(self) -> Backbone:
+        """The loaded model.
+
+        Raises:
+            ClosedError: After `close`.
+        """
+        if self._backbone is None:
+            raise ClosedError("this Reranker was closed. Make another with Reranker.from_pretrained(...).")
+        return self._backbone
+
+    @property
+    def info(self) -> BackboneInfo:
+        """What the model is; ``info.fingerprint`` names its states."""
+        return self.backbone.info
+
+    def layout(self, codec: str | Codec = Codec.EXACT) -> Layout:
+        """What a store needs to know to hold this engine's states."""
+        info = self.info
+        return Layout(
+            fingerprint=info.fingerprint,
+            hidden_size=info.hidden_size,
+            ratio=self.ratio,
+            codec=Codec.parse(codec),
+            state_dtype=info.state_dtype,
+        )
+
+    def encode(self, passages: Sequence[str], *, show_progress: bool | None = None) -> list[PassageStates]:
+        """Read passages once; what comes back can be scored under any query and instruction.
+
+        A passage that occurs twice is encoded once. Blank passages are passages like any other. Passages over the
+        model's limit are cut there: see `PassageStates.truncated`, `tokens` and `found`.
+
+        Args:
+            passages: Texts, in the order the states are wanted.
+            show_progress: None shows a bar on a terminal when there is much to do.
+
+        Returns:
+            One `PassageStates` per passage, in input order, on the CPU; an empty list for no passages.
+
+        Raises:
+            InputError: If `passages` is a single string, or one of them is no valid string (which one is named).
+            ClosedError: After `close`.
+        """
+        texts = check_passages(passages)
+        keys = [passage_key(text) for text in texts]
+        first = dict(zip(reversed(keys), reversed(texts), strict=True))  # each distinct text once
+        distinct = list(dict.fromkeys(keys))
+        bar = tqdm(
+            total=len(distinct),
+            desc="encoding",
+            unit="passage",
+            disable=not (len(distinct) >= _LONG and sys.stderr.isatty() if show_progress is None else show_progress),
+        )
+        made: dict[str, PassageStates] = {}
+        with bar:
+            for start in range(0, len(distinct), _WINDOW):
+                window = distinct[start : start + _WINDOW]
+                tokenized = self.backbone.tokenize([first[key] for key in window])
+                for rows in self._encode_batches(tokenized):
+                    made |= self._encode_rows([window[i] for i in rows], [tokenized[i] for i in rows])
+                    bar.update(len(rows))
+        return [made[key] for key in keys]
+
+    def score(
+        self,
+        query: str,
+        states: Sequence[PassageStates] | StateBatch,
+        *,
+        instructions: Instructions | None = None,
+        ratio: int | None = None,
+    ) -> list[Relevance]:
+        """Run the decoder over passages that were encoded before.
+
+        Args:
+            query: The question, not blank.
+            states: What `encode` or a store gave, of this model.
+            instructions: System and task text; None takes the model's defaults.
+            ratio: Pool the states further, to this multiple of their ratio; None takes them as they are.
+
+        Returns:
+            One `Relevance` per passage, in input order. A passage's relevance does not depend on the others.
+
+        Raises:
+            InputError: If the query is blank or no valid string, or `ratio` is not a whole number >= 1.
+            StateMismatchError: If the states are another model's, or `ratio` is no multiple of theirs.
+            ClosedError: After `close`.
+        """
+        check_query(query)
+        backbone = self.backbone
+        if not isinstance(states, StateBatch):
+            if len(states) == 0:
+                return []
+            states = batch_states(states)
+        self._check_states(states, ratio)
+        prompt = backbone.prompt(query, instructions if instructions is not None else Instructions())
+        margins = self._margins([prompt] * len(states), states, ratio)
+        return [Relevance(margin, probability_of(margin)) for margin in margins]
+
+    def rank(
+        self,
+        query: str,
+        passages_or_states: Sequence[str] | Sequence[PassageStates] | StateBatch,
+        *,
+        top_n: int | None = None,
+        threshold: float | None = None,
+        instructions: Instructions | None = None,
+        ratio: int | None = None,
+    ) -> list[Ranked]:
+        """Order passages by relevance, best first.
+
+        Args:
+            query: The question.
+            passages_or_states: Texts (encoded now) or what `encode` or a store gave.
+            top_n: Keep at most this many, >= 1; None keeps all.
+            threshold: Keep only P(yes) >= this, in [0, 1]; None keeps all.
+            instructions: System and task text.
+            ratio: See `score`.
+
+        Returns:
+            `Ranked` entries by falling margin; ties keep the input's order.
+
+        Raises:
+            InputError: As `score` and `encode`, and if `top_n` or `threshold` is out of range.
+            StateMismatchError: As `score`.
+        """
+        check_query(query)
+        check_cut(top_n, threshold)
+        states = passages_or_states
+        if not isinstance(states, StateBatch) and not any(isinstance(s, PassageStates) for s in states):
+            states = self.encode(cast("Sequence[str]", states))
+        relevances = self.score(query, cast("Sequence[PassageStates]", states), instructions=instructions, ratio=ratio)
+        return rank_relevances(relevances, top_n=top_n, threshold=threshold)
+
+    def predict(
+        self,
+        sentences: Sequence[tuple[str, str]] | Sequence[list[str]] | tuple[str, str] | list[str],
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        *,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        instructions: Instructions | None = None,
+    ) -> np.ndarray | Tensor | list[Tensor]:
+        """Score (query, passage) pairs; stands in for ``CrossEncoder.predict`` of sentence-transformers.
+
+        Each distinct passage is encoded once, each distinct query prepared once.
+
+        Args:
+            sentences: Pairs, or a single pair.
+            batch_size: Most pairs in one pass; None takes the engine's.
+            show_progress_bar: As `encode`.
+            activation_fn: Applied to the margins; None is the sigmoid, so results are P(yes).
+            convert_to_numpy: Give a numpy array (the default), else a list of 0-d tensors.
+            convert_to_tensor: Give one tensor; wins over `convert_to_numpy`.
+            instructions: System and task text for all pairs.
+
+        Returns:
+            float32 scores in input order, shape ``(pairs,)``; a 0-d result for a single pair.
+
+        Raises:
+            InputError: If an item is not a pair of valid strings, or a query is blank.
+        """
+        single = len(sentences) == 2 and all(isinstance(part, str) for part in sentences)
+        pairs = cast("Sequence[Sequence[str]]", [sentences] if single else sentences)
+        for position, pair in enumerate(pairs):
+            if isinstance(pair, str) or len(pair) != 2:
+                raise InputError(f"pair {position} is {pair!r:.80}; wanted (query, passage).")
+            check_query(pair[0], f"query of pair {position}")
+        backbone = self.backbone
+        chosen = instructions if instructions is not None else Instructions()
+        prompts = {query: backbone.prompt(query, chosen) for query in dict.fromkeys(pair[0] for pair in pairs)}
+        margins: list[float] = []
+        if pairs:
+            states = batch_states(self.encode([pair[1] for pair in pairs], show_progress=show_progress_bar))
+            margins = self._margins([prompts[pair[0]] for pair in pairs], states, None, batch_size)
+        scores = torch.tensor(margins, dtype=torch.float32)
+        scores = torch.sigmoid(scores) if activation_fn is None else activation_fn(scores)
+        if single:
+            scores = scores[0]
+        if convert_to_tensor:
+            return scores
+        return scores.numpy() if convert_to_numpy else list(scores)
+
+    def preview(self, query: str, instructions: Instructions | None = None) -> str:
+        """Show the exact text that the decoder reads for a query.
+
+        Raises:
+            InputError: If the query is blank or no valid string.
+        """
+        check_query(query)
+        return self.backbone.preview(query, instructions if instructions is not None else Instructions())
+
+    def close(self) -> None:
+        """Give the model back; the last engine that uses it frees its memory. Closing twice is fine."""
+        self._backbone = None
+        if self._finalizer is not None:
+            self._finalizer()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Reranker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode_batches(self, tokenized: Sequence[TokenizedPassage]) -> Iterator[list[int]]:
+        """Rows by falling length, in batches bounded by count and by padded tokens."""
+        order = sorted(range(len(tokenized)), key=lambda i: -len(tokenized[i].ids))
+        budget = _ENCODE_TOKENS.get(self.backbone.device.type, _ENCODE_TOKENS["cpu"])
+        return cut_batches(order, [len(t.ids) for t in tokenized], self.batch_size, budget)
+
+    def _encode_rows(self, keys: Sequence[str], rows: Sequence[TokenizedPassage]) -> dict[str, PassageStates]:
+        backbone = self.backbone
+        hidden, mask = backbone.encode([row.ids for row in rows])  # (B, T, H), (B, T)
+        pooled, _ = mean_groups(hidden, mask, self.ratio)
+        vectors = pooled.to(backbone.state_dtype).cpu()
+        return {
+            key: PassageStates(
+                vectors=vectors[i, : -(-len(row.ids) // self.ratio)].clone(),  # a view would keep the padded batch alive
+                tokens=len(row.ids),
+                found=row.found,
+                ratio=self.ratio,
+                fingerprint=backbone.info.fingerprint,
+                key=key,
+            )
+            for i, (key, row) in enumerate(zip(keys, rows, strict=True))
+        }
+
+    def _check_states(self, states: StateBatch, ratio: int | None) -> None:
+        info = self.info
+        if states.fingerprint != info.fingerprint or states.vectors.shape[-1] != info.hidden_size:
+            raise StateMismatchError(
+                f"states were made by model {states.fingerprint} (width {states.vectors.shape[-1]}); this engine is "
+                f"{info.name} {info.fingerprint} (width {info.hidden_size}). Encode the passages with this model."
+            )
+        repool_factor(states.ratio, ratio)
+
+    def _margins(
+        self, prompts: Sequence[Any], states: StateBatch, ratio: int | None, batch_size: int | None = None
+    ) -> list[float]:
+        """Decode in batches of like prompts and lengths; one transfer back at the end."""
+        backbone = self.backbone
+        lengths = states.lengths.tolist()
+        first_seen: dict[int, int] = {}
+        for prompt in prompts:
+            first_seen.setdefault(id(prompt), len(first_seen))
+        order = sorted(range(len(prompts)), key=lambda i: (first_seen[id(prompts[i])], -lengths[i]))
+        budget = _DECODE_STATES.get(backbone.device.type, _DECODE_STATES["cpu"])
+        size = batch_size if batch_size is not None else self.batch_size
+        parts = []
+        for rows in cut_batches(order, lengths, size, budget):
+            vectors, counts = states.select(rows).on(backbone.device, torch.float32, ratio)
+            parts.append(backbone.decode([prompts[i] for i in rows], vectors, counts))
+        sorted_margins = torch.cat(parts).float().cpu() if parts else torch.empty(0)
+        if not bool(torch.isfinite(sorted_margins).all()):
+            raise KalmRagError(
+                f"{backbone.info.name} gave non-finite margins in {backbone.info.dtype}. Use dtype='fp32', and check "
+                f"that the checkpoint is a reranker."
+            )
+        margins = torch.empty_like(sorted_margins)
+        margins[torch.tensor(order, dtype=torch.long)] = sorted_margins
+        return cast("list[float]", margins.tolist())
+
+
+def cut_batches(order: Sequence[int], lengths: Sequence[int], size: int, budget: int) -> Iterator[list[int]]:
+    """Cut an order into runs of at most `size` rows and `budget` padded elements (one row always fits).
+
+    Example:
+        >>> list(cut_batches([2, 0, 1], [4, 3, 9], size=2, budget=10))
+        [[2], [0, 1]]
+    """
+    rows: list[int] = []
+    width = 0
+    for row in order:
+        wider = max(width, lengths[row])
+        if rows and (len(rows) == size or wider * (len(rows) + 1) > budget):
+            yield rows
+            rows, wider = [], lengths[row]
+        rows.append(row)
+        width = wider
+    if rows:
+        yield rows
+
+
+def check_passages(passages: Sequence[str]) -> list[str]:
+    """Give the passages as a list if each is a valid string.
+
+    Raises:
+        InputError: If `passages` is one string, or an item is no valid string; the item's position is named.
+    """
+    if isinstance(passages, str):
+        raise InputError("passages is one string; wanted a list of strings. Put it in brackets.")
+    return [check_text(text, f"passage {position}") for position, text in enumerate(passages)]
+
+
+def check_query(query: object, what: str = "query") -> None:
+    """Refuse what can't be asked.
+
+    Raises:
+        InputError: If it is not a valid string, or blank.
+    """
+    if not check_text(query, what).strip():
+        raise InputError(f"{what} is blank; wanted the text to search for.")
+
+
+def check_cut(top_n: int | None, threshold: float | None) -> None:
+    """Refuse a cut that means nothing.
+
+    Raises:
+        InputError: If `top_n` is not a whole number >= 1, or `threshold` is outside [0, 1].
+    """
+    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
+        raise InputError(f"top_n is {top_n!r}; wanted a whole number >= 1, or None for all.")
+    if threshold is not None and not 0.0 <= threshold <= 1.0:
+        raise InputError(f"threshold is {threshold!r}; wanted P(yes) in [0, 1], or None for all.")
+
+
+def rank_relevances(
+    relevances: Sequence[Relevance], *, top_n: int | None = None, threshold: float | None = None
+) -> list[Ranked]:
+    """Order relevances by falling margin, ties in input order, then cut by threshold and count.
+
+    Example:
+        >>> [r.index for r in rank_relevances([Relevance(0.0, 0.5), Relevance(2.0, 0.88), Relevance(0.0, 0.5)])]
+        [1, 0, 2]
+    """
+    order = sorted(range(len(relevances)), key=lambda i: -relevances[i].margin)  # sorted() is stable
+    kept = [i for i in order if threshold is None or relevances[i].probability >= threshold]
+    return [Ranked(i, relevances[i].margin, relevances[i].probability) for i in kept[:top_n]]

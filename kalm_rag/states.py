@@ -1,0 +1,340 @@
+"""What one passage becomes: pooled encoder states, alone or packed into a padded batch, and their bytes on disk.
+
+The byte format is versioned (`FORMAT_VERSION`) and never pickled: raw little-endian rows, then, for int8, one
+float32 scale a row. Knows neither model nor store. Letters: B passages, N pooled states, H width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kalm_rag.errors import InputError, StateMismatchError, StateShapeError
+from kalm_rag.pooling import group_counts, mean_groups, repool_factor
+
+FORMAT_VERSION = 1
+"""Version of the byte format written by `pack_states`."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""Element types that a stored state may have, by the name written on disk."""
+
+
+class Codec(str, Enum):
+    """How states are kept: in the model's own dtype (exact), as bfloat16, or as int8 with a scale per vector."""
+
+    EXACT = "exact"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+    @classmethod
+    def parse(cls, value: str | Codec) -> Codec:
+        """Read a codec name.
+
+        Raises:
+            InputError: If there is no such codec.
+        """
+        try:
+            return cls(value)
+        except ValueError as err:
+            raise InputError(f"codec is {value!r}; wanted one of {', '.join(c.value for c in cls)}.") from err
+
+    def element(self, state_dtype: torch.dtype) -> torch.dtype:
+        """Element type on disk, for states made in `state_dtype`."""
+        return {Codec.EXACT: state_dtype, Codec.BF16: torch.bfloat16, Codec.INT8: torch.int8}[self]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the states of one namespace look like. All of a namespace's states share it.
+
+    Attributes:
+        fingerprint: Digest of all that changes a state (`BackboneInfo.fingerprint`).
+        hidden_size: H, elements a vector.
+        ratio: Tokens a state stands for.
+        codec: How they are stored.
+        state_dtype: Name of the dtype the model makes states in.
+    """
+
+    fingerprint: str
+    hidden_size: int
+    ratio: int
+    codec: Codec
+    state_dtype: str
+
+    @property
+    def element(self) -> torch.dtype:
+        """Element type of a stored vector."""
+        return self.codec.element(DTYPES[self.state_dtype])
+
+    def payload_bytes(self, tokens: int) -> int:
+        """Bytes that one passage of `tokens` tokens takes, headers aside."""
+        scale = 4 if self.codec is Codec.INT8 else 0
+        return -(-tokens // self.ratio) * (self.hidden_size * self.element.itemsize + scale)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PassageStates:
+    """The reusable half of scoring one passage: its encoder states, pooled, with no query in them.
+
+    Attributes:
+        vectors: Pooled states on the CPU, shape ``(N, H)``, N = ceil(tokens / ratio), in the model's state dtype.
+        tokens: Tokens that were read, after the cut at the model's limit.
+        found: Tokens the whole passage has; more than `tokens` when it was cut.
+        ratio: Tokens a state stands for (the last may stand for fewer).
+        fingerprint: Digest of the model they belong to.
+        key: Content address: sha256 of the passage text, hex.
+    """
+
+    vectors: Tensor
+    tokens: int
+    found: int
+    ratio: int
+    fingerprint: str
+    key: str
+
+    def __post_init__(self) -> None:
+        wanted = -(-self.tokens // self.ratio)
+        if self.vectors.ndim != 2 or self.vectors.shape[0] != wanted or wanted < 1:
+            raise StateShapeError(
+                f"states have shape {tuple(self.vectors.shape)}; wanted ({wanted}, H) for {self.tokens} tokens "
+                f"at ratio {self.ratio}. Make them with Reranker.encode."
+            )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the passage was longer than the model reads."""
+        return self.found > self.tokens
+
+    def at_ratio(self, ratio: int) -> PassageStates:
+        """Give the same passage pooled further, to a multiple of the present ratio.
+
+        Raises:
+            InputError: If `ratio` is not a whole number >= 1.
+            StateMismatchError: If it is not a multiple of the present one.
+        """
+        factor = repool_factor(self.ratio, ratio)
+        if factor == 1:
+            return self
+        counts = group_counts(torch.tensor([self.tokens]), self.ratio, self.vectors.shape[0])
+        pooled, _ = mean_groups(self.vectors[None], counts, factor)
+        return replace(self, vectors=pooled[0].to(self.vectors.dtype), ratio=ratio)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StateBatch:
+    """States of several passages in one padded block, as a store hands them out and a decoder wants them.
+
+    Attributes:
+        vectors: Shape ``(B, N, H)``, right-padded, in the stored element type.
+        scales: For int8, float32 ``(B, N)``: element * scale is the state. Else None.
+        tokens: Tokens read per passage, int64 ``(B,)``.
+        found: Tokens each whole passage has, int64 ``(B,)``.
+        ratio: Tokens a state stands for.
+        fingerprint: Digest of the model they belong to.
+    """
+
+    vectors: Tensor
+    scales: Tensor | None
+    tokens: Tensor
+    found: Tensor
+    ratio: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return int(self.vectors.shape[0])
+
+    @property
+    def lengths(self) -> Tensor:
+        """States per passage, int64 ``(B,)``."""
+        return (self.tokens + self.ratio - 1) // self.ratio
+
+    def select(self, rows: Sequence[int]) -> StateBatch:
+        """Give the rows asked for, in that order, cut to the longest of them."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        width = int(self.lengths[index].max()) if len(rows) else 0
+        return replace(
+            self,
+            vectors=self.vectors[index, :width],
+            scales=None if self.scales is None else self.scales[index, :width],
+            tokens=self.tokens[index],
+            found=self.found[index],
+        )
+
+    def on(self, device: torch.device, dtype: torch.dtype, ratio: int | None = None) -> tuple[Tensor, Tensor]:
+        """Put the batch on a device, undo int8 there, and pool further if asked.
+
+        Args:
+            device: Where the decoder is.
+            dtype: Dtype the decoder computes in.
+            ratio: A multiple of the stored ratio; None keeps it.
+
+        Returns:
+            States ``(B, N', H)`` in `dtype` and their counts, float32 ``(B, N')``, both on `device`.
+
+        Raises:
+            StateMismatchError: If `ratio` is not a multiple of the stored one.
+        """
+        factor = repool_factor(self.ratio, ratio)
+        vectors = self.vectors.to(device, non_blocking=True)
+        counts = group_counts(self.tokens.to(device, non_blocking=True), self.ratio, vectors.shape[1])
+        if self.scales is not None:
+            vectors = vectors.float() * self.scales.to(device, non_blocking=True)[..., None]
+        if factor > 1:
+            vectors, counts = mean_groups(vectors, counts, factor)
+        return vectors.to(dtype), counts
+
+
+def passage_key(text: str) -> str:
+    """Content address of a passage: sha256 of its UTF-8 bytes, hex. The template is in the fingerprint."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def quantise(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to int8 with one scale each: ``scale = max|row| / 127``, ``q = round(row / scale)``.
+
+    Args:
+        vectors: Shape ``(N, H)``, any float dtype.
+
+    Returns:
+        int8 ``(N, H)`` and float32 scales ``(N,)``; a row of zeros has scale 0.
+
+    Example:
+        >>> q, s = quantise(torch.tensor([[1.0, -2.54]]))
+        >>> q.tolist(), round(float(s[0]), 4)
+        ([[50, -127]], 0.02)
+    """
+    rows = vectors.float()
+    scales = rows.abs().amax(-1) / 127.0
+    safe = torch.where(scales > 0, scales, 1.0)
+    return (rows / safe[:, None]).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """Raw little-endian bytes of a contiguous CPU tensor, whatever its dtype (numpy has no bfloat16)."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def pack_states(states: PassageStates, layout: Layout) -> bytes:
+    """Write one passage's states as bytes, in a namespace's layout.
+
+    Raises:
+        StateMismatchError: If they belong to another model, width or ratio than the namespace.
+    """
+    check_layout(states, layout)
+    if layout.codec is Codec.INT8:
+        rows, scales = quantise(states.vectors)
+        return to_bytes(rows) + to_bytes(scales)
+    return to_bytes(states.vectors.to(layout.element))
+
+
+def check_layout(states: PassageStates, layout: Layout) -> None:
+    """Refuse states that don't belong into a namespace.
+
+    Raises:
+        StateMismatchError: Naming what differs, found and wanted.
+    """
+    found = (states.fingerprint, states.vectors.shape[1], states.ratio)
+    wanted = (layout.fingerprint, layout.hidden_size, layout.ratio)
+    for name, have, want in zip(("model fingerprint", "width", "ratio"), found, wanted, strict=True):
+        if have != want:
+            raise StateMismatchError(
+                f"states have {name} {have}, this store's namespace holds {want}. "
+                f"Encode the passages with the model and ratio the store was made for."
+            )
+
+
+def unpack_batch(payloads: Sequence[bytes], tokens: Sequence[int], found: Sequence[int], layout: Layout) -> StateBatch:
+    """Pack stored bytes straight into one padded batch, with one copy per passage.
+
+    Args:
+        payloads: What `pack_states` wrote, one per passage. Lengths must fit `tokens` (stores check checksums).
+        tokens: Tokens read per passage.
+        found: Tokens each whole passage has.
+        layout: The namespace's layout.
+
+    Raises:
+        StateShapeError: If a payload's length doesn't fit its token count.
+    """
+    lengths = [-(-t // layout.ratio) for t in tokens]
+    width, hidden = max(lengths, default=0), layout.hidden_size
+    block = torch.zeros(len(payloads), width * hidden * layout.element.itemsize, dtype=torch.uint8)
+    scales = torch.zeros(len(payloads), width) if layout.codec is Codec.INT8 else None
+    block_rows, scale_rows = block.numpy(), None if scales is None else scales.numpy()
+    for row, (payload, n) in enumerate(zip(payloads, lengths, strict=True)):
+        wanted = layout.payload_bytes(tokens[row])
+        if len(payload) != wanted:
+            raise StateShapeError(f"passage {row}: {len(payload)} bytes stored, wanted {wanted} for {tokens[row]} tokens.")
+        size = n * hidden * layout.element.itemsize
+        # numpy reads bytes objects in place; torch.frombuffer warns that they can't be written, and needs aligned scales
+        block_rows[row, :size] = np.frombuffer(payload, np.uint8, count=size)
+        if scale_rows is not None:
+            scale_rows[row, :n] = np.frombuffer(payload, "<f4", offset=size)
+    return StateBatch(
+        vectors=block.view(layout.element).view(len(payloads), width, hidden),
+        scales=scales,
+        tokens=torch.as_tensor(list(tokens), dtype=torch.long),
+        found=torch.as_tensor(list(found), dtype=torch.long),
+        ratio=layout.ratio,
+        fingerprint=layout.fingerprint,
+    )
+
+
+def batch_states(states: Sequence[PassageStates]) -> StateBatch:
+    """Pad states made just now into one batch, in their own dtype.
+
+    Raises:
+        StateMismatchError: If they differ in model, width, dtype or ratio.
+        InputError: If there are none.
+    """
+    if not states:
+        raise InputError("no states to batch; wanted at least one.")
+    first = states[0]
+    width = max(s.vectors.shape[0] for s in states)
+    vectors = torch.zeros(len(states), width, first.vectors.shape[1], dtype=first.vectors.dtype)
+    for row, one in enumerate(states):
+        same = (one.fingerprint, one.ratio, one.vectors.shape[1], one.vectors.dtype)
+        if same != (first.fingerprint, first.ratio, first.vectors.shape[1], first.vectors.dtype):
+            raise StateMismatchError(
+                f"states {row} (model {one.fingerprint}, ratio {one.ratio}, width {one.vectors.shape[1]}) don't go with "
+                f"states 0 (model {first.fingerprint}, ratio {first.ratio}, width {first.vectors.shape[1]}). "
+                f"Encode all passages with one model and ratio."
+            )
+        vectors[row, : one.vectors.shape[0]] = one.vectors
+    return StateBatch(
+        vectors=vectors,
+        scales=None,
+        tokens=torch.tensor([s.tokens for s in states]),
+        found=torch.tensor([s.found for s in states]),
+        ratio=first.ratio,
+        fingerprint=first.fingerprint,
+    )
+
+
+def merge_batches(size: int, parts: Sequence[tuple[Sequence[int], StateBatch]]) -> StateBatch:
+    """Put the rows of several batches of one layout where they belong in a single one.
+
+    Args:
+        size: B of the result; every row from 0 to B-1 must be named once.
+        parts: Target rows and the batch that fills them, in that order.
+    """
+    batches = [batch for _, batch in parts]
+    if len(batches) == 1 and list(parts[0][0]) == list(range(size)):
+        return batches[0]
+    first = batches[0]
+    width = max(b.vectors.shape[1] for b in batches)
+    vectors = torch.zeros(size, width, first.vectors.shape[2], dtype=first.vectors.dtype)
+    scales = None if first.scales is None else torch.zeros(size, width)
+    tokens, found = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
+    for rows, batch in parts:
+        index = torch.as_tensor(rows, dtype=torch.long)
+        vectors[index, : batch.vectors.shape[1]] = batch.vectors
+        if scales is not None and batch.scales is not None:
+            scales[index, : batch.vectors.shape[1]] = batch.scales
+        tokens[index], found[index] = batch.tokens, batch.found
+    return replace(first, vectors=vectors, scales=scales, tokens=tokens, found=found)

@@ -1,0 +1,257 @@
+"""What a state store promises: content-addressed states, and references that say which records use them.
+
+A store knows no model and no Chroma collection; it keeps bytes under keys, inside one namespace (`Layout`), and
+reference rows ``(collection id, record id) -> key`` for deletion, verification and garbage collection only.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+from kalm_rag.errors import InputError, StateMismatchError, StoreFormatError
+from kalm_rag.states import Layout, PassageStates, StateBatch, pack_states, unpack_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """One record of a collection that uses a state."""
+
+    collection_id: str
+    record_id: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What `StateStore.get_many` found.
+
+    Attributes:
+        batch: States of the found keys, in the order asked for (missing ones left out); None if none was found.
+        found: Positions in the request that `batch`'s rows stand for, ascending.
+        missing: Positions in the request without stored states, ascending.
+    """
+
+    batch: StateBatch | None
+    found: list[int]
+    missing: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStats:
+    """What a store holds.
+
+    Attributes:
+        states: Stored passages in this namespace.
+        references: Records that point at them.
+        payload_bytes: Bytes of their vectors.
+        disk_bytes: Bytes the store takes, all namespaces; 0 where it can't be told.
+        other_namespaces: Fingerprints of other models' states kept in the same place, with their counts.
+    """
+
+    states: int
+    references: int
+    payload_bytes: int
+    disk_bytes: int
+    other_namespaces: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """What `StateStore.gc` removed: passages and bytes of payload."""
+
+    states: int
+    payload_bytes: int
+
+
+class StateStore(Protocol):
+    """States of one namespace. Safe to use from several threads; the SQLite one from several processes too."""
+
+    layout: Layout
+
+    def get_many(self, keys: Sequence[str]) -> Fetched:
+        """Fetch states, packed into a padded batch; a key may be asked for twice.
+
+        Raises:
+            StoreFormatError: If a stored state is damaged (checksum, length). Never a wrong score.
+            StoreError: If the store can't be read.
+        """
+        ...
+
+    def missing(self, keys: Sequence[str]) -> set[str]:
+        """Which of the keys have no stored states (reads no vectors)."""
+        ...
+
+    def put_many(self, states: Sequence[PassageStates], references: Sequence[Reference] = ()) -> None:
+        """Keep states and references in one transaction; a key that is there already is left as it is.
+
+        A reference of a record that pointed elsewhere is moved. A reference may name a key stored before.
+
+        Raises:
+            StateMismatchError: If states belong to another model, width or ratio than the namespace.
+            StoreError: If they can't be written (read-only, disk full, locked); then nothing of the call is kept.
+        """
+        ...
+
+    def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
+        """Forget records; their states stay until `gc`. Returns how many references there were."""
+        ...
+
+    def references(self, collection_id: str) -> Iterator[Reference]:
+        """All records of one collection that are known here, in any order."""
+        ...
+
+    def collections(self) -> dict[str, int]:
+        """Collection ids that have references, with their counts."""
+        ...
+
+    def verify(self) -> list[str]:
+        """Read every state of the namespace; give the keys whose checksum, length or layout is wrong."""
+        ...
+
+    def discard(self, keys: Iterable[str]) -> int:
+        """Drop states by key (damaged ones, for instance), leaving references; returns how many went."""
+        ...
+
+    def gc(self, live_collections: Iterable[str] | None = None) -> Swept:
+        """Drop references of collections that are gone (when `live_collections` is given), then unused states."""
+        ...
+
+    def stats(self) -> StoreStats:
+        """Count what is stored."""
+        ...
+
+    def close(self) -> None:
+        """Release files and connections; later calls raise `ClosedError`."""
+        ...
+
+    def __enter__(self) -> StateStore: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class StoredRow(NamedTuple):
+    """One passage as every store keeps it: payload bytes, what is needed to read them, and a checksum over it all."""
+
+    key: str
+    tokens: int
+    found: int
+    checksum: int
+    payload: bytes
+
+
+def make_row(states: PassageStates, layout: Layout) -> StoredRow:
+    """Turn states into what is stored (packs and checksums, so call it before a transaction is open).
+
+    Raises:
+        StateMismatchError: If they belong to another model, width or ratio than the namespace.
+        InputError: If their key is not a sha256 in hex.
+    """
+    check_keys([states.key])
+    payload = pack_states(states, layout)
+    check = row_checksum(layout.fingerprint, states.key, states.tokens, states.found, payload)
+    return StoredRow(states.key, states.tokens, states.found, check, payload)
+
+
+def row_checksum(fingerprint: str, key: str, tokens: int, found: int, payload: bytes) -> int:
+    """CRC-32 over a row and where it belongs, so that a row can't pass for another's.
+
+    It guards against accidents, not attackers. Measured: 0.3 ms for 100 payloads of 19 kB (sha256: 0.9 ms).
+    """
+    head = fingerprint.encode() + bytes.fromhex(key) + struct.pack("<qq", tokens, found)
+    return zlib.crc32(payload, zlib.crc32(head))
+
+
+def damage(row: StoredRow, layout: Layout) -> str | None:
+    """Say what is wrong with a row read back, or None. Trusts no type: a flipped byte can turn a number into text."""
+    if not (all(isinstance(value, int) for value in row[1:4]) and isinstance(row.payload, bytes)):
+        return "a column has the wrong type"
+    if not (1 <= row.tokens <= row.found < 2**62):
+        return f"it claims {row.tokens} tokens of {row.found}"
+    if len(row.payload) != layout.payload_bytes(row.tokens):
+        return f"{len(row.payload)} bytes stored, wanted {layout.payload_bytes(row.tokens)} for {row.tokens} tokens"
+    if row_checksum(layout.fingerprint, row.key, row.tokens, row.found, row.payload) != row.checksum:
+        return "its checksum doesn't match"
+    return None
+
+
+def assemble(keys: Sequence[str], rows: Mapping[str, StoredRow], layout: Layout, where: str) -> Fetched:
+    """Check the rows that a store found and pack them into one batch, in the order of the request.
+
+    Raises:
+        StoreFormatError: If a row is damaged.
+    """
+    for row in rows.values():
+        wrong = damage(row, layout)
+        if wrong is not None:
+            raise StoreFormatError(
+                f"{where} holds damaged states for passage {row.key[:12]}...: {wrong}. Run `kalm-rag verify` (verify() "
+                f"and discard() drop damaged states), then backfill: states are rebuilt from the texts."
+            )
+    found = [position for position, key in enumerate(keys) if key in rows]
+    missing = [position for position, key in enumerate(keys) if key not in rows]
+    if not found:
+        return Fetched(batch=None, found=[], missing=missing)
+    hits = [rows[keys[position]] for position in found]
+    batch = unpack_batch([r.payload for r in hits], [r.tokens for r in hits], [r.found for r in hits], layout)
+    return Fetched(batch=batch, found=found, missing=missing)
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Refuse what can't be a key.
+
+    Raises:
+        InputError: If a key is not 64 lower-case hex digits.
+    """
+    for key in keys:
+        if not (isinstance(key, str) and len(key) == 64 and not key.strip("0123456789abcdef")):
+            raise InputError(f"state key is {key!r}; wanted a sha256 in hex (64 digits). Use passage_key(text).")
+
+
+def check_ids(ids: Iterable[str]) -> None:
+    """Refuse collection and record ids that no store can write.
+
+    Raises:
+        InputError: If one is not text, or holds lone surrogates.
+    """
+    for value in ids:
+        if not isinstance(value, str):
+            raise InputError(f"id is {value!r}; wanted text.")
+        try:
+            value.encode()
+        except UnicodeEncodeError as err:
+            raise InputError(f"id {value!r} is not valid Unicode (lone surrogate). Repair it before storing.") from err
+
+
+def check_references(references: Iterable[Reference]) -> None:
+    """Refuse references with ids or keys that can't be stored.
+
+    Raises:
+        InputError: Naming the id or key.
+    """
+    for reference in references:
+        check_ids((reference.collection_id, reference.record_id))
+        check_keys([reference.key])
+
+
+def check_same_layout(stored: Layout, wanted: Layout, where: str) -> None:
+    """Refuse to open a namespace under another layout than the one it was made with.
+
+    Raises:
+        StateMismatchError: Showing both, and what to do.
+    """
+    if stored != wanted:
+        raise StateMismatchError(
+            f"{where} holds states of model {stored.fingerprint} as {_describe(stored)}; asked for {_describe(wanted)}. "
+            f"Open it with what is stored (stored_layout tells), or index again in another folder."
+        )
+
+
+def _describe(layout: Layout) -> str:
+    return f"ratio {layout.ratio}, codec {layout.codec.value}, width {layout.hidden_size}, {layout.state_dtype}"
