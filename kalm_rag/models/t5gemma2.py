@@ -109,7 +109,9 @@ class TextTokens:
 
     def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401 - PreTrainedTokenizerFast is untyped
         if not getattr(tokenizer, "is_fast", False):
-            raise ModelError("the checkpoint has no fast tokenizer (tokenizer.json). Convert it with transformers first.")
+            raise ModelError(
+                "the checkpoint has no fast tokenizer (tokenizer.json). Convert it with transformers first."
+            )
         self._plain: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.no_padding()
         self._plain.no_truncation()
@@ -139,9 +141,7 @@ class TextTokens:
         marked = {i for i, text in enumerate(texts) if self.has_markers(text)}
         clean = [text for i, text in enumerate(texts) if i not in marked]
         encoded = iter(self._plain.encode_batch(clean, add_special_tokens=False))
-        return [
-            self.ids(text, inert=True) if i in marked else list(next(encoded).ids) for i, text in enumerate(texts)
-        ]
+        return [self.ids(text, inert=True) if i in marked else list(next(encoded).ids) for i, text in enumerate(texts)]
 
     def cut_query(self, query: str) -> str:
         """Cut a query to `MAX_QUERY_TOKENS` before it enters the template, so that the suffix is never cut."""
@@ -183,7 +183,14 @@ class T5Gemma2Backbone:
 
     @classmethod
     def load(
-        cls, folder: Path, *, name: str, revision: str, device: torch.device, dtype: torch.dtype, weights: str | None = None
+        cls,
+        folder: Path,
+        *,
+        name: str,
+        revision: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: str | None = None,
     ) -> T5Gemma2Backbone:
         """Load a checkpoint folder in the Hugging Face format (one safetensors shard or several).
 
@@ -205,7 +212,12 @@ class T5Gemma2Backbone:
         tokens = TextTokens(AutoTokenizer.from_pretrained(folder))
         try:
             model, report = T5Gemma2TextReranker.from_pretrained(
-                folder, config=config, dtype=dtype, use_safetensors=True, key_mapping=_KEY_MAPPING, output_loading_info=True
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                key_mapping=_KEY_MAPPING,
+                output_loading_info=True,
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as err:
             raise ModelError(f"{folder} could not be loaded as a T5Gemma 2 checkpoint: {err}") from err
@@ -295,7 +307,9 @@ def digest_files(files: Sequence[Path]) -> str:
 
 def _read_config(folder: Path) -> T5Gemma2Config:
     if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} has no .safetensors file. Save the checkpoint with save_pretrained(); pickles are refused.")
+        raise ModelError(
+            f"{folder} has no .safetensors file. Save the checkpoint with save_pretrained(); pickles are refused."
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as err:

@@ -1,0 +1,135 @@
+"""The Chroma side of an index: clients, collections, their records, and where a database's states live.
+
+With `index.py`, `store/chroma.py` and the framework adapters, the only place that imports Chroma.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import chromadb
+import numpy as np
+from chromadb.config import Settings
+from chromadb.errors import NotFoundError
+
+from kalm_rag.embedders import Embedder
+from kalm_rag.errors import InputError
+from kalm_rag.reranker import Reranker
+from kalm_rag.states import Codec
+from kalm_rag.store import StateStore, open_store, stored_layout
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
+EMBEDDER_KEY = "kalm_rag:embedder"
+"""Collection metadata key that names what made its vectors."""
+PAGE = 1000
+"""Records a call: far below Chroma's limits on batches and results."""
+_SAME_VECTOR = 0.95
+"""Cosine above which two vectors of one text count as made by the same embedder (other weights give far less)."""
+
+
+def open_client(path: str | os.PathLike[str] | None) -> ClientAPI:
+    """Open a persistent Chroma database, made if absent; one in memory for None. Telemetry is off.
+
+    Raises:
+        InputError: If the path is a file.
+    """
+    settings = Settings(anonymized_telemetry=False)
+    if path is None:
+        return chromadb.EphemeralClient(settings=settings)
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; wanted the folder of a Chroma database.")
+    return chromadb.PersistentClient(str(folder), settings=settings)
+
+
+def open_states(
+    client: ClientAPI, engine: Reranker, *, codec: str | Codec | None = None, ratio: int | None = None
+) -> StateStore:
+    """Open the states that belong to a client's database: a file beside it, in memory, or a companion collection.
+
+    Args:
+        client: Persistent, ephemeral or HTTP.
+        engine: Whose states; its ratio is taken for a new store.
+        codec: None takes what is stored, or else exact.
+        ratio: None takes what is stored, or else the engine's.
+
+    Raises:
+        StateMismatchError: If states are stored at another ratio or codec than asked for.
+        StoreError: If the store can't be opened; StoreFormatError if it is damaged.
+    """
+    settings = client.get_settings()
+    remote = settings.chroma_server_host is not None
+    where: Any = client if remote else Path(settings.persist_directory) if settings.is_persistent else ":memory:"
+    layout = (engine.at(ratio) if ratio is not None else engine).layout(codec if codec is not None else Codec.EXACT)
+    there = stored_layout(where, layout.fingerprint)
+    if there is not None:
+        layout = replace(
+            layout,
+            ratio=there.ratio if ratio is None else layout.ratio,
+            codec=there.codec if codec is None else layout.codec,
+        )
+    return open_store(where, layout)
+
+
+def open_collection(client: ClientAPI, name: str, embedder: Embedder, *, create: bool) -> Collection:
+    """Get a collection as it is, or make one; its own embedding function is never run.
+
+    Raises:
+        InputError: If it is absent under ``create=False`` (the message lists those there are), or its vectors were
+            made by another embedder.
+    """
+    try:
+        collection = client.get_collection(name, embedding_function=None)
+    except (NotFoundError, ValueError) as err:
+        if not create:
+            names = ", ".join(sorted(c.name for c in client.list_collections())) or "none"
+            raise InputError(
+                f"no collection {name!r} in this database; it has: {names}. Index some text first."
+            ) from err
+    else:
+        _check_vectors(collection, embedder)
+        return collection
+    return client.create_collection(
+        name,
+        embedding_function=None,
+        metadata={EMBEDDER_KEY: embedder.name},
+        configuration={"hnsw": {"space": "cosine"}},
+    )
+
+
+def records(collection: Collection, *, texts: bool = True) -> Iterator[tuple[list[str], list[str | None]]]:
+    """All records of a collection, page by page: ids, and texts if asked for (else None)."""
+    offset = 0
+    while True:
+        page = collection.get(limit=PAGE, offset=offset, include=["documents"] if texts else [])
+        if not page["ids"]:
+            return
+        yield page["ids"], page["documents"] if texts else [None] * len(page["ids"])
+        offset += len(page["ids"])
+
+
+def _check_vectors(collection: Collection, embedder: Embedder) -> None:
+    """Refuse a collection whose vectors come from another embedder; a search would give nonsense silently."""
+    told = (collection.metadata or {}).get(EMBEDDER_KEY)
+    if told == embedder.name:
+        return
+    sample = collection.get(limit=1, include=["documents", "embeddings"])
+    if not sample["ids"] or sample["documents"] is None or sample["documents"][0] is None:
+        return
+    stored = np.asarray(sample["embeddings"][0], dtype=np.float32)
+    ours = embedder.passages([sample["documents"][0]])[0]
+    norm = float(np.linalg.norm(stored) * np.linalg.norm(ours))
+    cosine = float(stored @ ours) / norm if stored.shape == ours.shape and norm else 0.0
+    if cosine < _SAME_VECTOR:
+        raise InputError(
+            f"collection {collection.name!r} holds vectors of width {len(stored)} made by "
+            f"{told or 'another embedder'}; {embedder.name} gives width {len(ours)} (cosine {cosine:.2f} for "
+            f"record {sample['ids'][0]!r}). Pass embedder= with the one the collection was filled with."
+        )

@@ -1,0 +1,153 @@
+"""What an index reports: hits of a query, and what adding, verifying and mending did. Plain data, ready for JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One passage of an answer.
+
+    Attributes:
+        id: Its record id in the collection.
+        text: Its text.
+        metadata: Its metadata, a copy.
+        retrieval_rank: Its place in the vector search, from 1.
+        distance: Chroma's distance; lower is nearer.
+        margin: logit(yes) - logit(no); higher is better. None if it was not scored (``missing="skip"``, or no text).
+        probability: P(yes) in [0, 1], None likewise.
+        truncated: Whether the model read only the beginning of it.
+    """
+
+    id: str
+    text: str | None
+    metadata: Mapping[str, Any]
+    retrieval_rank: int
+    distance: float
+    margin: float | None
+    probability: float | None
+    truncated: bool = False
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """Seconds spent in each named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a stage, also when it fails."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryResult:
+    """Answer of `ChromaIndex.query`; iterates over its hits, best first.
+
+    Attributes:
+        query: The question.
+        hits: Best first; unscored ones behind the scored, in retrieval order.
+        candidates: Passages the vector search gave.
+        from_store: Of them, how many had stored states.
+        encoded: How many were encoded now, because they had none.
+        unscored: How many could not be scored (skipped by policy, or without text).
+        seconds: Stage to seconds: embed, search, fetch, encode, score.
+    """
+
+    query: str
+    hits: list[Hit]
+    candidates: int
+    from_store: int
+    encoded: int
+    unscored: int
+    seconds: dict[str, float]
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddReport:
+    """What adding did.
+
+    Attributes:
+        records: Records written to the collection.
+        encoded: Distinct passages that went through the encoder.
+        from_store: Records whose states were there already.
+        unchanged: Records left alone: same text, same metadata.
+        truncated: Ids of passages longer than the model reads.
+        seconds: Stage to seconds.
+    """
+
+    records: int = 0
+    encoded: int = 0
+    from_store: int = 0
+    unchanged: int = 0
+    truncated: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: AddReport) -> AddReport:
+        stages = self.seconds.keys() | other.seconds.keys()
+        return AddReport(
+            records=self.records + other.records,
+            encoded=self.encoded + other.encoded,
+            from_store=self.from_store + other.from_store,
+            unchanged=self.unchanged + other.unchanged,
+            truncated=[*self.truncated, *other.truncated],
+            seconds={s: self.seconds.get(s, 0.0) + other.seconds.get(s, 0.0) for s in stages},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """How a collection and its store agree.
+
+    Attributes:
+        records: Records in the collection.
+        without_text: Ids of records that hold no text; they can't be reranked.
+        missing: Ids of records whose present text has no stored states.
+        stale: Ids of records whose reference names another text than the present one.
+        unreferenced: Ids of records that the store has no reference of.
+        orphans: Record ids the store knows and the collection doesn't.
+        damaged: Keys of stored states that fail their checksum.
+    """
+
+    records: int
+    without_text: list[str]
+    missing: list[str]
+    stale: list[str]
+    unreferenced: list[str]
+    orphans: list[str]
+    damaged: list[str]
+
+    @property
+    def clean(self) -> bool:
+        """Whether every record with text has sound states and a right reference, and nothing is left over."""
+        return not (self.missing or self.stale or self.unreferenced or self.orphans or self.damaged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackfillReport:
+    """What mending did: passages encoded, references written and dropped, damaged states thrown away."""
+
+    encoded: int
+    referenced: int
+    dropped: int
+    discarded: int
