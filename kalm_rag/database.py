@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 EMBEDDER_KEY = "kalm_rag:embedder"
 """Collection metadata key that names what made its vectors."""
+MODEL_KEY = "kalm_rag:model"
+"""Collection metadata key that names the model whose states lie beside it."""
 PAGE = 1000
 """Records a call: far below Chroma's limits on batches and results."""
 _SAME_VECTOR = 0.95
@@ -50,12 +52,13 @@ def open_client(path: str | os.PathLike[str] | None) -> ClientAPI:
 
 
 def open_states(
-    client: ClientAPI, engine: Reranker, *, codec: str | Codec | None = None, ratio: int | None = None
+    client: ClientAPI, name: str, engine: Reranker, *, codec: str | Codec | None = None, ratio: int | None = None
 ) -> StateStore:
     """Open the states that belong to a client's database: a file beside it, in memory, or a companion collection.
 
     Args:
         client: Persistent, ephemeral or HTTP.
+        name: The collection; a companion collection is named after it.
         engine: Whose states; its ratio is taken for a new store.
         codec: None takes what is stored, or else exact.
         ratio: None takes what is stored, or else the engine's.
@@ -68,18 +71,34 @@ def open_states(
     remote = settings.chroma_server_host is not None
     where: Any = client if remote else Path(settings.persist_directory) if settings.is_persistent else ":memory:"
     layout = (engine.at(ratio) if ratio is not None else engine).layout(codec if codec is not None else Codec.EXACT)
-    there = stored_layout(where, layout.fingerprint)
+    there = stored_layout(where, layout.fingerprint, name=name)
     if there is not None:
         layout = replace(
             layout,
             ratio=there.ratio if ratio is None else layout.ratio,
             codec=there.codec if codec is None else layout.codec,
         )
-    return open_store(where, layout)
+    return open_store(where, layout, name=name)
 
 
-def open_collection(client: ClientAPI, name: str, embedder: Embedder, *, create: bool) -> Collection:
+def told_model(client: ClientAPI, name: str) -> str | None:
+    """Name of the model that a collection was made with, where it says so."""
+    try:
+        metadata = client.get_collection(name, embedding_function=None).metadata
+    except (NotFoundError, ValueError):
+        return None
+    return str(metadata[MODEL_KEY]) if metadata and MODEL_KEY in metadata else None
+
+
+def open_collection(client: ClientAPI, name: str, embedder: Embedder, *, model: str, create: bool) -> Collection:
     """Get a collection as it is, or make one; its own embedding function is never run.
+
+    Args:
+        client: Where.
+        name: Which.
+        embedder: What makes, or made, its vectors.
+        model: Name of the reranking model, noted in a new collection.
+        create: Make it if it is absent.
 
     Raises:
         InputError: If it is absent under ``create=False`` (the message lists those there are), or its vectors were
@@ -99,7 +118,7 @@ def open_collection(client: ClientAPI, name: str, embedder: Embedder, *, create:
     return client.create_collection(
         name,
         embedding_function=None,
-        metadata={EMBEDDER_KEY: embedder.name},
+        metadata={EMBEDDER_KEY: embedder.name, MODEL_KEY: model},
         configuration={"hnsw": {"space": "cosine"}},
     )
 

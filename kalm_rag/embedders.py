@@ -57,7 +57,7 @@ class BundledEmbedder:
         """Vectors of passages whose states are at hand, shape ``(passages, 384)``."""
         backbone = cast("EmbeddingBackbone", self._engine.backbone)
         vectors, counts = states.on(backbone.device, torch.float32)
-        return cast("np.ndarray", backbone.embed_states(vectors, counts).float().cpu().numpy())
+        return backbone.embed_states(vectors, counts).float().cpu().numpy()
 
     def query(self, text: str) -> list[float]:
         """Vector of a query, length 384."""

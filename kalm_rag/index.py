@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kalm_rag import upkeep
-from kalm_rag.database import PAGE, open_client, open_collection, open_states, records
+from kalm_rag.database import PAGE, open_client, open_collection, open_states, records, told_model
 from kalm_rag.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
 from kalm_rag.errors import ClosedError, InputError, MissingStateError
 from kalm_rag.instructions import Instructions
@@ -86,7 +86,7 @@ class ChromaIndex:
         *,
         client: ClientAPI | None = None,
         collection: str = "passages",
-        model: str | Reranker = "pico",
+        model: str | Reranker | None = None,
         embedder: object = None,
         store: StateStore | None = None,
         codec: str | Codec | None = None,
@@ -103,7 +103,8 @@ class ChromaIndex:
                 index in memory.
             client: A Chroma client of yours (persistent, ephemeral or HTTP).
             collection: Name of the collection.
-            model: Name or folder for `Reranker.from_pretrained`, or a ready engine (which stays yours to close).
+            model: Name or folder for `Reranker.from_pretrained`, or a ready engine (which stays yours to close). None
+                takes the one that the collection was made with, or else pico.
             embedder: What makes the vectors: see `kalm_rag.embedders.wrap_embedder`. None takes the bundled
                 all-MiniLM-L6-v2, which costs nothing extra with pico.
             store: Where states go. None: SQLite in the database's folder; in memory for an ephemeral client; a
@@ -129,19 +130,20 @@ class ChromaIndex:
             client = open_client(path)
         owned: list[Any] = []
         try:
-            engine = (
-                model if isinstance(model, Reranker) else Reranker.from_pretrained(model, device=device, dtype=dtype)
-            )
-            if engine is not model:
+            if isinstance(model, Reranker):
+                engine = model
+            else:
+                name = model if model is not None else told_model(client, collection) or "pico"
+                engine = Reranker.from_pretrained(name, device=device, dtype=dtype)
                 owned.append(engine)
             if store is None:
-                store = open_states(client, engine, codec=codec, ratio=ratio)
+                store = open_states(client, collection, engine, codec=codec, ratio=ratio)
                 owned.append(store)
             if engine.ratio != store.layout.ratio:
                 engine = engine.at(store.layout.ratio)
                 owned.append(engine)
             wrapped = _embedder(embedder, engine, owned)
-            opened = open_collection(client, collection, wrapped, create=create)
+            opened = open_collection(client, collection, wrapped, model=engine.info.name, create=create)
             index = cls(client, opened, engine, store, wrapped, missing=missing)
         except BaseException:
             for thing in owned:
@@ -278,8 +280,9 @@ class ChromaIndex:
             references=self._references([c for c in candidates if c.text is not None]),
         )
         with timings.stage("score"):
-            states = [] if looked.states is None else looked.states
-            relevances = self.engine.score(text, states, instructions=instructions, ratio=ratio)
+            relevances = self.engine.score(
+                text, looked.states if looked.states is not None else [], instructions=instructions, ratio=ratio
+            )
         cut = [] if looked.states is None else (looked.states.found > looked.states.tokens).tolist()
         hits = [
             _hit(candidates, looked.rows[r.index], r.margin, r.probability, cut[r.index])
@@ -443,7 +446,8 @@ def _check_records(
     """Check one call's records before anything is written; copies, so that nothing of the caller's is kept."""
     checked_ids = check_passages(ids)
     checked = check_passages(texts)
-    metas = [dict(m) if m else None for m in metadatas] if metadatas is not None else [None] * len(checked_ids)
+    given = metadatas if metadatas is not None else [None] * len(checked_ids)
+    metas = [dict(m) if m else None for m in given]  # Chroma refuses an empty mapping
     if not len(checked_ids) == len(checked) == len(metas):
         raise InputError(f"got {len(checked_ids)} ids, {len(checked)} texts, {len(metas)} metadatas; wanted one each.")
     seen: set[str] = set()

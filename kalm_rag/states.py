@@ -263,9 +263,10 @@ def unpack_batch(payloads: Sequence[bytes], tokens: Sequence[int], found: Sequen
     """
     lengths = [-(-t // layout.ratio) for t in tokens]
     width, hidden = max(lengths, default=0), layout.hidden_size
-    block = torch.zeros(len(payloads), width * hidden * layout.element.itemsize, dtype=torch.uint8)
+    vectors = torch.zeros(len(payloads), width, hidden, dtype=layout.element)
     scales = torch.zeros(len(payloads), width) if layout.codec is Codec.INT8 else None
-    block_rows, scale_rows = block.numpy(), None if scales is None else scales.numpy()
+    vector_rows = vectors.view(len(payloads), width * hidden).view(torch.uint8).numpy()  # numpy has no bfloat16
+    scale_rows = None if scales is None else scales.numpy()
     for row, (payload, n) in enumerate(zip(payloads, lengths, strict=True)):
         wanted = layout.payload_bytes(tokens[row])
         if len(payload) != wanted:
@@ -274,11 +275,11 @@ def unpack_batch(payloads: Sequence[bytes], tokens: Sequence[int], found: Sequen
             )
         size = n * hidden * layout.element.itemsize
         # numpy reads bytes in place; torch.frombuffer warns about read-only ones and needs aligned scales
-        block_rows[row, :size] = np.frombuffer(payload, np.uint8, count=size)
+        vector_rows[row, :size] = np.frombuffer(payload, np.uint8, count=size)
         if scale_rows is not None:
             scale_rows[row, :n] = np.frombuffer(payload, "<f4", offset=size)
     return StateBatch(
-        vectors=block.view(layout.element).view(len(payloads), width, hidden),
+        vectors=vectors,
         scales=scales,
         tokens=torch.as_tensor(list(tokens), dtype=torch.long),
         found=torch.as_tensor(list(found), dtype=torch.long),

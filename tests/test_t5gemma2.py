@@ -143,7 +143,7 @@ def test_bf16_is_close_and_scores_are_plain_floats(tiny_folder: Path, tiny: Rera
 
 
 def test_float16_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(InputError, match="float16.*Use"):
+    with pytest.raises(InputError, match=r"float16.*Use"):
         Reranker.from_pretrained(str(tiny_folder), dtype="fp16")
     with pytest.raises(InputError, match="overflows float16"):
         T5Gemma2Backbone.load(tiny_folder, name="t", revision="local", device=torch.device("cpu"), dtype=torch.float16)
@@ -179,10 +179,10 @@ def test_long_passage_is_cut_and_says_so(tiny: Reranker) -> None:
 
 
 def test_wrong_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no .safetensors file"):
+    with pytest.raises(ModelError, match=r"has no \.safetensors file"):
         Reranker.from_pretrained(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(ModelError, match="no readable config.json"):
+    with pytest.raises(ModelError, match=r"no readable config\.json"):
         Reranker.from_pretrained(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ModelError, match="'bert' checkpoint; wanted 't5gemma2'"):

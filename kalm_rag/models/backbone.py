@@ -96,7 +96,7 @@ class Backbone(Protocol):
         """
         ...
 
-    def prompt(self, query: str, instructions: Instructions) -> Any:
+    def prompt(self, query: str, instructions: Instructions) -> Any:  # noqa: ANN401 - each family has its own
         """Prepare one query under its instructions; the result is opaque and may be used for many passages."""
         ...
 

@@ -6,15 +6,21 @@ reference rows ``(collection id, record id) -> key`` for deletion, verification 
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from kalm_rag.errors import InputError, StateMismatchError, StoreFormatError
 from kalm_rag.states import Layout, PassageStates, StateBatch, pack_states, unpack_batch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +142,22 @@ class StateStore(Protocol):
     ) -> None: ...
 
 
+class Closing:
+    """A store as a context manager: leaving closes it."""
+
+    def close(self) -> None:
+        """Release what is held."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 class StoredRow(NamedTuple):
     """One passage as every store keeps it: payload bytes, what is needed to read them, and a checksum over it all."""
 
@@ -203,6 +225,13 @@ def assemble(keys: Sequence[str], rows: Mapping[str, StoredRow], layout: Layout,
     return Fetched(batch=batch, found=found, missing=missing)
 
 
+def chunked(values: Iterable[Value], size: int) -> Iterator[list[Value]]:
+    """Cut into lists of at most `size`, in order."""
+    rest = iter(values)
+    while chunk := list(itertools.islice(rest, size)):
+        yield chunk
+
+
 def check_keys(keys: Iterable[str]) -> None:
     """Refuse what can't be a key.
 
@@ -248,8 +277,8 @@ def check_same_layout(stored: Layout, wanted: Layout, where: str) -> None:
     """
     if stored != wanted:
         raise StateMismatchError(
-            f"{where} holds states of model {stored.fingerprint} as {_describe(stored)}; asked for {_describe(wanted)}. "
-            f"Open it with what is stored (stored_layout tells), or index again in another folder."
+            f"{where} holds states of model {stored.fingerprint} as {_describe(stored)}; asked for "
+            f"{_describe(wanted)}. Open it with what is stored (stored_layout tells), or index again in another folder."
         )
 
 

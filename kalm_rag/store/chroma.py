@@ -1,0 +1,304 @@
+"""A state store inside a Chroma server, for apps that can reach nothing else: a companion collection per model.
+
+The only store that imports chromadb. A state is a record ``s:<key>`` with its payload as base64 in the metadata; a
+reference is a record ``r:<digest of collection and record id>``. Costs 2.9x the payload on disk and 30 times the
+SQLite store's fetch: use that one wherever a folder can be reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from chromadb.api import ClientAPI
+from chromadb.errors import NotFoundError
+
+from kalm_rag.errors import ClosedError, KalmRagError, StoreError
+from kalm_rag.states import Layout, PassageStates
+from kalm_rag.store.base import (
+    Closing,
+    Fetched,
+    Reference,
+    StoredRow,
+    StoreStats,
+    Swept,
+    assemble,
+    check_ids,
+    check_keys,
+    check_references,
+    check_same_layout,
+    chunked,
+    damage,
+    make_row,
+)
+from kalm_rag.store.companion import (
+    Record,
+    batches,
+    companion_name,
+    read_marks,
+    read_reference,
+    read_row,
+    reference_id,
+    reference_record,
+    state_record,
+    write_marks,
+)
+
+READ_IDS = 256  # payloads of one answer: 256 states of 19 kB are 7 MB
+PAGE_IDS = 5000  # ids or references of one answer; `get` fails above 32,766
+EMBEDDING = [0.0]  # explicit, or Chroma downloads a model to make one
+
+
+class ChromaStore(Closing):
+    """States of one model in a companion collection ``<name>-kalm-states-<fingerprint prefix>``.
+
+    Chroma has no transactions. `put_many` writes states first and references after: cut off in between it leaves
+    unreferenced states, which `gc` takes, never a reference to states that were not written. `gc` and `put_many`
+    at the same time can leave a reference whose state is gone; it is then missing, and encoded again on demand.
+
+    Chroma Cloud is not supported: it takes 4,096 bytes a metadata value, a tenth of a passage (`StoreError`).
+
+    Make one with `ChromaStore.open` or `open_store`.
+    """
+
+    def __init__(self, client: ClientAPI, collection: Any, layout: Layout, prefix: str, writable: bool) -> None:  # noqa: ANN401 (Collection | None, untyped in chromadb)
+        self.layout = layout
+        self.writable = writable
+        self._client, self._collection, self._prefix = client, collection, prefix
+        self._name = companion_name(prefix, layout.fingerprint)
+        self._closed = False
+
+    @classmethod
+    def open(cls, client: ClientAPI, layout: Layout, *, name: str = "", read_only: bool = False) -> ChromaStore:
+        """Open or make the companion collection.
+
+        Args:
+            client: A chromadb client; the caller keeps and closes it.
+            layout: Model, width, ratio, codec and dtype. Must be what is stored, when the model's states are there.
+            name: Collection the states belong to, first part of the companion's name; "" for one companion a database.
+            read_only: Make nothing, refuse to write.
+
+        Raises:
+            StoreError: If the server can't be reached or refuses.
+            StoreFormatError: If the companion is not ours, or newer than this release.
+            StateMismatchError: If it holds the model's states with another ratio, codec or width.
+        """
+        companion = companion_name(name, layout.fingerprint)
+        with _translated(companion):
+            collection = _find(client, companion)
+            if collection is None and not read_only:
+                collection = client.get_or_create_collection(
+                    companion, metadata=write_marks(layout), embedding_function=None
+                )
+        if collection is not None:
+            check_same_layout(read_marks(collection), layout, f"companion collection {companion}")
+        return cls(client, collection, layout, name, not read_only)
+
+    def get_many(self, keys: Sequence[str]) -> Fetched:
+        """Fetch states; see `StateStore.get_many`."""
+        check_keys(keys)
+        rows: dict[str, StoredRow] = {}
+        for chunk in chunked(dict.fromkeys(keys), READ_IDS):
+            for record_id, fields in self._get(ids=["s:" + key for key in chunk]):
+                rows[record_id[2:]] = read_row(record_id, fields)
+        return assemble(keys, rows, self.layout, f"companion collection {self._name}")
+
+    def missing(self, keys: Sequence[str]) -> set[str]:
+        """Which keys have no states; asks for ids only."""
+        check_keys(keys)
+        absent = set(keys)
+        for chunk in chunked(dict.fromkeys(keys), PAGE_IDS):
+            absent -= {record_id[2:] for record_id, _ in self._get(ids=["s:" + key for key in chunk], fields=False)}
+        return absent
+
+    def put_many(self, states: Sequence[PassageStates], references: Sequence[Reference] = ()) -> None:
+        """Keep states, then references; see the class for what that means when it is cut off.
+
+        Raises:
+            StoreError: If the server can't be reached or refuses; states sent before may be kept, references not.
+        """
+        check_references(references)
+        rows: dict[str, StoredRow] = {}  # Chroma refuses an id that comes twice in a call
+        for row in (make_row(one, self.layout) for one in states):
+            rows.setdefault(row.key, row)
+        absent = self.missing(list(rows))
+        self._write("add", [state_record(rows[key]) for key in rows if key in absent])  # add leaves what is there
+        moved = {reference_id(r.collection_id, r.record_id): r for r in references}
+        self._write("upsert", [reference_record(record_id, r) for record_id, r in moved.items()])
+
+    def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
+        """Forget records; their states stay until `gc`."""
+        ids = list(dict.fromkeys(record_ids))
+        check_ids([collection_id, *ids])
+        return self._delete(reference_id(collection_id, record_id) for record_id in ids)
+
+    def references(self, collection_id: str) -> Iterator[Reference]:
+        """Known records of a collection, in no order; writes going on meanwhile may be seen or not."""
+        check_ids([collection_id])
+        where = {"$and": [{"kind": "reference"}, {"collection_id": collection_id}]}
+        for _, fields in self._scan(where, PAGE_IDS):
+            yield read_reference(fields)
+
+    def collections(self) -> dict[str, int]:
+        """Collection ids that have references, with their counts."""
+        counts: dict[str, int] = {}
+        for _, fields in self._scan({"kind": "reference"}, PAGE_IDS):
+            collection_id = read_reference(fields).collection_id
+            counts[collection_id] = counts.get(collection_id, 0) + 1
+        return counts
+
+    def verify(self) -> list[str]:
+        """Read every state; give the keys of damaged ones."""
+        found = self._scan({"kind": "state"}, READ_IDS)
+        return [record_id[2:] for record_id, fields in found if damage(read_row(record_id, fields), self.layout)]
+
+    def discard(self, keys: Iterable[str]) -> int:
+        """Drop states by key, leaving references."""
+        unique = list(dict.fromkeys(keys))
+        check_keys(unique)
+        return self._delete("s:" + key for key in unique)
+
+    def gc(self, live_collections: Iterable[str] | None = None) -> Swept:
+        """Drop references of collections that are gone, then unused states. Reads what it drops."""
+        live = None if live_collections is None else set(live_collections)
+        gone, used = [], set()
+        for record_id, fields in self._scan({"kind": "reference"}, PAGE_IDS):
+            reference = read_reference(fields)
+            if live is None or reference.collection_id in live:
+                used.add("s:" + reference.key)
+            else:
+                gone.append(record_id)
+        stored = [record_id for record_id, _ in self._scan({"kind": "state"}, PAGE_IDS, fields=False)]
+        unused = [record_id for record_id in stored if record_id not in used]
+        size = 0
+        for chunk in chunked(unused, READ_IDS):
+            size += sum(len(read_row(record_id, fields).payload) for record_id, fields in self._get(ids=chunk))
+        self._delete(gone)
+        return Swept(states=self._delete(unused), payload_bytes=size)
+
+    def stats(self) -> StoreStats:
+        """Count what is stored. Reads every state (Chroma gives no sums): slow on a large store; disk can't be told."""
+        sizes = [
+            len(read_row(record_id, fields).payload) for record_id, fields in self._scan({"kind": "state"}, READ_IDS)
+        ]
+        others = {}
+        for layout, collection in self._others():
+            with _translated(self._name):
+                others[layout.fingerprint] = sum(1 for _ in _pages(collection, {"kind": "state"}, PAGE_IDS, False))
+        return StoreStats(
+            states=len(sizes),
+            references=sum(self.collections().values()),
+            payload_bytes=sum(sizes),
+            disk_bytes=0,
+            other_namespaces=others,
+        )
+
+    def close(self) -> None:
+        """Let go of the client, which stays open; later calls raise `ClosedError`."""
+        self._closed = True
+
+    def _others(self) -> Iterator[tuple[Layout, Any]]:
+        with _translated(self._name):
+            start = companion_name(self._prefix, "")
+            named = [c for c in self._client.list_collections() if c.name.startswith(start) and c.name != self._name]
+            collections = [self._client.get_collection(c.name, embedding_function=None) for c in named]
+        for collection in collections:
+            yield read_marks(collection), collection
+
+    def _get(self, ids: list[str], fields: bool = True) -> list[tuple[str, dict[str, Any]]]:
+        self._check_open()
+        if not ids or self._collection is None:  # Chroma refuses an empty list
+            return []
+        with _translated(self._name):
+            answer = self._collection.get(ids=ids, include=["metadatas"] if fields else [])
+        return _pairs(answer)
+
+    def _scan(self, where: dict[str, Any], page: int, fields: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+        self._check_open()
+        if self._collection is not None:
+            with _translated(self._name):
+                yield from _pages(self._collection, where, page, fields)
+
+    def _write(self, verb: str, records: list[Record]) -> None:
+        self._check_open(writing=True)
+        with _translated(self._name):
+            most = self._client.get_max_batch_size()
+            for batch in batches(records, most):
+                getattr(self._collection, verb)(
+                    ids=[record_id for record_id, _ in batch],
+                    embeddings=[EMBEDDING] * len(batch),
+                    metadatas=[fields for _, fields in batch],
+                )
+
+    def _delete(self, ids: Iterable[str]) -> int:
+        self._check_open(writing=True)
+        count = 0
+        for chunk in chunked(ids, PAGE_IDS):
+            there = [record_id for record_id, _ in self._get(ids=chunk, fields=False)]  # delete counts unknown ids too
+            with _translated(self._name):
+                if there:
+                    self._collection.delete(ids=there)
+            count += len(there)
+        return count
+
+    def _check_open(self, writing: bool = False) -> None:
+        if self._closed:
+            raise ClosedError(f"companion collection {self._name} is closed; open the store again.")
+        if writing and not self.writable:
+            raise StoreError(f"companion collection {self._name} was opened read-only; open it with read_only=False.")
+
+
+def read_layout(client: ClientAPI, fingerprint: str, name: str = "") -> Layout | None:
+    """What layout a model's states have in the server, or None when there are none.
+
+    Raises:
+        StoreError: If the server can't be reached; StoreFormatError if the companion is not ours.
+    """
+    companion = companion_name(name, fingerprint)
+    with _translated(companion):
+        collection = _find(client, companion)
+    return None if collection is None else read_marks(collection)
+
+
+def _find(client: ClientAPI, companion: str) -> Any:  # noqa: ANN401 (Collection | None, untyped in chromadb)
+    try:
+        return client.get_collection(companion, embedding_function=None)
+    except NotFoundError:
+        return None
+
+
+def _pages(
+    collection: Any,  # noqa: ANN401 (Collection, untyped in chromadb)
+    where: dict[str, Any],
+    page: int,
+    fields: bool,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    offset = 0
+    while True:
+        answer = collection.get(where=where, include=["metadatas"] if fields else [], limit=page, offset=offset)
+        yield from _pairs(answer)
+        if len(answer["ids"]) < page:
+            return
+        offset += page
+
+
+def _pairs(answer: Any) -> list[tuple[str, dict[str, Any]]]:  # noqa: ANN401 (GetResult, untyped in chromadb)
+    fields = answer["metadatas"]
+    return list(zip(answer["ids"], fields if fields is not None else [{}] * len(answer["ids"]), strict=True))
+
+
+@contextlib.contextmanager
+def _translated(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (KalmRagError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except NotFoundError as err:
+        raise StoreError(f"companion collection {name} is gone ({err}). Open the store again to make it anew.") from err
+    except BaseException as err:  # chromadb raises bare Exception for HTTP errors, BaseException for Rust panics
+        raise StoreError(
+            f"companion collection {name}: Chroma refused or can't be reached "
+            f"({type(err).__name__}: {str(err)[:300]}). Check the server; if it limits metadata to a few kB (Chroma "
+            f"Cloud), keep states in a folder instead."
+        ) from err

@@ -1,0 +1,121 @@
+"""What a companion collection holds: its name, its marks, and the records for states and references.
+
+Pure functions over dicts; knows no chromadb. The store over them is `chroma.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from kalm_rag.errors import InputError, StoreFormatError
+from kalm_rag.states import FORMAT_VERSION, Codec, Layout
+from kalm_rag.store.base import Reference, StoredRow
+
+SCHEMA_VERSION = 1
+BODY_BYTES = 8 << 20
+"""Bytes of one call. Servers refuse bodies from 45 MB on (measured), proxies before them often far smaller ones."""
+
+Record = tuple[str, dict[str, "str | int"]]
+
+
+def companion_name(name: str, fingerprint: str) -> str:
+    """Name of the companion collection of a collection (or of all, with "") for one model."""
+    return f"{name[:400]}-kalm-states-{fingerprint[:16]}".lstrip("-")  # Chroma takes 512 characters
+
+
+def write_marks(layout: Layout) -> dict[str, str | int]:
+    """Metadata of a new companion collection: what it is, and the layout of its states."""
+    fields = {
+        "fingerprint": layout.fingerprint,
+        "hidden_size": layout.hidden_size,
+        "ratio": layout.ratio,
+        "codec": layout.codec.value,
+        "state_dtype": layout.state_dtype,
+        "format": FORMAT_VERSION,
+    }
+    return {"kalm_schema": SCHEMA_VERSION, "kalm_layout": json.dumps(fields)}
+
+
+def read_marks(collection: Any) -> Layout:  # noqa: ANN401 (Collection, untyped in chromadb)
+    """Read back what `write_marks` wrote.
+
+    Raises:
+        StoreFormatError: If the collection is not a companion, or newer than this release.
+    """
+    marks = collection.metadata if collection.metadata is not None else {}
+    try:
+        version, fields = int(marks["kalm_schema"]), json.loads(marks["kalm_layout"])
+        newer = version > SCHEMA_VERSION or fields.pop("format") > FORMAT_VERSION
+        layout = Layout(**{**fields, "codec": Codec.parse(fields["codec"])})
+    except (KeyError, TypeError, ValueError, AttributeError, InputError) as err:
+        raise StoreFormatError(
+            f"collection {collection.name} is not a kalm_rag state store (its metadata says {marks!r}). Nothing was "
+            f"changed. Rename it, or delete it and backfill: states are rebuilt from the texts."
+        ) from err
+    if newer:
+        raise StoreFormatError(
+            f"companion collection {collection.name} was written by a newer kalm_rag (schema {version}; this one reads "
+            f"up to {SCHEMA_VERSION}). Upgrade kalm_rag."
+        )
+    return layout
+
+
+def state_record(row: StoredRow) -> Record:
+    """Record of one passage's states: id and metadata."""
+    text = base64.b64encode(row.payload).decode("ascii")
+    fields: dict[str, str | int] = {"kind": "state", "tokens": row.tokens, "found": row.found, "payload": text}
+    return "s:" + row.key, {**fields, "checksum": row.checksum}
+
+
+def read_row(record_id: str, fields: dict[str, Any]) -> StoredRow:
+    """Read a state record, trusting nothing: `damage` judges the row."""
+    try:
+        payload = base64.b64decode(fields.get("payload", ""), validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        payload = b""  # of no legal length: `damage` reports it
+    return StoredRow(
+        record_id[2:], fields.get("tokens", 0), fields.get("found", 0), fields.get("checksum", -1), payload
+    )
+
+
+def reference_id(collection_id: str, record_id: str) -> str:
+    """Id of a reference's record; ids of callers can be anything, and would clash between collections."""
+    return "r:" + hashlib.sha256(f"{collection_id}\0{record_id}".encode()).hexdigest()
+
+
+def reference_record(own_id: str, reference: Reference) -> Record:
+    """Record of one reference: id and metadata."""
+    fields: dict[str, str | int] = {"kind": "reference", "collection_id": reference.collection_id}
+    return own_id, {**fields, "record_id": reference.record_id, "key": reference.key}
+
+
+def read_reference(fields: dict[str, Any]) -> Reference:
+    """Read a reference record.
+
+    Raises:
+        StoreFormatError: If a field is missing.
+    """
+    try:
+        return Reference(collection_id=fields["collection_id"], record_id=fields["record_id"], key=fields["key"])
+    except KeyError as err:
+        raise StoreFormatError(f"a reference record lacks {err}: {fields!r}. Delete the companion, backfill.") from err
+
+
+def batches(records: Iterable[Record], most: int) -> Iterator[list[Record]]:
+    """Cut records into calls of at most `most` records and `BODY_BYTES`."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        own = sum(len(str(value).encode()) for value in record[1].values()) + 300
+        if batch and (len(batch) >= most or size + own > BODY_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(record)
+        size += own
+    if batch:
+        yield batch

@@ -1,0 +1,139 @@
+"""A state store that lives and dies with the process, for Chroma's ephemeral client and for tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+
+from kalm_rag.errors import ClosedError
+from kalm_rag.states import Layout, PassageStates
+from kalm_rag.store.base import (
+    Closing,
+    Fetched,
+    Reference,
+    StoredRow,
+    StoreStats,
+    Swept,
+    assemble,
+    check_ids,
+    check_keys,
+    check_references,
+    damage,
+    make_row,
+)
+
+
+class MemoryStore(Closing):
+    """States of one model in a dict, in the codec's bytes: what comes out is what the SQLite store would give.
+
+    Args:
+        layout: Model, width, ratio, codec and dtype.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._rows: dict[str, StoredRow] = {}
+        self._uses: dict[str, dict[str, str]] = {}  # collection id -> record id -> key
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def get_many(self, keys: Sequence[str]) -> Fetched:
+        """Fetch states; see `StateStore.get_many`."""
+        check_keys(keys)
+        with self._lock:
+            self._check_open()
+            rows = {key: self._rows[key] for key in keys if key in self._rows}
+        return assemble(keys, rows, self.layout, "state store in memory")
+
+    def missing(self, keys: Sequence[str]) -> set[str]:
+        """Which keys have no states."""
+        check_keys(keys)
+        with self._lock:
+            self._check_open()
+            return {key for key in keys if key not in self._rows}
+
+    def put_many(self, states: Sequence[PassageStates], references: Sequence[Reference] = ()) -> None:
+        """Keep states and references; see `StateStore.put_many`."""
+        rows = [make_row(one, self.layout) for one in states]
+        check_references(references)
+        with self._lock:
+            self._check_open()
+            for row in rows:
+                self._rows.setdefault(row.key, row)
+            for reference in references:
+                self._uses.setdefault(reference.collection_id, {})[reference.record_id] = reference.key
+
+    def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
+        """Forget records; their states stay until `gc`."""
+        ids = list(dict.fromkeys(record_ids))
+        check_ids([collection_id, *ids])
+        with self._lock:
+            self._check_open()
+            records = self._uses.get(collection_id, {})
+            gone = [records.pop(record_id) for record_id in ids if record_id in records]
+            if not records:
+                self._uses.pop(collection_id, None)
+            return len(gone)
+
+    def references(self, collection_id: str) -> Iterator[Reference]:
+        """Known records of a collection, as they are now."""
+        check_ids([collection_id])
+        with self._lock:
+            self._check_open()
+            records = dict(self._uses.get(collection_id, {}))
+        for record_id, key in records.items():
+            yield Reference(collection_id=collection_id, record_id=record_id, key=key)
+
+    def collections(self) -> dict[str, int]:
+        """Collection ids that have references, with their counts."""
+        with self._lock:
+            self._check_open()
+            return {collection: len(records) for collection, records in self._uses.items()}
+
+    def verify(self) -> list[str]:
+        """Check every state; give the keys of damaged ones."""
+        with self._lock:
+            self._check_open()
+            rows = list(self._rows.values())
+        return [row.key for row in rows if damage(row, self.layout)]
+
+    def discard(self, keys: Iterable[str]) -> int:
+        """Drop states by key, leaving references."""
+        unique = list(dict.fromkeys(keys))
+        check_keys(unique)
+        with self._lock:
+            self._check_open()
+            return sum(self._rows.pop(key, None) is not None for key in unique)
+
+    def gc(self, live_collections: Iterable[str] | None = None) -> Swept:
+        """Drop references of collections that are gone, then unused states."""
+        live = None if live_collections is None else set(live_collections)
+        with self._lock:
+            self._check_open()
+            if live is not None:
+                self._uses = {name: records for name, records in self._uses.items() if name in live}
+            used = {key for records in self._uses.values() for key in records.values()}
+            gone = [self._rows.pop(key) for key in self._rows.keys() - used]
+        return Swept(states=len(gone), payload_bytes=sum(len(row.payload) for row in gone))
+
+    def stats(self) -> StoreStats:
+        """Count what is stored; nothing is on disk."""
+        with self._lock:
+            self._check_open()
+            return StoreStats(
+                states=len(self._rows),
+                references=sum(map(len, self._uses.values())),
+                payload_bytes=sum(len(row.payload) for row in self._rows.values()),
+                disk_bytes=0,
+                other_namespaces={},
+            )
+
+    def close(self) -> None:
+        """Forget everything; later calls raise `ClosedError`."""
+        with self._lock:
+            self._closed = True
+            self._rows, self._uses = {}, {}
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("state store in memory is closed; its states are gone. Make a new one.")

@@ -1,0 +1,96 @@
+"""Finds the store that fits what the caller has: a folder, a file, a chromadb client, or nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+from kalm_rag.errors import InputError, StoreError
+from kalm_rag.states import Layout
+from kalm_rag.store.base import StateStore
+from kalm_rag.store.memory import MemoryStore
+from kalm_rag.store.sqlite import SqliteStore, read_layout
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+
+FILE_NAME = "kalm_states.sqlite3"
+"""Name of the store's file in a folder, beside Chroma's `chroma.sqlite3`."""
+
+MEMORY = ":memory:"
+
+Where = Union[str, "os.PathLike[str]", "ClientAPI"]
+
+
+def open_store(
+    where: Where, layout: Layout, *, name: str = "", read_only: bool = False, timeout: float = 30.0
+) -> StateStore:
+    """Open the state store of one model, making it if it isn't there.
+
+    Args:
+        where: ``":memory:"``; a folder (the store is its `FILE_NAME`, beside Chroma's files); the path of a file that
+            ends in ``.sqlite3``; or a chromadb client (a companion collection: only where no folder can be reached).
+        layout: Model, width, ratio, codec and dtype; `stored_layout` gives what is there.
+        name: For a client: the collection that the states belong to. Unused otherwise.
+        read_only: Make and write nothing.
+        timeout: For a file: seconds to wait while another process writes.
+
+    Raises:
+        StoreError: If it can't be opened or made.
+        StoreFormatError: If what is there is foreign, damaged or newer than this release.
+        StateMismatchError: If the model's states are there with another ratio, codec or width.
+        InputError: If `where` is none of these.
+    """
+    if where == MEMORY:
+        return MemoryStore(layout)
+    if isinstance(where, (str, os.PathLike)):
+        return SqliteStore.open(store_file(where), layout, read_only=read_only, timeout=timeout)
+    from kalm_rag.store.chroma import ChromaStore  # here: chromadb takes a second to import
+
+    return ChromaStore.open(_client(where), layout, name=name, read_only=read_only)
+
+
+def stored_layout(where: Where, fingerprint: str, *, name: str = "") -> Layout | None:
+    """What layout a model's states have in a store, so that an index can adopt it; None when none are there.
+
+    Raises:
+        StoreError: If there is a store that can't be opened (StoreFormatError: foreign, damaged, newer).
+        InputError: If `where` is not something `open_store` takes.
+    """
+    if where == MEMORY:
+        return None
+    if isinstance(where, (str, os.PathLike)):
+        return read_layout(store_file(where), fingerprint)
+    from kalm_rag.store import chroma
+
+    return chroma.read_layout(_client(where), fingerprint, name)
+
+
+def store_file(where: str | os.PathLike[str]) -> Path:
+    """Path of the store's file for a folder, or for the file itself.
+
+    Raises:
+        InputError: If it is empty, or holds a NUL.
+        StoreError: If it is a file that doesn't end in ``.sqlite3``.
+    """
+    text = os.fspath(where)
+    if not text or "\0" in text:
+        raise InputError(f"store path is {text!r}; wanted a folder, a .sqlite3 file or ':memory:'.")
+    path = Path(text)
+    if path.suffix == ".sqlite3":
+        return path
+    if path.is_file():
+        raise StoreError(f"{path} is a file, not a folder. Name a folder, or a file that ends in .sqlite3.")
+    return path / FILE_NAME
+
+
+def _client(where: object) -> ClientAPI:
+    from chromadb.api import ClientAPI
+
+    if isinstance(where, ClientAPI):
+        return where
+    raise InputError(
+        f"store place is {type(where).__name__}; wanted ':memory:', a folder, a path ending in .sqlite3, or a chromadb "
+        f"client."
+    )

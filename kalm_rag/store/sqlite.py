@@ -1,0 +1,300 @@
+"""The default state store: one SQLite file, beside Chroma's. Standard library only; tables are in `schema.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from kalm_rag.errors import StoreError
+from kalm_rag.states import Codec, Layout, PassageStates
+from kalm_rag.store.base import (
+    Closing,
+    Fetched,
+    Reference,
+    StoredRow,
+    StoreStats,
+    Swept,
+    assemble,
+    check_ids,
+    check_keys,
+    check_references,
+    check_same_layout,
+    chunked,
+    damage,
+    make_row,
+)
+from kalm_rag.store.connections import ConnectionPool, translate
+from kalm_rag.store.schema import make_namespace, open_pool, read_namespace, transaction
+
+CHUNK = 500  # SQLite's older limit is 999 variables a statement
+PAGE_ROWS = 64  # rows read at a time where all are read: memory stays flat
+SWEEP_ROWS = 200  # rows deleted in one transaction: other writers wait only so long
+
+
+class SqliteStore(Closing):
+    """States of one model in one SQLite file; many threads and many processes may use it at once.
+
+    A call that returned is kept, whatever happens to the process afterwards (``kill -9`` included). A power cut or a
+    crash of the operating system may lose the last calls before it (never parts of a call, never the file): WAL
+    with synchronous=NORMAL. Lost states are encoded again on demand.
+
+    Make one with `SqliteStore.open` or `open_store`.
+    """
+
+    def __init__(self, pool: ConnectionPool, path: Path, layout: Layout, namespace: int, writable: bool) -> None:
+        self.layout = layout
+        self.path = path
+        self.writable = writable
+        self._pool = pool
+        self._namespace = namespace
+
+    @classmethod
+    def open(cls, path: str | Path, layout: Layout, *, read_only: bool = False, timeout: float = 30.0) -> SqliteStore:
+        """Open or make the file and the model's namespace in it.
+
+        Args:
+            path: The file. Its folder is made when it isn't there.
+            layout: Model, width, ratio, codec and dtype. Must be what is stored, when the model's states are there.
+            read_only: Write nothing, not even an empty file. Without it a file that can't be written is read-only, too.
+            timeout: Seconds to wait while another process writes.
+
+        Raises:
+            StoreError: If it can't be opened or made.
+            StoreFormatError: If it is foreign, damaged or newer than this release.
+            StateMismatchError: If the model's states are there with another ratio, codec or width.
+        """
+        path = Path(path)
+        if not read_only:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as err:
+                raise StoreError(f"state store {path}: its folder can't be made ({err}). Name another place.") from err
+        pool, writable = open_pool(path, layout, read_only=read_only, timeout=timeout)
+        try:
+            with pool.borrow() as connection:
+                known = read_namespace(connection, layout.fingerprint, path)
+                if known is None and writable:
+                    try:
+                        make_namespace(connection, layout)
+                    except sqlite3.OperationalError as err:
+                        if "readonly" not in str(err):
+                            raise
+                        writable = False  # SQLite opens a file that it may not write without a word
+                    known = read_namespace(connection, layout.fingerprint, path)
+            if known is not None:
+                check_same_layout(known[1], layout, str(path))
+        except BaseException:
+            pool.close()
+            raise
+        return cls(pool, path, layout, known[0] if known is not None else 0, writable)
+
+    def get_many(self, keys: Sequence[str]) -> Fetched:
+        """Fetch states; see `StateStore.get_many`."""
+        check_keys(keys)
+        rows: dict[str, StoredRow] = {}
+        with self._pool.borrow() as connection:
+            for chunk in chunked(dict.fromkeys(keys), CHUNK):
+                for key, *rest in connection.execute(
+                    "SELECT key, tokens, found, checksum, payload FROM states "
+                    f"WHERE namespace=? AND key IN ({_marks(chunk)})",
+                    (self._namespace, *map(bytes.fromhex, chunk)),
+                ):
+                    rows[key.hex()] = StoredRow(key.hex(), *rest)
+        return assemble(keys, rows, self.layout, f"state store {self.path}")
+
+    def missing(self, keys: Sequence[str]) -> set[str]:
+        """Which keys have no states; reads the index of keys only."""
+        check_keys(keys)
+        absent = set(keys)
+        with self._pool.borrow() as connection:
+            for chunk in chunked(dict.fromkeys(keys), CHUNK):
+                query = f"SELECT key FROM states WHERE namespace=? AND key IN ({_marks(chunk)})"
+                for (key,) in connection.execute(query, (self._namespace, *map(bytes.fromhex, chunk))):
+                    absent.discard(key.hex())
+        return absent
+
+    def put_many(self, states: Sequence[PassageStates], references: Sequence[Reference] = ()) -> None:
+        """Keep states and references; see `StateStore.put_many`.
+
+        A key that is there is left alone even if its row is damaged: finding out would mean reading all of it on each
+        write. `verify` and `discard` are for that.
+        """
+        rows = [make_row(one, self.layout) for one in states]
+        check_references(references)
+        here = self._namespace
+        values = [(here, bytes.fromhex(r.key), r.tokens, r.found, r.checksum, r.payload) for r in rows]
+        uses = [(here, r.collection_id, r.record_id, bytes.fromhex(r.key)) for r in references]
+        with self._writing() as connection:
+            connection.executemany(
+                "INSERT INTO states (namespace, key, tokens, found, checksum, payload) VALUES (?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (namespace, key) DO NOTHING",
+                values,
+            )
+            connection.executemany(
+                "INSERT INTO uses (namespace, collection_id, record_id, key) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (namespace, collection_id, record_id) DO UPDATE SET key=excluded.key",
+                uses,
+            )
+
+    def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
+        """Forget records, all in one transaction; their states stay until `gc`."""
+        ids = list(dict.fromkeys(record_ids))
+        check_ids([collection_id, *ids])
+        count = 0
+        with self._writing() as connection:
+            for chunk in chunked(ids, CHUNK):
+                query = f"DELETE FROM uses WHERE namespace=? AND collection_id=? AND record_id IN ({_marks(chunk)})"
+                count += connection.execute(query, (self._namespace, collection_id, *chunk)).rowcount
+        return count
+
+    def references(self, collection_id: str) -> Iterator[Reference]:
+        """Known records of a collection, by id. Read in pages, so that nothing is held while the caller works."""
+        check_ids([collection_id])
+        last: str | None = None
+        while True:
+            with self._pool.borrow() as connection:
+                page = connection.execute(
+                    "SELECT record_id, key FROM uses WHERE namespace=? AND collection_id=? "
+                    f"{'' if last is None else 'AND record_id>?'} ORDER BY record_id LIMIT {CHUNK}",
+                    (self._namespace, collection_id) if last is None else (self._namespace, collection_id, last),
+                ).fetchall()
+            for record_id, key in page:
+                yield Reference(collection_id=collection_id, record_id=record_id, key=key.hex())
+            if len(page) < CHUNK:
+                return
+            last = page[-1][0]
+
+    def collections(self) -> dict[str, int]:
+        """Collection ids that have references, with their counts."""
+        query = "SELECT collection_id, COUNT(*) FROM uses WHERE namespace=? GROUP BY collection_id"
+        with self._pool.borrow() as connection:
+            return dict(connection.execute(query, (self._namespace,)).fetchall())
+
+    def verify(self) -> list[str]:
+        """Read every state; give the keys of damaged ones.
+
+        Raises:
+            StoreFormatError: If the file itself is damaged, so that rows can't be read at all.
+        """
+        wrong: list[str] = []
+        last = -1
+        while True:
+            with self._pool.borrow() as connection:
+                page = connection.execute(  # NOT INDEXED: in the order of the file, not of the keys
+                    "SELECT id, key, tokens, found, checksum, payload FROM states NOT INDEXED "
+                    f"WHERE namespace=? AND id>? ORDER BY id LIMIT {PAGE_ROWS}",
+                    (self._namespace, last),
+                ).fetchall()
+            wrong.extend(row[1].hex() for row in page if damage(StoredRow(row[1].hex(), *row[2:]), self.layout))
+            if len(page) < PAGE_ROWS:
+                return wrong
+            last = page[-1][0]
+
+    def discard(self, keys: Iterable[str]) -> int:
+        """Drop states by key, leaving references."""
+        unique = list(dict.fromkeys(keys))
+        check_keys(unique)
+        count = 0
+        for chunk in chunked(unique, SWEEP_ROWS):
+            chosen, values = f"namespace=? AND key IN ({_marks(chunk)})", (self._namespace, *map(bytes.fromhex, chunk))
+            with self._writing() as connection:
+                count += connection.execute(f"DELETE FROM states WHERE {chosen}", values).rowcount
+                # a row whose own key was damaged is not found by the index, which still has the right one
+                lost = connection.execute(f"SELECT id FROM states NOT INDEXED WHERE {chosen}", values).fetchall()
+                if lost:
+                    connection.execute("REINDEX states_by_key")
+                    count += connection.execute(f"DELETE FROM states WHERE {chosen}", values).rowcount
+        return count
+
+    def gc(self, live_collections: Iterable[str] | None = None) -> Swept:
+        """Drop references of collections that are gone, then unused states, then give the space back to the disk.
+
+        Works in short transactions: readers are not held up, other writers only for moments.
+        """
+        if live_collections is not None:
+            live = set(live_collections)
+            for collection in self.collections().keys() - live:
+                self._forget_collection(collection)
+        unused = "NOT EXISTS (SELECT 1 FROM uses u WHERE u.namespace=s.namespace AND u.key=s.key)"
+        with self._pool.borrow() as connection:
+            query = f"SELECT id FROM states s WHERE namespace=? AND {unused}"
+            candidates = [row[0] for row in connection.execute(query, (self._namespace,))]
+        states = payload = 0
+        for chunk in chunked(candidates, SWEEP_ROWS):
+            chosen = f"id IN ({_marks(chunk)}) AND {unused}"  # asked again: a writer may have come between
+            with self._writing() as connection:
+                query = f"SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM states s WHERE {chosen}"
+                count, size = connection.execute(query, chunk).fetchone()
+                connection.execute(f"DELETE FROM states AS s WHERE {chosen}", chunk)
+            states, payload = states + count, payload + size
+        if self.writable:
+            self._give_back_space()
+        return Swept(states=states, payload_bytes=payload)
+
+    def stats(self) -> StoreStats:
+        """Count what is stored; disk bytes are the file's and its log's, all models together."""
+        with self._pool.borrow() as connection:
+            here = (self._namespace,)
+            query = "SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM states WHERE namespace=?"
+            states, payload = connection.execute(query, here).fetchone()
+            uses = connection.execute("SELECT COUNT(*) FROM uses WHERE namespace=?", here).fetchone()[0]
+            others = connection.execute(
+                "SELECT fingerprint, (SELECT COUNT(*) FROM states s WHERE s.namespace=n.id) FROM namespaces n "
+                "WHERE fingerprint<>?",
+                (self.layout.fingerprint,),
+            ).fetchall()
+        files = [self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm")]
+        disk = sum(file.stat().st_size for file in files if file.exists())
+        return StoreStats(
+            states=states, references=uses, payload_bytes=payload, disk_bytes=disk, other_namespaces=dict(others)
+        )
+
+    def close(self) -> None:
+        """Close all connections; calls under way finish first. Later calls raise `ClosedError`."""
+        self._pool.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        if not self.writable:
+            raise translate(sqlite3.OperationalError("opened read-only"), self.path)
+        with self._pool.borrow() as connection, transaction(connection):
+            yield connection
+
+    def _forget_collection(self, collection: str) -> None:
+        query = (
+            "DELETE FROM uses WHERE namespace=? AND collection_id=? AND record_id IN "
+            f"(SELECT record_id FROM uses WHERE namespace=? AND collection_id=? LIMIT {10 * CHUNK})"
+        )
+        count = 1
+        while count:
+            with self._writing() as connection:
+                count = connection.execute(query, (self._namespace, collection) * 2).rowcount
+
+    def _give_back_space(self) -> None:
+        with self._pool.borrow() as connection:
+            before = -1
+            while (free := connection.execute("PRAGMA freelist_count").fetchone()[0]) not in (0, before):
+                before = free
+                connection.executescript("PRAGMA incremental_vacuum(256)")  # execute() would free one page only
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # waits for nobody
+
+
+def read_layout(path: Path, fingerprint: str, timeout: float = 30.0) -> Layout | None:
+    """What layout a model's states have in a file, or None when there are none; writes nothing.
+
+    Raises:
+        StoreError: If it can't be opened; StoreFormatError if it is foreign or damaged.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    unknown = Layout(fingerprint=fingerprint, hidden_size=1, ratio=1, codec=Codec.EXACT, state_dtype="float32")
+    pool, _ = open_pool(path, unknown, read_only=True, timeout=timeout)
+    with contextlib.closing(pool), pool.borrow() as connection:
+        known = read_namespace(connection, fingerprint, path)
+    return None if known is None else known[1]
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))

@@ -1,0 +1,1 @@
+"""The recipe that makes pico: data, losses, schedule. Needs the extra 'train'."""

@@ -1,0 +1,87 @@
+"""Measuring on held-out lists during training: nDCG@10 before and after, and the calibration fitted there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kalm_rag.models.pico import PicoBackbone
+from kalm_rag.pooling import mean_groups
+from kalm_rag.training.data import Lists
+from kalm_rag.training.losses import calibrate
+
+TOP_K = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevScore:
+    """nDCG@10 on one held-out set at one ratio, over the retriever's top 50.
+
+    Attributes:
+        name: Which set.
+        ratio: Pooling ratio.
+        retrieval: The retriever's own order.
+        fusion: The teacher's order (BM25 + retriever).
+        reranked: pico's order.
+        queries: How many queries.
+    """
+
+    name: str
+    ratio: int
+    retrieval: float
+    fusion: float
+    reranked: float
+    queries: int
+
+
+def dev_margins(backbone: PicoBackbone, lists: Lists, ratio: int) -> Tensor:
+    """Score each query's top candidates, ``(queries, TOP_K)``, without calibration."""
+    decoder, table, out = backbone.decoder, backbone.codes.table, []
+    depth = min(TOP_K, lists.depth)
+    with torch.inference_mode():
+        for row in range(len(lists.texts)):
+            hidden, ids, counts = lists.queries.gather(torch.tensor([row]))
+            query = decoder.prepare(hidden, ids, table[ids], counts > 0, 0)
+            hidden, ids, counts = lists.passages.gather(lists.candidates[row, :depth])
+            states, counts = mean_groups(torch.cat([hidden, table[ids]], -1), counts, ratio)
+            out.append(decoder(query.rows(torch.zeros(depth, dtype=torch.long)), states, counts)[0])
+    return torch.stack(out)
+
+
+def score_dev(backbone: PicoBackbone, lists: Lists, ratios: Sequence[int] = (4, 32)) -> list[DevScore]:
+    """Measure the model on held-out lists."""
+    depth = min(TOP_K, lists.depth)
+    gold = lists.gold[:, :depth]
+    before = mean_ndcg(lists.dense[:, :depth], gold, lists.relevant)
+    fused = mean_ndcg(lists.teacher()[:, :depth], gold, lists.relevant)
+    return [
+        DevScore(
+            name=lists.name,
+            ratio=ratio,
+            retrieval=before,
+            fusion=fused,
+            reranked=mean_ndcg(dev_margins(backbone, lists, ratio), gold, lists.relevant),
+            queries=len(lists.texts),
+        )
+        for ratio in ratios
+    ]
+
+
+def calibrate_on(backbone: PicoBackbone, lists: Sequence[Lists], ratio: int = 4) -> None:
+    """Fit the scale and shift that make ``sigmoid(margin)`` a probability, over all held-out pairs."""
+    margins = [dev_margins(backbone, one, ratio).flatten() for one in lists]
+    gold = [one.gold[:, : min(TOP_K, one.depth)].flatten() for one in lists]
+    scale, shift = calibrate(torch.cat(margins), torch.cat(gold))
+    backbone.decoder.calibration.copy_(torch.tensor([scale, shift]))
+
+
+def mean_ndcg(scores: Tensor, gold: Tensor, relevant: Sequence[int], k: int = 10) -> float:
+    """Mean nDCG@k of binary labels; ties keep the given order. `relevant` counts those outside the list too."""
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    gains = gold.gather(1, order)
+    discount = 1.0 / torch.arange(2, k + 2).float().log2()
+    ideal = torch.stack([discount[: max(1, min(k, n))].sum() for n in relevant])
+    return float(((gains * discount[: gains.shape[1]]).sum(1) / ideal).mean())

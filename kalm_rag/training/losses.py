@@ -1,0 +1,71 @@
+"""What pico is trained to do: put labelled passages first, and order a list as the teacher does.
+
+Pure tensor functions. Letters: L lists, C candidates of a list.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def listwise_loss(margins: Tensor, gold: Tensor) -> Tensor:
+    """Softmax loss over each list: ``-log(sum of gold probabilities)``, meaned over lists that have a gold one.
+
+    Args:
+        margins: Scores, ``(L, C)``.
+        gold: 1 on relevant candidates, else 0, ``(L, C)``.
+
+    Returns:
+        A scalar; 0 where no list has a relevant candidate.
+
+    Example:
+        >>> round(float(listwise_loss(torch.zeros(1, 4), torch.tensor([[1.0, 0, 0, 0]]))), 4)
+        1.3863
+    """
+    labelled = gold.sum(1) > 0
+    if not bool(labelled.any()):
+        return margins.sum() * 0.0
+    margins, gold = margins[labelled], gold[labelled]
+    hit = margins.masked_fill(gold == 0, torch.finfo(margins.dtype).min).logsumexp(1)
+    return (margins.logsumexp(1) - hit).mean()
+
+
+def distillation_loss(margins: Tensor, teacher: Tensor, sharpness: float = 1.5) -> Tensor:
+    """How far each list's softmax is from the teacher's: ``KL(softmax(sharpness * teacher) || softmax(margins))``.
+
+    Args:
+        margins: Scores, ``(L, C)``.
+        teacher: Standardised teacher scores, ``(L, C)``.
+        sharpness: How much one standard deviation of the teacher counts.
+
+    Returns:
+        A scalar >= 0, meaned over lists.
+    """
+    wanted = functional.log_softmax(teacher * sharpness, dim=1)
+    return functional.kl_div(functional.log_softmax(margins, dim=1), wanted, log_target=True, reduction="batchmean")
+
+
+def calibrate(margins: Tensor, gold: Tensor, steps: int = 200) -> tuple[float, float]:
+    """Fit ``sigmoid(scale * margin + shift)`` to labels by maximum likelihood (Platt), scale > 0.
+
+    Args:
+        margins: Scores of held-out pairs, ``(P,)``.
+        gold: 1 or 0, ``(P,)``.
+        steps: Newton-like steps of L-BFGS.
+
+    Returns:
+        Scale and shift. The order of passages is unchanged, because scale > 0.
+    """
+    free = torch.zeros(2, requires_grad=True)
+    solver = torch.optim.LBFGS([free], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = functional.binary_cross_entropy_with_logits(margins * free[0].exp() + free[1], gold)
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return float(free[0].detach().exp()), float(free[1].detach())

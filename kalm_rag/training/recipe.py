@@ -1,0 +1,299 @@
+"""The recipe that makes pico's weights: read text once, learn to rank it at every ratio, calibrate, save.
+
+`train` is what ``kalm-rag train`` calls. Owns the schedule and the batches; losses and text are its neighbours'.
+Letters: L lists of a batch, C candidates of a list, T tokens, N pooled states.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kalm_rag.errors import InputError
+from kalm_rag.models.pico import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoBackbone, WordCodes
+from kalm_rag.models.pico_decoder import DecoderConfig, PicoDecoder, Prepared
+from kalm_rag.models.pico_encoder import MiniLMEncoder
+from kalm_rag.pooling import mean_groups
+from kalm_rag.training.data import DEV_ONLY, SOURCES, Lists, Source, TokenStates, load_source
+from kalm_rag.training.dev import DevScore, calibrate_on, score_dev
+from kalm_rag.training.instruct import generic, split_query
+from kalm_rag.training.losses import distillation_loss, listwise_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that shapes a run. The same config and data give the same weights to within noise.
+
+    Attributes:
+        seed: Fixes data draws, initial weights and batches.
+        steps: Batches learnt from.
+        lists: L, lists of a batch (a quarter of it at ratio 1, half at ratio 2).
+        candidates: C, candidates of a list.
+        learning_rate: Peak of the schedule (warm-up, then cosine to 0).
+        distil: Share of the teacher in the loss, 0 to 1.
+        ratios: Pooling ratios drawn from, one a batch, and how often.
+        fast: Compute in bfloat16 where the CPU has it.
+        sources: What is trained on.
+        dev_only: What is only measured on.
+    """
+
+    seed: int = 0
+    steps: int = 1200
+    lists: int = 12
+    candidates: int = 16
+    learning_rate: float = 1e-3
+    distil: float = 0.6
+    ratios: tuple[tuple[int, float], ...] = ((1, 0.1), (2, 0.15), (4, 0.25), (8, 0.2), (16, 0.15), (32, 0.15))
+    fast: bool = field(default_factory=lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    sources: tuple[Source, ...] = SOURCES
+    dev_only: tuple[Source, ...] = DEV_ONLY
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lists < 1 or self.candidates < 3 or not 0 <= self.distil <= 1:
+            raise InputError(
+                f"steps={self.steps}, lists={self.lists}, candidates={self.candidates}, distil={self.distil}; "
+                f"wanted steps and lists >= 1, candidates >= 3, distil from 0 to 1."
+            )
+
+
+@dataclass(kw_only=True)
+class TrainReport:
+    """What a run did.
+
+    Attributes:
+        folder: Where the weights are.
+        steps: Batches learnt from (fewer than asked if the time ran out).
+        seconds: Wall-clock of each stage.
+        losses: Loss of every batch.
+        dev: Scores on held-out queries, nDCG@10 of the retriever and of the result.
+    """
+
+    folder: Path
+    steps: int
+    seconds: dict[str, float]
+    losses: list[float]
+    dev: list[DevScore]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-able."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def train(
+    data: Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    minutes: float | None = None,
+    config: TrainConfig | None = None,
+    encoder: Path | str | None = None,
+) -> TrainReport:
+    """Make pico's weights from scratch.
+
+    Args:
+        data: Folder with the BEIR folders named in ``config.sources``.
+        out: Where ``pico.safetensors``, ``config.json`` and ``train.json`` go.
+        seed: Fixes every draw; ignored if `config` is given.
+        minutes: Stop learning after this many minutes (the result then depends on the machine); None runs all steps.
+        config: The whole recipe; None takes the shipped one.
+        encoder: As `PicoBackbone.load` takes it.
+
+    Returns:
+        What was done, and scores on the held-out queries.
+
+    Raises:
+        InputError: If a folder or split is missing.
+        MissingDependencyError: If bm25s or the encoder's package is not installed.
+    """
+    config = config if config is not None else TrainConfig(seed=seed)
+    began = time.perf_counter()
+    torch.manual_seed(config.seed)
+    reader = MiniLMEncoder.load(encoder)
+    train_lists, dev_lists = load_all(data, reader, config)
+    seconds = {"read": time.perf_counter() - began}
+    backbone = new_backbone(reader, [one.passages for one in train_lists])
+    trainer = Trainer(backbone, train_lists, config)
+    losses = trainer.run(None if minutes is None else minutes * 60)
+    seconds["learn"] = time.perf_counter() - began - seconds["read"]
+    if dev_lists:
+        calibrate_on(backbone, dev_lists)
+    dev = [score for one in dev_lists for score in score_dev(backbone, one)]
+    backbone.save(out)
+    seconds["total"] = time.perf_counter() - began
+    report = TrainReport(folder=out, steps=len(losses), seconds=seconds, losses=losses, dev=dev)
+    (out / "train.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    logger.info("trained %d steps in %.0f s; weights in %s", len(losses), seconds["total"], out)
+    return report
+
+
+def load_all(data: Path, reader: MiniLMEncoder, config: TrainConfig) -> tuple[list[Lists], list[Lists]]:
+    """Read every source: lists to learn from, and held-out lists."""
+    learnt, held = [], []
+    for source in config.sources + config.dev_only:
+        used, dev = load_source(Path(data), source, reader, seed=config.seed, fast=config.fast)
+        learnt += [used] if used is not None else []
+        held += [dev] if dev is not None else []
+    if not learnt:
+        raise InputError("no source gives a query to train on; wanted at least one with queries or spans.")
+    return learnt, held
+
+
+def new_backbone(reader: MiniLMEncoder, texts: Sequence[TokenStates]) -> PicoBackbone:
+    """Make an untrained pico: word codes from the vocabulary, idf and mean state from the training passages."""
+    settings = DecoderConfig()
+    decoder = PicoDecoder(settings)
+    seen, passages, mean = torch.zeros(settings.vocab), 0, torch.zeros(settings.hidden)
+    for one in texts:
+        owner = torch.repeat_interleave(torch.arange(len(one.starts) - 1), one.starts.diff())
+        pairs = torch.unique(owner * settings.vocab + one.ids.long())
+        seen += torch.bincount(pairs % settings.vocab, minlength=settings.vocab)
+        passages += len(one.starts) - 1
+        mean += one.states[:: max(1, len(one.states) // 20_000)].float().mean(0) / len(texts)
+    decoder.idf.copy_(((passages + 1.0) / (seen + 1.0)).log() / math.log(passages + 1.0))
+    with torch.no_grad():
+        decoder.centre.copy_(mean)
+    return PicoBackbone(reader, WordCodes.fit(reader.word_embeddings, settings.lexical), decoder)
+
+
+class Trainer:
+    """Draws batches and takes steps. The learnt weights are an average over the last steps."""
+
+    def __init__(self, backbone: PicoBackbone, lists: Sequence[Lists], config: TrainConfig) -> None:
+        """Take the model and what it learns from.
+
+        Args:
+            backbone: The model; its decoder is changed in place.
+            lists: What to draw batches from.
+            config: The recipe.
+        """
+        self.backbone, self.config, self.lists = backbone, config, list(lists)
+        self.decoder = backbone.decoder.requires_grad_(True)
+        self.random = random.Random(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.teachers = [one.teacher() for one in self.lists]
+        self.shares = [len(one.texts) ** 0.5 for one in self.lists]
+        plain = [p for n, p in self.decoder.named_parameters() if p.ndim >= 2 and "segment" not in n]
+        other = [p for n, p in self.decoder.named_parameters() if p.ndim < 2 or "segment" in n]
+        groups = [{"params": plain, "weight_decay": 0.02}, {"params": other, "weight_decay": 0.0}]
+        self.solver = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+        self.average = torch.optim.swa_utils.AveragedModel(
+            self.decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+        )
+
+    def run(self, seconds: float | None = None) -> list[float]:
+        """Take all steps (or as many as fit), put the averaged weights in place, give the losses."""
+        began, losses = time.perf_counter(), []
+        self.decoder.train()
+        with tqdm(total=self.config.steps, desc="learn", unit="step", mininterval=2.0) as bar:
+            for step in range(self.config.steps):
+                share = step / self.config.steps
+                if seconds is not None:
+                    share = max(share, (time.perf_counter() - began) / seconds)
+                if share >= 1:
+                    break
+                losses.append(self.step(min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * share))))
+                bar.update()
+                bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+        self.decoder.load_state_dict(self.average.module.state_dict())
+        self.decoder.eval().requires_grad_(False)
+        return losses
+
+    def step(self, warmth: float) -> float:
+        """Learn from one batch at `warmth` times the peak rate; give its loss."""
+        for group in self.solver.param_groups:
+            group["lr"] = self.config.learning_rate * warmth
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.fast):
+            loss = self._loss()
+        self.solver.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
+        self.solver.step()
+        self.average.update_parameters(self.decoder)
+        return float(loss.detach())
+
+    def _loss(self) -> Tensor:
+        ratio = self.random.choices([r for r, _ in self.config.ratios], [w for _, w in self.config.ratios])[0]
+        which = self.random.choices(range(len(self.lists)), self.shares)[0]
+        source = self.lists[which]
+        size = max(1, {1: self.config.lists // 4, 2: self.config.lists // 2}.get(ratio, self.config.lists))
+        rows = torch.randint(len(source.texts), (size,), generator=self.generator)
+        picks = torch.stack([self._draw(source, int(row)) for row in rows])  # (L, C)
+        states, counts = self._passages(source, rows, picks, ratio)
+        owner = torch.arange(size).repeat_interleave(picks.shape[1])
+        query, extra = self._prompts(source, rows)
+        full, base = self.decoder(query.rows(owner), states, counts)
+        penalty: Tensor | float = 0.0
+        if extra is not None:
+            gate = self.decoder.gates(query.vector, extra[0].vector)
+            heard = self.decoder(extra[0].rows(owner), states, counts)[0] * gate[owner]
+            full = full + heard
+            if not extra[1]:  # a generic instruction must not move anything
+                spread = heard.view(size, -1)
+                penalty = (spread - spread.mean(1, keepdim=True)).pow(2).mean() + 0.1 * gate.mean()
+        gold = source.gold[rows].gather(1, picks)
+        teacher = self.teachers[which][rows].gather(1, picks)
+        loss = self._mixed(full.view(size, -1), gold, teacher) + penalty
+        return loss + 0.3 * self._mixed(base.view(size, -1), gold, teacher) if extra is None else loss
+
+    def _mixed(self, margins: Tensor, gold: Tensor, teacher: Tensor) -> Tensor:
+        share = self.config.distil
+        return (1 - share) * listwise_loss(margins, gold) + share * distillation_loss(margins, teacher)
+
+    def _draw(self, source: Lists, row: int) -> Tensor:
+        """Columns of one list: up to two gold ones, a few random passages, the rest spread over the ranks."""
+        total, size = source.candidates.shape[1], min(self.config.candidates, source.candidates.shape[1])
+        gold = source.gold[row].nonzero().squeeze(1).tolist()
+        chosen = self.random.sample(gold, min(2, len(gold)))
+        chosen += [c for c in self.random.sample(range(source.depth, total), min(3, size - 2)) if c not in chosen]
+        left = [c for c in range(source.depth) if c not in chosen]
+        weights = torch.tensor([1.0 / (c + 1) for c in left])  # index log-uniform over the ranks
+        more = torch.multinomial(weights, min(size - len(chosen), len(left)), generator=self.generator)
+        chosen += [left[int(c)] for c in more]
+        rest = [c for c in range(total) if c not in set(chosen)]
+        return torch.tensor((chosen + rest)[:size])
+
+    def _passages(self, source: Lists, rows: Tensor, picks: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+        """States of the picked candidates with their word codes, pooled, as a store would hand them out."""
+        wanted = source.candidates[rows].gather(1, picks).flatten()
+        hidden, ids, counts = source.passages.gather(wanted)
+        states = torch.cat([hidden, self.backbone.codes.table[ids]], -1)
+        return mean_groups(states, counts, ratio)
+
+    def _prompts(self, source: Lists, rows: Tensor) -> tuple[Prepared, tuple[Prepared, bool] | None]:
+        """The queries, and for some batches an instruction each (with whether it is specific)."""
+        chance = self.random.random()
+        own = [source.instructions[int(row)] for row in rows]
+        texts = [source.texts[int(row)] for row in rows]
+        if chance < 0.12:
+            return self._cached(source, rows), (self._read([generic(self.random) for _ in own], 1), False)
+        if all(own) and chance < 0.6:
+            return self._cached(source, rows), (self._read([str(text) for text in own], 1), True)
+        if chance < 0.24:
+            parts = [split_query(text, self.random) or (text, text) for text in texts]
+            return self._read([q for q, _ in parts], 0), (self._read([i for _, i in parts], 1), True)
+        return self._cached(source, rows), None
+
+    def _cached(self, source: Lists, rows: Tensor) -> Prepared:
+        hidden, ids, counts = source.queries.gather(rows)
+        return self.decoder.prepare(hidden, ids, self.backbone.codes.table[ids], counts > 0, 0)
+
+    def _read(self, texts: Sequence[str], segment: int) -> Prepared:
+        encoder = self.backbone.encoder
+        limit = MAX_INSTRUCTION_TOKENS if segment else MAX_QUERY_TOKENS
+        hidden, mask, ids = encoder.hidden([one for one, _ in encoder.tokenize(texts, limit)])
+        ids = ids.clone()
+        codes = self.backbone.codes.table[ids] * mask[..., None]
+        return self.decoder.prepare(hidden.clone().float(), ids, codes, mask.clone(), segment)

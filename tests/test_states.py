@@ -1,0 +1,202 @@
+"""Codecs and batches: what goes in comes out, and padding stays padding."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import make_layout, make_states
+
+from kalm_rag.errors import InputError, StateMismatchError, StateShapeError
+from kalm_rag.states import (
+    DTYPES,
+    Codec,
+    Layout,
+    PassageStates,
+    batch_states,
+    merge_batches,
+    pack_states,
+    passage_key,
+    quantise,
+    unpack_batch,
+)
+
+FLOATS = ["float32", "float16", "bfloat16"]
+LAYOUTS = st.builds(
+    make_layout,
+    hidden_size=st.integers(1, 9),
+    ratio=st.integers(1, 5),
+    codec=st.sampled_from(list(Codec)),
+    state_dtype=st.sampled_from(FLOATS),
+)
+
+
+def slow_unpack(payload: bytes, layout: Layout, count: int) -> list[list[float]]:
+    """One element after the other, with struct only."""
+    code, size = {"float32": ("<f", 4), "float16": ("<e", 2), "int8": ("<b", 1), "bfloat16": ("", 2)}[
+        str(layout.element).removeprefix("torch.")
+    ]
+    rows = []
+    for n in range(count):
+        row = []
+        for h in range(layout.hidden_size):
+            raw = payload[(n * layout.hidden_size + h) * size :][:size]
+            # a bfloat16 is the upper half of a float32
+            row.append(struct.unpack("<f", b"\0\0" + raw)[0] if not code else float(struct.unpack(code, raw)[0]))
+        if layout.codec is Codec.INT8:
+            scale = struct.unpack("<f", payload[count * layout.hidden_size + 4 * n :][:4])[0]
+            row = [x * scale for x in row]
+        rows.append(row)
+    return rows
+
+
+@settings(deadline=None, max_examples=80)
+@given(layout=LAYOUTS, tokens=st.lists(st.integers(1, 30), min_size=1, max_size=5))
+def test_unpacking_agrees_with_a_slow_reference(layout: Layout, tokens: list[int]) -> None:
+    states = [make_states(f"{i}", layout, t) for i, t in enumerate(tokens)]
+    payloads = [pack_states(s, layout) for s in states]
+    assert [len(p) for p in payloads] == [layout.payload_bytes(t) for t in tokens]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of read-only buffers
+        batch = unpack_batch(payloads, tokens, [s.found for s in states], layout)
+    assert batch.vectors.dtype is layout.element
+    assert batch.vectors.shape == (len(tokens), max(-(-t // layout.ratio) for t in tokens), layout.hidden_size)
+    restored, counts = batch.on(torch.device("cpu"), torch.float32)
+    for index, (payload, one) in enumerate(zip(payloads, states, strict=True)):
+        n = one.vectors.shape[0]
+        assert torch.allclose(restored[index, :n], torch.tensor(slow_unpack(payload, layout, n)), rtol=1e-6, atol=0)
+        assert not batch.vectors[index, n:].any()
+        assert int(counts[index].sum()) == one.tokens
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3), min_size=1, max_size=6),
+)
+def test_int8_is_within_half_a_step_of_each_element(rows: list[list[float]]) -> None:
+    vectors = torch.tensor(rows)
+    q, scales = quantise(vectors)
+    assert q.dtype is torch.int8
+    error = (q.double() * scales[:, None].double() - vectors.double()).abs()
+    assert (error <= scales[:, None].double() * (0.5 + 1e-4) + 1e-37).all()
+
+
+def test_int8_by_hand() -> None:
+    # max 2.54 -> scale 0.02; 1.0 / 0.02 = 50; -0.013 / 0.02 = -0.65 -> -1
+    q, scales = quantise(torch.tensor([[2.54, 1.0, -0.013], [0.0, 0.0, 0.0]]))
+    assert q.tolist() == [[127, 50, -1], [0, 0, 0]]
+    assert scales.tolist() == pytest.approx([0.02, 0.0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_exact_codec_is_exact(dtype: str) -> None:
+    layout = make_layout(state_dtype=dtype)
+    one = make_states("a", layout, 30)
+    batch = unpack_batch([pack_states(one, layout)], [30], [one.found], layout)
+    assert batch.vectors.dtype is DTYPES[dtype]
+    assert torch.equal(batch.vectors[0], one.vectors)
+
+
+def test_batch_of_nothing() -> None:
+    for codec in Codec:
+        batch = unpack_batch([], [], [], make_layout(codec=codec))
+        assert len(batch) == 0
+        assert batch.vectors.shape == (0, 0, 12)
+
+
+@pytest.mark.parametrize("change", [-1, 1, 4])
+def test_payload_of_the_wrong_length(change: int) -> None:
+    layout = make_layout()
+    payload = bytes(layout.payload_bytes(8) + change)
+    with pytest.raises(StateShapeError, match=rf"passage 0: {len(payload)} bytes stored, wanted 96 for 8 tokens"):
+        unpack_batch([payload], [8], [8], layout)
+
+
+def test_packing_doesnt_touch_the_states() -> None:
+    for codec in Codec:
+        one = make_states("a", make_layout(), 10)
+        before = one.vectors.clone()
+        pack_states(one, make_layout(codec=codec))
+        assert torch.equal(one.vectors, before)
+
+
+def test_strided_states_pack_by_value() -> None:
+    layout = make_layout(ratio=1, hidden_size=2)
+    wide = torch.arange(8.0).view(2, 4)
+    one = PassageStates(
+        vectors=wide[:, ::2], tokens=2, found=2, ratio=1, fingerprint=layout.fingerprint, key=passage_key("a")
+    )
+    assert pack_states(one, layout) == struct.pack("<4f", 0, 2, 4, 6)
+
+
+def test_key_is_the_sha256_of_the_text() -> None:
+    assert passage_key("Grüße") == hashlib.sha256(b"Gr\xc3\xbc\xc3\x9fe").hexdigest()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 4), (0, 4)], ids=str)
+def test_states_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(StateShapeError, match=r"wanted \(3, H\) for 9 tokens at ratio 4"):
+        PassageStates(vectors=torch.zeros(shape), tokens=9, found=9, ratio=4, fingerprint="f", key="k")
+
+
+def test_unknown_codec() -> None:
+    with pytest.raises(InputError, match="wanted one of exact, bf16, int8"):
+        Codec.parse("zip")
+
+
+def test_at_ratio_pools_and_refuses() -> None:
+    one = make_states("a", make_layout(ratio=2), 5)
+    pooled = one.at_ratio(4)
+    assert (pooled.ratio, pooled.tokens, pooled.vectors.shape[0]) == (4, 5, 2)
+    assert torch.allclose(pooled.vectors[0], one.vectors[:2].mean(0))
+    assert torch.allclose(pooled.vectors[1], one.vectors[2])
+    assert one.at_ratio(2) is one
+    with pytest.raises(StateMismatchError, match="only multiples of 2"):
+        one.at_ratio(3)
+
+
+def test_select_cuts_to_the_longest_row() -> None:
+    layout = make_layout(codec=Codec.INT8)
+    states = [make_states(f"{i}", layout, t) for i, t in enumerate([4, 20, 9])]
+    batch = unpack_batch([pack_states(s, layout) for s in states], [4, 20, 9], [4, 20, 9], layout)
+    chosen = batch.select([2, 0])
+    assert chosen.vectors.shape == (2, 3, 12)
+    assert chosen.tokens.tolist() == [9, 4]
+    assert chosen.scales is not None
+    assert batch.scales is not None
+    assert torch.equal(chosen.vectors[0], batch.vectors[2, :3])
+    assert torch.equal(chosen.scales[1], batch.scales[0, :3])
+    assert len(batch.select([])) == 0
+
+
+def test_merge_puts_rows_where_they_belong() -> None:
+    layout = make_layout(codec=Codec.INT8)
+    states = [make_states(f"{i}", layout, t) for i, t in enumerate([4, 20, 9, 1])]
+
+    def packed(rows: list[int]) -> object:
+        some = [states[i] for i in rows]
+        return unpack_batch(
+            [pack_states(s, layout) for s in some], [s.tokens for s in some], [s.found for s in some], layout
+        )
+
+    whole = packed([0, 1, 2, 3])
+    merged = merge_batches(4, [([3, 0], packed([3, 0])), ([1, 2], packed([1, 2]))])  # type: ignore[list-item]
+    for name in ("vectors", "scales", "tokens", "found"):
+        assert torch.equal(getattr(merged, name), getattr(whole, name)), name
+
+
+def test_batching_fresh_states() -> None:
+    layout = make_layout()
+    states = [make_states(f"{i}", layout, t) for i, t in enumerate([4, 20])]
+    batch = batch_states(states)
+    stored = unpack_batch([pack_states(s, layout) for s in states], [4, 20], [s.found for s in states], layout)
+    assert torch.equal(batch.vectors, stored.vectors)
+    with pytest.raises(InputError, match="at least one"):
+        batch_states([])
+    with pytest.raises(StateMismatchError, match="states 1"):
+        batch_states([states[0], make_states("b", make_layout(ratio=2))])

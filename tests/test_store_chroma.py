@@ -1,0 +1,185 @@
+"""The companion collection, against a real Chroma server on the loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import chromadb
+import pytest
+import torch
+from stores import chroma_client, make_layout, make_many, make_states, refer, running_chroma
+
+from kalm_rag.errors import StateMismatchError, StoreError, StoreFormatError
+from kalm_rag.states import Codec
+from kalm_rag.store import Reference, open_store, stored_layout
+from kalm_rag.store.chroma import ChromaStore
+from kalm_rag.store.companion import BODY_BYTES, batches, companion_name, reference_id
+
+__all__ = ["chroma_client"]
+LAYOUT = make_layout()
+
+
+def companion(client: chromadb.ClientAPI, name: str) -> chromadb.Collection:
+    return client.get_collection(companion_name(name, LAYOUT.fingerprint), embedding_function=None)
+
+
+def test_names() -> None:
+    assert companion_name("docs", "feed" * 16) == "docs-kalm-states-feedfeedfeedfeed"
+    assert companion_name("", "feed" * 16) == "kalm-states-feedfeedfeedfeed"
+    assert len(companion_name("x" * 512, "feed" * 16)) <= 512
+
+
+def test_states_outlive_the_client_and_the_server(tmp_path: Path) -> None:
+    states = make_many(6, LAYOUT)
+    with running_chroma(tmp_path) as client, open_store(client, LAYOUT, name="docs") as store:
+        store.put_many(states, refer(states))
+    with running_chroma(tmp_path) as client, open_store(client, LAYOUT, name="docs") as store:
+        batch = store.get_many([s.key for s in states]).batch
+        assert store.verify() == []
+        assert store.collections() == {"c": 6}
+    assert batch is not None
+    for index, one in enumerate(states):
+        assert torch.equal(batch.vectors[index, : one.vectors.shape[0]], one.vectors)
+
+
+def test_no_model_is_fetched_and_the_dummy_vector_is_there(chroma_client: chromadb.ClientAPI) -> None:
+    with open_store(chroma_client, LAYOUT, name="dummy") as store:
+        store.put_many(make_many(2, LAYOUT))
+    collection = companion(chroma_client, "dummy")
+    assert collection.configuration_json["embedding_function"] is None
+    assert [list(e) for e in collection.get(include=["embeddings"])["embeddings"]] == [[0.0], [0.0]]
+
+
+def test_large_writes_are_cut_into_calls(chroma_client: chromadb.ClientAPI) -> None:
+    """60 MB of base64 in one body is refused by the server (413); in calls of at most 8 MiB it passes."""
+    layout = make_layout(hidden_size=1024, fingerprint="b16" * 20)
+    states = [make_states(f"big {i}", layout, 4 * 500) for i in range(22)]  # 2 MB each
+    with open_store(chroma_client, layout, name="big") as store:
+        store.put_many(states, refer(states))
+        fetched = store.get_many([s.key for s in states])
+    assert fetched.missing == []
+    assert fetched.batch is not None
+    assert torch.equal(fetched.batch.vectors[21], states[21].vectors)
+
+
+def test_batches_keep_both_limits() -> None:
+    records = [
+        (f"s:{i}", {"payload": "x" * size})
+        for i, size in enumerate([100] * 25 + [BODY_BYTES // 2] * 3 + [BODY_BYTES * 2])
+    ]
+    cut = list(batches(records, 10))
+    assert [r for batch in cut for r in batch] == records
+    for batch in cut:
+        assert 1 <= len(batch) <= 10
+        assert len(batch) == 1 or sum(len(f["payload"]) for _, f in batch) <= BODY_BYTES
+    assert list(batches([], 10)) == []
+
+
+def test_states_are_written_before_references(
+    chroma_client: chromadb.ClientAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in between, the store must hold states without references, never references to states never written."""
+    states = make_many(3, LAYOUT)
+    store = ChromaStore.open(chroma_client, LAYOUT, name="order")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store._collection), "upsert", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("cut")))
+        with pytest.raises(StoreError, match=r"can't be reached \(ConnectionError: cut\)"):
+            store.put_many(states, refer(states))
+    assert store.missing([s.key for s in states]) == set()
+    assert store.collections() == {}
+    assert store.gc().states == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"payload": "AAAA"}, "bytes stored"), ({"payload": "%"}, "bytes stored"), ({"tokens": "x"}, "wrong type"),
+     ({"checksum": 1}, "checksum")],
+)  # fmt: skip
+def test_damaged_record(chroma_client: chromadb.ClientAPI, change: dict[str, object], reason: str) -> None:
+    states = make_many(3, LAYOUT)
+    with open_store(chroma_client, LAYOUT, name="damage") as store:
+        store.put_many(states)
+        companion(chroma_client, "damage").update(ids=["s:" + states[1].key], metadatas=[change])
+        with pytest.raises(StoreFormatError, match=rf"{states[1].key[:12]}.*{reason}"):
+            store.get_many([s.key for s in states])
+        assert store.get_many([states[0].key]).missing == []
+        assert store.verify() == [states[1].key]
+        assert store.discard(store.verify()) == 1
+        store.put_many(states)
+        assert store.verify() == []
+
+
+def test_damaged_reference(chroma_client: chromadb.ClientAPI) -> None:
+    states = make_many(1, LAYOUT)
+    with open_store(chroma_client, LAYOUT, name="reference") as store:
+        store.put_many(states, [Reference(collection_id="c", record_id="1", key=states[0].key)])
+        companion(chroma_client, "reference").update(ids=[reference_id("c", "1")], metadatas=[{"record_id": None}])
+        with pytest.raises(StoreFormatError, match="lacks 'record_id'"):
+            list(store.references("c"))
+
+
+def test_foreign_and_newer_companions_are_left_alone(chroma_client: chromadb.ClientAPI) -> None:
+    name = companion_name("foreign", LAYOUT.fingerprint)
+    for marks, message in (
+        (None, "not a kalm_rag state store"),
+        ({"mine": 1}, "not a kalm_rag state store"),
+        ({"kalm_schema": 9, "kalm_layout": "[]"}, "not a kalm_rag state store"),
+    ):
+        chroma_client.create_collection(name, metadata=marks, embedding_function=None)
+        with pytest.raises(StoreFormatError, match=message):
+            open_store(chroma_client, LAYOUT, name="foreign")
+        chroma_client.delete_collection(name)
+    open_store(chroma_client, LAYOUT, name="foreign").close()
+    marks = dict(companion(chroma_client, "foreign").metadata)
+    companion(chroma_client, "foreign").modify(metadata={**marks, "kalm_schema": 9})
+    with pytest.raises(StoreFormatError, match="newer kalm_rag"):
+        stored_layout(chroma_client, LAYOUT.fingerprint, name="foreign")
+
+
+def test_read_only(chroma_client: chromadb.ClientAPI) -> None:
+    states = make_many(2, LAYOUT)
+    with open_store(chroma_client, LAYOUT, name="ro", read_only=True) as store:
+        assert store.missing([states[0].key]) == {states[0].key}
+        assert store.stats().states == 0
+        assert store.verify() == []
+    assert stored_layout(chroma_client, LAYOUT.fingerprint, name="ro") is None
+    with open_store(chroma_client, LAYOUT, name="ro") as store:
+        store.put_many(states, refer(states))
+    with open_store(chroma_client, LAYOUT, name="ro", read_only=True) as store:
+        assert store.get_many([s.key for s in states]).missing == []
+        for call in (lambda: store.put_many(states), lambda: store.gc([]), lambda: store.unreference("c", ["r0"])):
+            with pytest.raises(StoreError, match="opened read-only"):
+                call()
+        assert store.stats().references == 2
+    with pytest.raises(StateMismatchError, match="codec exact"):
+        open_store(chroma_client, make_layout(codec=Codec.INT8), name="ro", read_only=True)
+
+
+def test_companion_deleted_under_an_open_store(chroma_client: chromadb.ClientAPI) -> None:
+    states = make_many(1, LAYOUT)
+    store = open_store(chroma_client, LAYOUT, name="gone")
+    chroma_client.delete_collection(companion_name("gone", LAYOUT.fingerprint))
+    with pytest.raises(StoreError, match="is gone"):
+        store.put_many(states)
+    with open_store(chroma_client, LAYOUT, name="gone") as again:
+        again.put_many(states)
+        assert again.verify() == []
+
+
+def test_server_that_stopped(tmp_path: Path) -> None:
+    with running_chroma(tmp_path) as client:
+        store = open_store(client, LAYOUT, name="docs")
+    with pytest.raises(StoreError, match="can't be reached"):
+        store.get_many([make_states("a", LAYOUT).key])
+    with pytest.raises(StoreError, match="can't be reached"):
+        open_store(client, LAYOUT, name="docs")
+
+
+def test_two_stores_of_one_server_see_each_other(chroma_client: chromadb.ClientAPI) -> None:
+    states = make_many(4, LAYOUT)
+    with open_store(chroma_client, LAYOUT, name="two") as one, open_store(chroma_client, LAYOUT, name="two") as two:
+        one.put_many(states[:3], refer(states[:3], "a"))
+        two.put_many(states[1:], refer(states[1:], "b"))
+        assert one.missing([s.key for s in states]) == set()
+        assert one.collections() == {"a": 3, "b": 3}
+        assert one.stats().states == 4
