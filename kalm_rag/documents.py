@@ -193,7 +193,8 @@ def sync(
         except InputError as err:
             unreadable[source.name] = str(err)
             continue
-        changed.append(source.name)
+        if records or old.ids:  # an empty document leaves nothing to remember it by
+            changed.append(source.name)
         batch += records
         stale += old.ids - {i for i, _, _ in records}
         if len(batch) >= BATCH:
