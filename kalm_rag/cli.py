@@ -200,6 +200,29 @@ def gc(db: Database, collection: Name = "passages", model: Model = None, as_json
             )
 
 
+@app.command()
+def bench(
+    repeats: Annotated[int, typer.Option(help="Runs whose median counts.")] = 7,
+    nano: Annotated[bool, typer.Option(help="Time a Nano-shaped T5Gemma 2 too (3 GB, minutes).")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Time stored states against what a user would pick instead; ratios within one run."""
+    with _errors():
+        from kalm_rag import bench as bench_module
+
+        timings = bench_module.bench_pico(repeats=repeats) + bench_module.bench_store()
+        timings += bench_module.bench_nano(repeats=max(2, repeats // 2)) if nano else []
+        if as_json:
+            _print_json(bench_module.to_json(timings))
+            return
+        out.print(", ".join(f"{name} {value}" for name, value in bench_module.machine().items()))
+        table = Table("what", "median ms", "times as long", "note")
+        for one in timings:
+            ratio = "" if one.ratio is None else f"{one.ratio:.1f}x"
+            table.add_row(one.what, f"{one.seconds * 1000:.1f}", ratio, one.note)
+        out.print(table)
+
+
 @app.command("eval")
 def evaluate(
     data: Annotated[Path, typer.Option(help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.")],

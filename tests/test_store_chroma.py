@@ -51,15 +51,15 @@ def test_no_model_is_fetched_and_the_dummy_vector_is_there(chroma_client: chroma
 
 
 def test_large_writes_are_cut_into_calls(chroma_client: chromadb.ClientAPI) -> None:
-    """60 MB of base64 in one body is refused by the server (413); in calls of at most 8 MiB it passes."""
+    """55 MB of base64 in one body is refused by the server (413); in calls of at most 8 MiB it passes."""
     layout = make_layout(hidden_size=1024, fingerprint="b16" * 20)
-    states = [make_states(f"big {i}", layout, 4 * 500) for i in range(22)]  # 2 MB each
+    states = [make_states(f"big {i}", layout, 4 * 500) for i in range(20)]  # 2 MB each
     with open_store(chroma_client, layout, name="big") as store:
         store.put_many(states, refer(states))
         fetched = store.get_many([s.key for s in states])
     assert fetched.missing == []
     assert fetched.batch is not None
-    assert torch.equal(fetched.batch.vectors[21], states[21].vectors)
+    assert torch.equal(fetched.batch.vectors[16], states[16].vectors)
 
 
 def test_batches_keep_both_limits() -> None:
@@ -123,17 +123,15 @@ def test_foreign_and_newer_companions_are_left_alone(chroma_client: chromadb.Cli
     for marks, message in (
         (None, "not a kalm_rag state store"),
         ({"mine": 1}, "not a kalm_rag state store"),
-        ({"kalm_schema": 9, "kalm_layout": "[]"}, "not a kalm_rag state store"),
+        ({"kalm_schema": 9, "kalm_layout": "[]"}, r"newer kalm_rag \(schema 9"),
+        ({"kalm_schema": 1, "kalm_layout": "[]"}, "not a kalm_rag state store"),
     ):
         chroma_client.create_collection(name, metadata=marks, embedding_function=None)
         with pytest.raises(StoreFormatError, match=message):
             open_store(chroma_client, LAYOUT, name="foreign")
         chroma_client.delete_collection(name)
     open_store(chroma_client, LAYOUT, name="foreign").close()
-    marks = dict(companion(chroma_client, "foreign").metadata)
-    companion(chroma_client, "foreign").modify(metadata={**marks, "kalm_schema": 9})
-    with pytest.raises(StoreFormatError, match="newer kalm_rag"):
-        stored_layout(chroma_client, LAYOUT.fingerprint, name="foreign")
+    assert stored_layout(chroma_client, LAYOUT.fingerprint, name="foreign") == LAYOUT
 
 
 def test_read_only(chroma_client: chromadb.ClientAPI) -> None:

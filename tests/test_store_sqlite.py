@@ -470,17 +470,17 @@ def test_two_processes_writing_at_once(path: Path) -> None:
     body = """
         start = int(sys.argv[2])
         with SqliteStore.open(PATH, LAYOUT) as store:
-            for turn in range(30):
+            for turn in range(15):
                 some = make_many(10, LAYOUT, start + 5 * turn)  # half of each batch is there already
                 store.put_many(some, refer(some, f"c{start}-{turn}"))
                 assert store.get_many([s.key for s in some]).missing == []
     """
-    for process in [script(body, path, start) for start in (0, 100)]:
+    for process in [script(body, path, start) for start in (0, 40)]:
         finish(process)
-    check_kept(path, make_many(255, LAYOUT))
+    check_kept(path, make_many(120, LAYOUT))
     with SqliteStore.open(path, LAYOUT) as store:
-        assert store.stats().states == 255
-        assert store.stats().references == 600
+        assert store.stats().states == 120
+        assert store.stats().references == 300
 
 
 def test_kill_in_the_middle_of_writing(path: Path) -> None:

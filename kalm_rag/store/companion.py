@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kalm_rag.errors import InputError, StoreFormatError
+from kalm_rag.errors import StoreFormatError
 from kalm_rag.states import FORMAT_VERSION, Codec, Layout
 from kalm_rag.store.base import Reference, StoredRow
 
@@ -48,20 +48,22 @@ def read_marks(collection: Any) -> Layout:  # noqa: ANN401 (Collection, untyped 
         StoreFormatError: If the collection is not a companion, or newer than this release.
     """
     marks = collection.metadata if collection.metadata is not None else {}
-    try:
-        version, fields = int(marks["kalm_schema"]), json.loads(marks["kalm_layout"])
-        newer = version > SCHEMA_VERSION or fields.pop("format") > FORMAT_VERSION
-        layout = Layout(**{**fields, "codec": Codec.parse(fields["codec"])})
-    except (KeyError, TypeError, ValueError, AttributeError, InputError) as err:
-        raise StoreFormatError(
-            f"collection {collection.name} is not a kalm_rag state store (its metadata says {marks!r}). Nothing was "
-            f"changed. Rename it, or delete it and backfill: states are rebuilt from the texts."
-        ) from err
-    if newer:
+    version = marks.get("kalm_schema", 0)
+    if isinstance(version, int) and version > SCHEMA_VERSION:  # first: a newer layout may not be readable at all
         raise StoreFormatError(
             f"companion collection {collection.name} was written by a newer kalm_rag (schema {version}; this one reads "
             f"up to {SCHEMA_VERSION}). Upgrade kalm_rag."
         )
+    try:
+        fields = json.loads(marks["kalm_layout"])
+        if fields.pop("format") != FORMAT_VERSION:
+            raise ValueError("another byte format")
+        layout = Layout(**{**fields, "codec": Codec.parse(fields["codec"])})
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise StoreFormatError(
+            f"collection {collection.name} is not a kalm_rag state store, or is damaged (metadata {marks!r}). Nothing "
+            f"was changed. Rename it, or delete it and backfill: states are rebuilt from the texts."
+        ) from err
     return layout
 
 
