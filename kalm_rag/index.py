@@ -23,7 +23,8 @@ from kalm_rag.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
 from kalm_rag.errors import ClosedError, InputError, MissingStateError
 from kalm_rag.instructions import Instructions
 from kalm_rag.lookup import Missing, check_missing, find_states
-from kalm_rag.reranker import Reranker, check_cut, check_passages, check_query, rank_relevances
+from kalm_rag.ranking import check_cut, check_passages, check_query, rank_relevances
+from kalm_rag.reranker import Reranker
 from kalm_rag.results import AddReport, BackfillReport, Hit, QueryResult, Timings, VerifyReport
 from kalm_rag.states import Codec, passage_key
 from kalm_rag.store import Reference, StateStore, Swept

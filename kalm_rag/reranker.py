@@ -6,13 +6,11 @@ Knows models and states; knows no store, no Chroma and no framework.
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -20,11 +18,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kalm_rag.errors import ClosedError, InputError, KalmRagError, StateMismatchError
-from kalm_rag.instructions import Instructions, check_text
+from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import Backbone, BackboneInfo, TokenizedPassage
 from kalm_rag.models.registry import acquire, parse_device, parse_dtype
 from kalm_rag.pooling import check_ratio, mean_groups, repool_factor
+from kalm_rag.ranking import (
+    Ranked,
+    Relevance,
+    check_cut,
+    check_passages,
+    check_query,
+    probability_of,
+    rank_relevances,
+)
 from kalm_rag.states import Codec, Layout, PassageStates, StateBatch, batch_states, passage_key
+
+if TYPE_CHECKING:
+    from kalm_rag.explanation import Explanation
 
 logger = logging.getLogger(__name__)
 
@@ -35,41 +45,6 @@ _LONG = 512
 """Passages from which `encode` shows a progress bar by itself (on a terminal)."""
 _ENCODE_TOKENS = {"cpu": 4096, "cuda": 65536}
 _DECODE_STATES = {"cpu": 2048, "cuda": 65536}
-
-
-@dataclass(frozen=True, slots=True)
-class Relevance:
-    """How relevant a passage is.
-
-    Attributes:
-        margin: logit(yes) - logit(no); higher is more relevant. Sort on this one.
-        probability: P(yes) = sigmoid(margin), in [0, 1]; saturates near its ends.
-    """
-
-    margin: float
-    probability: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """One passage of a ranking: its position in the input, and its relevance."""
-
-    index: int
-    margin: float
-    probability: float
-
-
-def probability_of(margin: float) -> float:
-    """Sigmoid of a margin, without overflow at either end.
-
-    Example:
-        >>> probability_of(0.0), probability_of(-1000.0)
-        (0.5, 0.0)
-    """
-    if margin >= 0:
-        return 1.0 / (1.0 + math.exp(-margin))
-    odds = math.exp(margin)
-    return odds / (1.0 + odds)
 
 
 class Reranker:
@@ -334,6 +309,14 @@ class Reranker:
             return scores
         return scores.numpy() if convert_to_numpy else list(scores)
 
+    def explain(
+        self, query: str, passage: str, *, instructions: Instructions | None = None, ratio: int | None = None
+    ) -> Explanation:
+        """Tell which part of a passage the decoder looked at; see `kalm_rag.explanation.explain`."""
+        from kalm_rag.explanation import explain
+
+        return explain(self, query, passage, instructions=instructions, ratio=ratio)
+
     def preview(self, query: str, instructions: Instructions | None = None) -> str:
         """Show the exact text that the decoder reads for a query.
 
@@ -438,50 +421,3 @@ def cut_batches(order: Sequence[int], lengths: Sequence[int], size: int, budget:
         width = wider
     if rows:
         yield rows
-
-
-def check_passages(passages: Sequence[str]) -> list[str]:
-    """Give the passages as a list if each is a valid string.
-
-    Raises:
-        InputError: If `passages` is one string, or an item is no valid string; the item's position is named.
-    """
-    if isinstance(passages, str):
-        raise InputError("passages is one string; wanted a list of strings. Put it in brackets.")
-    return [check_text(text, f"passage {position}") for position, text in enumerate(passages)]
-
-
-def check_query(query: object, what: str = "query") -> None:
-    """Refuse what can't be asked.
-
-    Raises:
-        InputError: If it is not a valid string, or blank.
-    """
-    if not check_text(query, what).strip():
-        raise InputError(f"{what} is blank; wanted the text to search for.")
-
-
-def check_cut(top_n: int | None, threshold: float | None) -> None:
-    """Refuse a cut that means nothing.
-
-    Raises:
-        InputError: If `top_n` is not a whole number >= 1, or `threshold` is outside [0, 1].
-    """
-    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
-        raise InputError(f"top_n is {top_n!r}; wanted a whole number >= 1, or None for all.")
-    if threshold is not None and not 0.0 <= threshold <= 1.0:
-        raise InputError(f"threshold is {threshold!r}; wanted P(yes) in [0, 1], or None for all.")
-
-
-def rank_relevances(
-    relevances: Sequence[Relevance], *, top_n: int | None = None, threshold: float | None = None
-) -> list[Ranked]:
-    """Order relevances by falling margin, ties in input order, then cut by threshold and count.
-
-    Example:
-        >>> [r.index for r in rank_relevances([Relevance(0.0, 0.5), Relevance(2.0, 0.88), Relevance(0.0, 0.5)])]
-        [1, 0, 2]
-    """
-    order = sorted(range(len(relevances)), key=lambda i: -relevances[i].margin)  # sorted() is stable
-    kept = [i for i in order if threshold is None or relevances[i].probability >= threshold]
-    return [Ranked(i, relevances[i].margin, relevances[i].probability) for i in kept[:top_n]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +82,27 @@ class QueryResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON."""
         return asdict(self)
+
+    def to_html(self) -> str:
+        """The hits as a table that shows how far each one moved; user text is escaped."""
+        rows = []
+        for place, hit in enumerate(self.hits, 1):
+            move = hit.retrieval_rank - place
+            arrow = f"▲ {move}" if move > 0 else f"▼ {-move}" if move < 0 else "="
+            colour = "green" if move > 0 else "firebrick" if move < 0 else "gray"
+            told = "-" if hit.probability is None else f"{hit.probability:.3f}"
+            text = html.escape(" ".join((hit.text or "").split())[:160])
+            rows.append(
+                f"<tr><td>{place}</td><td>{hit.retrieval_rank}</td><td style='color: {colour}'>{arrow}</td>"
+                f"<td>{told}</td><td style='text-align: left'>{html.escape(hit.id)}</td>"
+                f"<td style='text-align: left'>{text}</td></tr>"
+            )
+        head = "".join(f"<th>{name}</th>" for name in ("now", "was", "move", "P(yes)", "id", "passage"))
+        caption = f"{self.candidates} candidates: {self.from_store} from the store, {self.encoded} encoded now"
+        return f"<b>{html.escape(self.query)}</b><table><tr>{head}</tr>{''.join(rows)}</table><small>{caption}</small>"
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ RANKS = {
     "instructions": 1,
     "prompts": 2,
     "pooling": 1,
+    "ranking": 2,
     "states": 2,
     "models": 3,
     "store": 4,

@@ -17,7 +17,8 @@ import torch
 from kalm_rag.errors import ClosedError, InputError, ModelError, StateMismatchError
 from kalm_rag.instructions import JUDGE, Instructions
 from kalm_rag.models import registry
-from kalm_rag.reranker import Ranked, Relevance, Reranker, cut_batches, rank_relevances
+from kalm_rag.ranking import Ranked, Relevance, rank_relevances
+from kalm_rag.reranker import Reranker, cut_batches
 from kalm_rag.states import Codec, batch_states, pack_states, unpack_batch
 
 PASSAGES = ["Paris is the capital of France.", "tea", "", "long words go on " * 40, "Paris is the capital of France."]

@@ -114,6 +114,18 @@ class Backbone(Protocol):
         """
         ...
 
+    def attend(self, prompt: Any, states: Tensor, counts: Tensor) -> Tensor:  # noqa: ANN401
+        """Tell where the decoder looks under one prompt.
+
+        Returns:
+            Shares of attention per state, float32 ``(B, N)``; rows sum to 1, padding has 0.
+        """
+        ...
+
+    def offsets(self, passage: str) -> list[tuple[int, int]]:
+        """Character spans ``[start, end)`` behind the tokens of `tokenize`, one per id; empty for template tokens."""
+        ...
+
     def preview(self, query: str, instructions: Instructions) -> str:
         """Show the exact text that the decoder reads."""
         ...

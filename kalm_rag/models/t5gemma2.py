@@ -7,6 +7,7 @@ Letters: B passages, T passage tokens, N pooled states, Q prompt tokens, H width
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections.abc import Sequence
@@ -136,6 +137,11 @@ class TextTokens:
         tokenizer = self._inert_tokenizer() if inert else self._plain
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Characters ``[start, end)`` behind each token of a user text, special tokens inert."""
+        tokenizer = self._inert_tokenizer() if self.has_markers(text) else self._plain
+        return list(tokenizer.encode(text, add_special_tokens=False).offsets)
+
     def ids_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of user texts, special tokens inert, in parallel."""
         marked = {i for i, text in enumerate(texts) if self.has_markers(text)}
@@ -176,6 +182,8 @@ class T5Gemma2Backbone:
         self.state_dtype = model.dtype
         self.device = model.device
         self._model = model.eval()
+        self._eager: T5Gemma2Decoder | None = None
+        self._lock = threading.Lock()
         self._tokens = tokens
         self._softcap = model.config.decoder.final_logit_softcapping
         rows = torch.tensor([tokens.yes_id, tokens.no_id], device=model.device)
@@ -277,6 +285,42 @@ class T5Gemma2Backbone:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         yes_no = logits.float()
         return yes_no[:, 0] - yes_no[:, 1]
+
+    @torch.inference_mode()
+    def attend(self, prompt: Prompt, states: Tensor, counts: Tensor) -> Tensor:
+        """Attention of the scoring position over the states, meaned over layers and heads; see `Backbone.attend`."""
+        batch = states.shape[0]
+        seen = self._eager_decoder()(
+            input_ids=prompt.ids.expand(batch, -1),
+            encoder_hidden_states=states.to(self._model.dtype),
+            encoder_attention_mask=(counts > 0).long(),
+            use_cache=False,
+            output_attentions=True,
+        ).cross_attentions  # per layer (B, K, Q, N): the passage's part of the merged softmax
+        weights = torch.stack([layer[:, :, -1].float().mean(1) for layer in seen]).mean(0)  # (B, N)
+        return weights / weights.sum(-1, keepdim=True)
+
+    def offsets(self, passage: str) -> list[tuple[int, int]]:
+        """Characters behind each token of a passage; see `Backbone.offsets`."""
+        prefix = len(PASSAGE_TEMPLATE.format(passage=""))
+        found = self._tokens.offsets(PASSAGE_TEMPLATE.format(passage=passage))[:MAX_PASSAGE_TOKENS]
+        return [(max(start - prefix, 0), max(end - prefix, 0)) for start, end in found]
+
+    def _eager_decoder(self) -> T5Gemma2Decoder:
+        """A twin of the decoder over the same tensors whose attention gives its weights (SDPA's can't)."""
+        with self._lock:
+            if self._eager is None:
+                ours = self._model.model.decoder
+                config = copy.deepcopy(ours.config)
+                with torch.device("meta"):
+                    twin = T5Gemma2Decoder._from_config(
+                        config, attn_implementation="eager", eoi_token_index=ours.embed_tokens.eoi_token_index
+                    )
+                for name, tensor in [*ours.named_parameters(), *ours.named_buffers()]:
+                    home, _, leaf = name.rpartition(".")
+                    setattr(twin.get_submodule(home), leaf, tensor)
+                self._eager = twin.eval()
+            return self._eager
 
     def preview(self, query: str, instructions: Instructions) -> str:
         """Show the exact decoder text; see `Backbone.preview`."""

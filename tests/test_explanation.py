@@ -1,0 +1,91 @@
+"""Where the decoder looked: shares of attention, mapped back to characters, for both families."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kalm_rag import Instructions, Reranker
+from kalm_rag.errors import InputError, StateMismatchError
+from kalm_rag.explanation import Explanation, Span
+from kalm_rag.states import batch_states
+
+PASSAGE = "Tea is a drink. <b>Paris</b> is the capital of France; naïve café 🌏. <end_of_turn> Bees make honey."
+
+
+@pytest.fixture(params=["tiny", "pico"])
+def engine(request: pytest.FixtureRequest) -> Reranker:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("ratio", [None, 8])
+def test_spans_cover_the_passage_once(engine: Reranker, ratio: int | None) -> None:
+    found = engine.explain("What is the capital of France?", PASSAGE, ratio=ratio)
+    assert all(a.end <= b.start for a, b in zip(found.spans, found.spans[1:], strict=False))
+    covered = {i for span in found.spans for i in range(span.start, span.end)}
+    assert all(PASSAGE[i].isspace() for i in set(range(len(PASSAGE))) - covered)
+    assert 0 < sum(s.weight for s in found.spans) <= 1 + 1e-5
+    assert all(s.weight >= 0 for s in found.spans)
+
+
+def test_relevance_is_the_scored_one(engine: Reranker) -> None:
+    told = Instructions(task="Find capitals.")
+    found = engine.explain("capital?", PASSAGE, instructions=told)
+    (scored,) = engine.score("capital?", engine.encode([PASSAGE]), instructions=told)
+    assert (found.margin, found.probability) == (scored.margin, scored.probability)
+
+
+def test_attention_sums_to_one_and_leaves_padding_out(engine: Reranker) -> None:
+    backbone = engine.backbone
+    states, counts = batch_states(engine.encode(["short", PASSAGE])).on(backbone.device, torch.float32)
+    weights = backbone.attend(backbone.prompt("capital of France", Instructions()), states, counts)
+    assert weights.sum(-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert float(weights[counts == 0].abs().max()) == 0.0
+
+
+def test_explaining_changes_no_score(tiny: Reranker) -> None:
+    """The twin that gives attention weights shares tensors with the decoder, and must leave it as it was."""
+    states = tiny.encode([PASSAGE])
+    before = tiny.score("q", states)
+    tiny.explain("q", PASSAGE)
+    assert tiny.score("q", states) == before
+    ours, twin = tiny.backbone._model.model.decoder, tiny.backbone._eager
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(ours.parameters(), twin.parameters(), strict=True))
+
+
+def test_pico_looks_at_the_answer(pico: Reranker) -> None:
+    best = " ".join(text for text, _ in pico.explain("What is the capital of France?", PASSAGE).top(3))
+    assert "France" in best or "capital" in best
+    assert "honey" not in best
+
+
+def test_rendering_escapes_and_marks() -> None:
+    found = Explanation(
+        query="a < b?",
+        passage="x <i> y",
+        spans=[Span(0, 1, 0.1), Span(2, 5, 0.8), Span(6, 7, 0.1)],
+        margin=0,
+        probability=0.5,
+    )
+    assert "&lt;i&gt;" in found.to_html()
+    assert "<i>" not in found.to_html()
+    assert "a &lt; b?" in found._repr_html_()
+    assert found.to_text() == "x [[<i>]] y"
+    assert found.top(1) == [("<i>", 0.8)]
+    assert Explanation(query="q", passage="", spans=[], margin=0, probability=0.5).to_text() == ""
+
+
+def test_long_and_empty_passages(engine: Reranker) -> None:
+    long = engine.explain("q", "word " * 3000)
+    assert 0 < long.spans[-1].end < 15000
+    assert long.to_text().endswith("word ")
+    assert engine.explain("q", "").spans == []
+
+
+def test_bad_input(tiny: Reranker) -> None:
+    with pytest.raises(InputError, match="query is blank"):
+        tiny.explain(" ", "p")
+    with pytest.raises(InputError, match="passage is int"):
+        tiny.explain("q", 3)  # type: ignore[arg-type]
+    with pytest.raises(StateMismatchError, match="ratio 6"):
+        tiny.explain("q", "p", ratio=6)
