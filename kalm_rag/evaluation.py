@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -233,7 +234,7 @@ def _retriever(backbone: Backbone, retriever: EmbeddingBackbone | None) -> Embed
     return cast("EmbeddingBackbone", backbone)
 
 
-def _measures() -> Any:
+def _measures() -> ModuleType:
     try:
         return importlib.import_module("ir_measures")
     except ImportError as err:
@@ -334,11 +335,12 @@ def _rows(
     found: Collection,
     runs: dict[int | None, Sequence[Tensor]],
     times: dict[int | None, float],
-    measures: Any,
+    measures: ModuleType,
     top_k: int,
 ) -> tuple[EvalRow, ...]:
     wanted = [measures.nDCG @ 10, measures.RR @ 10, measures.R @ 10, measures.R @ top_k]
-    rows, before = [], {}
+    rows: list[EvalRow] = []
+    before: dict[str, float] = {}
     for ratio, run in runs.items():
         scores = _per_query(found, run, measures, wanted)
         mean = [math.fsum(values.values()) / len(found.queries) for values in (scores[str(m)] for m in wanted)]
@@ -364,7 +366,7 @@ def _rows(
 
 
 def _per_query(
-    found: Collection, run: Sequence[Tensor], measures: Any, wanted: Sequence[Any]
+    found: Collection, run: Sequence[Tensor], measures: ModuleType, wanted: Sequence[Any]
 ) -> dict[str, dict[str, float]]:
     """Value of each metric for each query. A rank is scored as minus itself, so that no tie is broken anew."""
     ranked = {

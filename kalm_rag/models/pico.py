@@ -42,8 +42,8 @@ class PicoPrompt:
 
     Attributes:
         query: Prompt-only work of the query.
-        extras: For the system text and the task, each if there is one: its prompt-only work and how far it is heard
-            (gate, 0 to 1).
+        extras: For the system text and the task, each if it is there and specific: its prompt-only work and how far
+            it is heard (gate, 0 to 1).
     """
 
     query: Prepared
@@ -87,6 +87,10 @@ class WordCodes:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+HEARD_FROM = 0.2
+"""Instructions whose gate is below this are taken for generic ("be brief") and leave every score as it is. Specific
+ones are trained towards 0.45, generic ones towards 0."""
+
 FIRST_WORD = 999
 """Vocabulary ids below this are padding, unused or special (``[UNK]`` 100, ``[CLS]`` 101, ``[SEP]`` 102)."""
 
@@ -95,7 +99,8 @@ class PicoBackbone:
     """The bundled model behind the engine's protocol (`kalm_rag.models.backbone.EmbeddingBackbone`).
 
     Margins are calibrated on held-out data: ``sigmoid(margin)`` estimates P(relevant). System text and task are read
-    as segments of their own beside the query; without them, the query is read alone.
+    as segments of their own beside the query, and heard as far as they are specific to a topic; without them, the query
+    is read alone.
 
     Example:
         >>> from kalm_rag.instructions import Instructions
@@ -215,7 +220,9 @@ class PicoBackbone:
         for _, text in parts[1:]:
             extra = self._prepare(text, MAX_INSTRUCTION_TOKENS, 1)
             with torch.inference_mode():
-                extras.append((extra, self.decoder.gates(main.vector, extra.vector)))
+                gate = self.decoder.gates(main.vector, extra.vector)
+            if float(gate) >= HEARD_FROM:
+                extras.append((extra, gate))
         return PicoPrompt(query=main, extras=tuple(extras))
 
     def preview(self, query: str, instructions: Instructions) -> str:
@@ -257,8 +264,8 @@ class PicoBackbone:
         raw, _ = self.decoder(Prepared.stack([one.query for one in order]).rows(owner), states, counts)
         for slot in range(max(len(one.extras) for one in order)):
             raw = raw + self._heard(order, owner, slot, states, counts)
-        scale, shift = self.decoder.calibration
-        return raw * scale + shift
+        margins: Tensor = raw * self.decoder.calibration[0] + self.decoder.calibration[1]
+        return margins
 
     def embed_states(self, states: Tensor, counts: Tensor) -> Tensor:
         """Rebuild the retrieval vectors: mean of the encoder's part, weighted by counts, unit length ``(B, 384)``."""

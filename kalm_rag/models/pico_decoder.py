@@ -132,7 +132,7 @@ class PicoDecoder(nn.Module):
 
     ``margin = cosine_scale * cos + shallow + deep``: `shallow` is a weighted mean over prompt tokens of features of
     their similarities to all states (word codes tell the exact word, views the meaning); `deep` adds what the token
-    attends to, fused by product, and mixes tokens. At the start of training both are 0, so the order is the retriever's.
+    attends to, fused by product, and mixes tokens. Before training both are 0, so the order is the retriever's.
     """
 
     idf: Tensor

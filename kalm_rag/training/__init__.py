@@ -1,1 +1,1 @@
-"""The recipe that makes pico: data, losses, schedule. Needs the extra 'train'."""
+"""The recipe that makes pico: data, losses, schedule. Needs the extra 'eval'."""

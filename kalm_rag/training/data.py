@@ -278,8 +278,8 @@ class _Bm25:
             import bm25s
         except ImportError as err:
             raise MissingDependencyError(
-                "training needs bm25s for its teacher, which is not installed. Install the extra 'train': "
-                "pip install 'kalm-rag[train]'."
+                "training needs bm25s for its teacher, which is not installed. Install the extra 'eval': "
+                "pip install 'kalm-rag[eval]'."
             ) from err
         self.module = bm25s
         self.index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)

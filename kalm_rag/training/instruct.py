@@ -32,12 +32,114 @@ GENERIC = (
 )
 """Texts that say nothing about what a passage must be about."""
 
-_ABOUT = ("Find passages about {}.", "Only passages on {} are wanted.", "Focus on {}.", "The topic is {}.", "I work on {}.")
+_ABOUT = (
+    "Find passages about {}.",
+    "Only passages on {} are wanted.",
+    "Focus on {}.",
+    "The topic is {}.",
+    "I work on {}.",
+)
+
+
+_ROLES = (
+    "assistant",
+    "chatbot",
+    "librarian",
+    "research assistant",
+    "tutor",
+    "analyst",
+    "consultant",
+    "editor",
+    "nurse",
+    "lawyer",
+    "journalist",
+    "technician",
+    "guide",
+    "customer service bot",
+    "search engine",
+)
+_PLACES = (
+    "bank",
+    "hospital",
+    "university",
+    "city council",
+    "online shop",
+    "law firm",
+    "newspaper",
+    "museum",
+    "travel agency",
+    "factory",
+    "telephone company",
+    "public library",
+)
+_KINDS = ("query", "question", "search query", "claim", "title", "user request", "keyword search", "statement")
+_THINGS = ("documents", "passages", "texts", "articles", "paragraphs", "pages", "answers", "snippets", "results")
+_ENDS = (
+    "answer it",
+    "are relevant to it",
+    "help with it",
+    "support or refute it",
+    "contain the answer",
+    "match it best",
+)
+_VERBS = ("retrieve", "find", "select", "rank", "choose", "return", "show", "give", "list", "search for", "look for")
+_BEST = ("best", "most relevant", "most helpful", "right", "most informative", "top", "closest", "good", "correct")
+_DO = (
+    "Answer",
+    "Reply to",
+    "Respond to",
+    "Assist with",
+    "Take care of",
+    "Address",
+    "Deal with",
+    "Solve",
+    "Serve",
+)
+_WHAT = (
+    "the user's question",
+    "what the user asks",
+    "any request",
+    "every question",
+    "the customer",
+    "the query",
+    "whatever is asked",
+    "people's questions",
+    "the user",
+)
+_HOW = (
+    "briefly",
+    "in one paragraph",
+    "with quotes from the sources",
+    "and name the source of each fact",
+    "with references",
+    "in plain language",
+    "in a friendly tone",
+    "as well as you can",
+    "step by step",
+    "in bullet points",
+    "in JSON",
+    "and say so if nothing fits",
+    "without guessing",
+    "using only the text provided",
+    "in the language of the question",
+    "formally",
+    "and avoid speculation",
+)
 
 
 def generic(rng: random.Random) -> str:
-    """One generic instruction, or two joined."""
-    return " ".join(rng.sample(GENERIC, rng.choice((1, 1, 2))))
+    """One generic instruction: a known text, a role, or a task that fits any query; sometimes two joined."""
+    parts = []
+    for _ in range(rng.choice((1, 1, 2))):
+        role = f"You are a {rng.choice(_ROLES)}" + rng.choice(("", f" for a {rng.choice(_PLACES)}")) + "."
+        task = f"Given a {rng.choice(_KINDS)}, {rng.choice(_VERBS)} {rng.choice(_THINGS)} that {rng.choice(_ENDS)}."
+        order = (
+            f"{rng.choice(_VERBS)} the {rng.choice(_BEST)} {rng.choice(_THINGS)} for "
+            f"{rng.choice(('the', 'this', 'each', 'a given'))} {rng.choice(_KINDS)}."
+        )
+        manner = f"{rng.choice(_DO)} {rng.choice(_WHAT)} {rng.choice(_HOW)}."
+        parts.append(rng.choice((role, task, order.capitalize(), manner, manner, rng.choice(GENERIC))))
+    return " ".join(parts)
 
 
 def split_query(text: str, rng: random.Random) -> tuple[str, str] | None:

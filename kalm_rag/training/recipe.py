@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,10 +27,13 @@ from kalm_rag.models.pico_encoder import MiniLMEncoder
 from kalm_rag.pooling import mean_groups
 from kalm_rag.training.data import DEV_ONLY, SOURCES, Lists, Source, TokenStates, load_source
 from kalm_rag.training.dev import DevScore, calibrate_on, score_dev
+from kalm_rag.training.gates import settle_gates
 from kalm_rag.training.instruct import generic, split_query
 from kalm_rag.training.losses import distillation_loss, listwise_loss
 
 logger = logging.getLogger(__name__)
+
+_Tensors: TypeAlias = "tuple[Tensor, ...] | list[Tensor]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +48,20 @@ class TrainConfig:
         learning_rate: Peak of the schedule (warm-up, then cosine to 0).
         distil: Share of the teacher in the loss, 0 to 1.
         ratios: Pooling ratios drawn from, one a batch, and how often.
+        gate_pairs: Generic and specific instructions, of each so many, that the gate learns from at the end.
         fast: Compute in bfloat16 where the CPU has it.
         sources: What is trained on.
         dev_only: What is only measured on.
     """
 
     seed: int = 0
-    steps: int = 1200
+    steps: int = 900
     lists: int = 12
     candidates: int = 16
     learning_rate: float = 1e-3
     distil: float = 0.6
     ratios: tuple[tuple[int, float], ...] = ((1, 0.1), (2, 0.15), (4, 0.25), (8, 0.2), (16, 0.15), (32, 0.15))
+    gate_pairs: int = 3000
     fast: bool = field(default_factory=lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     sources: tuple[Source, ...] = SOURCES
     dev_only: tuple[Source, ...] = DEV_ONLY
@@ -120,13 +125,15 @@ def train(
     """
     config = config if config is not None else TrainConfig(seed=seed)
     began = time.perf_counter()
-    torch.manual_seed(config.seed)
-    reader = MiniLMEncoder.load(encoder)
-    train_lists, dev_lists = load_all(data, reader, config)
-    seconds = {"read": time.perf_counter() - began}
-    backbone = new_backbone(reader, [one.passages for one in train_lists])
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(config.seed)
+        reader = MiniLMEncoder.load(encoder)
+        train_lists, dev_lists = load_all(data, reader, config)
+        seconds = {"read": time.perf_counter() - began}
+        backbone = new_backbone(reader, [one.passages for one in train_lists])
     trainer = Trainer(backbone, train_lists, config)
     losses = trainer.run(None if minutes is None else minutes * 60)
+    settle_gates(backbone, train_lists, seed=config.seed, pairs=config.gate_pairs)
     seconds["learn"] = time.perf_counter() - began - seconds["read"]
     if dev_lists:
         calibrate_on(backbone, dev_lists)
@@ -189,9 +196,7 @@ class Trainer:
         other = [p for n, p in self.decoder.named_parameters() if p.ndim < 2 or "segment" in n]
         groups = [{"params": plain, "weight_decay": 0.02}, {"params": other, "weight_decay": 0.0}]
         self.solver = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-        self.average = torch.optim.swa_utils.AveragedModel(
-            self.decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
-        )
+        self.average = torch.optim.swa_utils.AveragedModel(self.decoder, multi_avg_fn=_running_average)
 
     def run(self, seconds: float | None = None) -> list[float]:
         """Take all steps (or as many as fit), put the averaged weights in place, give the losses."""
@@ -201,7 +206,7 @@ class Trainer:
             for step in range(self.config.steps):
                 share = step / self.config.steps
                 if seconds is not None:
-                    share = max(share, (time.perf_counter() - began) / seconds)
+                    share = max(share, (time.perf_counter() - began) / max(seconds, 1e-9))
                 if share >= 1:
                     break
                 losses.append(self.step(min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * share))))
@@ -218,7 +223,7 @@ class Trainer:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.fast):
             loss = self._loss()
         self.solver.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
         self.solver.step()
         self.average.update_parameters(self.decoder)
@@ -297,3 +302,10 @@ class Trainer:
         ids = ids.clone()
         codes = self.backbone.codes.table[ids] * mask[..., None]
         return self.decoder.prepare(hidden.clone().float(), ids, codes, mask.clone(), segment)
+
+
+def _running_average(average: _Tensors, current: _Tensors, count: Tensor | int) -> None:
+    """Move the average towards the current weights: by 1% late, faster in the first steps."""
+    keep = min(0.99, (1.0 + int(count)) / (10.0 + int(count)))
+    for mean, now in zip(average, current, strict=True):
+        mean.lerp_(now.to(mean.dtype), 1.0 - keep)

@@ -1,0 +1,72 @@
+"""The last stage: which instructions are heard. The gate learns to tell specific texts from generic ones.
+
+Only the gate changes, so scores without instructions stay as they were.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kalm_rag.models.pico import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoBackbone
+from kalm_rag.training.data import Lists, read_texts
+from kalm_rag.training.instruct import generic, split_query
+
+HEARD = 0.45
+"""Gate of a specific instruction: where the joint stage left it. A generic one's is 0."""
+
+
+def settle_gates(backbone: PicoBackbone, lists: Sequence[Lists], *, seed: int, pairs: int, steps: int = 600) -> None:
+    """Train the gate alone, on pairs of a query and a generic or specific instruction.
+
+    Args:
+        backbone: The model; its gate is changed in place.
+        lists: Where queries (and instructions, where a source has them) are drawn from.
+        seed: Fixes the draws.
+        pairs: Pairs of each kind.
+        steps: Batches of 256 pairs learnt from.
+    """
+    rng = random.Random(f"gates-{seed}")
+    queries, instructions, heard = _draw(lists, rng, pairs)
+    vectors = _vectors(backbone, queries, MAX_QUERY_TOKENS), _vectors(backbone, instructions, MAX_INSTRUCTION_TOKENS)
+    wanted = torch.tensor(heard)
+    decoder = backbone.decoder
+    gate = decoder.gate.requires_grad_(True)
+    solver = torch.optim.AdamW(gate.parameters(), lr=1e-3, weight_decay=0.05)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        for group in solver.param_groups:
+            group["lr"] = 1e-3 * (1 - step / steps)
+        rows = torch.randint(len(wanted), (min(256, len(wanted)),), generator=generator)
+        loss = functional.binary_cross_entropy(decoder.gates(vectors[0][rows], vectors[1][rows]), wanted[rows])
+        solver.zero_grad()
+        loss.backward()
+        solver.step()
+    gate.requires_grad_(False)
+
+
+def _draw(lists: Sequence[Lists], rng: random.Random, pairs: int) -> tuple[list[str], list[str], list[float]]:
+    """Queries, instructions and how far each should be heard."""
+    queries: list[str] = []
+    instructions: list[str] = []
+    heard: list[float] = []
+    for _ in range(pairs):
+        source = rng.choice(lists)
+        row = rng.randrange(len(source.texts))
+        text, own = source.texts[row], source.instructions[row]
+        queries.append(text)
+        instructions.append(generic(rng))
+        heard.append(0.0)
+        query, instruction = (text, own) if own is not None else split_query(text, rng) or (text, f"Focus on {text}.")
+        queries.append(query)
+        instructions.append(f"{generic(rng)} {instruction}" if rng.random() < 0.2 else instruction)
+        heard.append(HEARD)
+    return queries, instructions, heard
+
+
+def _vectors(backbone: PicoBackbone, texts: Sequence[str], limit: int) -> Tensor:
+    return read_texts(backbone.encoder, texts, limit=limit, what="instructions", fast=False).vectors()

