@@ -267,6 +267,23 @@ class PicoBackbone:
         margins: Tensor = raw * self.decoder.calibration[0] + self.decoder.calibration[1]
         return margins
 
+    @torch.inference_mode()
+    def attend(self, prompt: PicoPrompt, states: Tensor, counts: Tensor) -> Tensor:
+        """Where the query looks, and the instructions as far as they are heard; see `Backbone.attend`."""
+        every = torch.zeros(len(states), dtype=torch.long, device=self.device)
+        states, counts = states.float(), counts.float()
+        looks = self.decoder.attention(prompt.query.rows(every), states, counts)  # (B, N)
+        total = torch.ones((), device=self.device)
+        for extra, gate in prompt.extras:
+            looks = looks + gate * self.decoder.attention(extra.rows(every), states, counts)
+            total = total + gate
+        return looks / total
+
+    def offsets(self, passage: str) -> list[tuple[int, int]]:
+        """Characters behind each token of a passage, ``[CLS]`` and ``[SEP]`` without any; see `Backbone.offsets`."""
+        found = self.encoder.tokenizer.encode(passage, add_special_tokens=False).offsets
+        return [(0, 0), *found[: MAX_TOKENS - 2], (0, 0)]
+
     def embed_states(self, states: Tensor, counts: Tensor) -> Tensor:
         """Rebuild the retrieval vectors: mean of the encoder's part, weighted by counts, unit length ``(B, 384)``."""
         hidden = torch.where(counts[..., None] > 0, states[..., :HIDDEN_SIZE].float(), 0.0)

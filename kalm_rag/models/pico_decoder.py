@@ -222,17 +222,35 @@ class PicoDecoder(nn.Module):
         """
         real = counts > 0
         states = torch.where(real[..., None], states, 0.0)
-        hidden, codes = states.split([self.config.hidden, self.config.lexical], -1)
+        hidden = states[..., : self.config.hidden]
         vector = functional.normalize((hidden * counts[..., None]).sum(1), dim=-1)  # (B, H)
         cosine = (vector * prompt.vector).sum(-1)
-        keys = functional.normalize(hidden - self.centre, dim=-1) * real[..., None]  # (B, N, H)
-        seen = torch.einsum("bqkh,bnh->bqkn", prompt.views, keys)  # (B, Q, K, N)
-        words = torch.einsum("bqx,bnx->bqn", prompt.codes, codes) * counts[:, None]  # (B, Q, N)
+        keys, seen, words = self._similarities(prompt, states, counts)
         features = self._pair_features(seen, words, counts)  # (B, Q, 2M + 1)
         shallow = (self.shallow(features).squeeze(-1) * prompt.weights).sum(1)
         deep = self._deep(prompt, keys, seen, words, real, features)
         base = self.cosine_scale * cosine + shallow.float()
         return base + deep, base
+
+    def attention(self, prompt: Prepared, states: Tensor, counts: Tensor) -> Tensor:
+        """Where prompts look: attention meaned over views, and over tokens by their weight; ``(B, N)``, sums to 1."""
+        states = torch.where((counts > 0)[..., None], states, 0.0)
+        _, seen, words = self._similarities(prompt, states, counts)
+        looks = self._attend(seen, words, counts > 0).mean(2)  # (B, Q, N)
+        return (looks * prompt.weights[..., None]).sum(1)
+
+    def _similarities(self, prompt: Prepared, states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys ``(B, N, H)``, and how near each prompt token is to each in meaning and in word."""
+        hidden, codes = states.split([self.config.hidden, self.config.lexical], -1)
+        keys = functional.normalize(hidden - self.centre, dim=-1) * (counts > 0)[..., None]  # (B, N, H)
+        seen = torch.einsum("bqkh,bnh->bqkn", prompt.views, keys)  # (B, Q, K, N)
+        words = torch.einsum("bqx,bnx->bqn", prompt.codes, codes) * counts[:, None]  # (B, Q, N)
+        return keys, seen, words
+
+    def _attend(self, seen: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        """Softmax over the states for each token and view, ``(B, Q, K, N)``."""
+        logits = seen * self.sharpness[:, None] + words[:, :, None] * self.word_sharpness[:, None]
+        return logits.masked_fill(~real[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
 
     def _pair_features(self, seen: Tensor, words: Tensor, counts: Tensor) -> Tensor:
         """Pool features of every (token, state) pair over the states: their maximum and their log-sum."""
@@ -246,8 +264,7 @@ class PicoDecoder(nn.Module):
         self, prompt: Prepared, keys: Tensor, seen: Tensor, words: Tensor, real: Tensor, features: Tensor
     ) -> Tensor:
         """Attend, fuse by product, mix tokens, and read out one number a passage."""
-        logits = seen * self.sharpness[:, None] + words[:, :, None] * self.word_sharpness[:, None]
-        attention = logits.masked_fill(~real[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
+        attention = self._attend(seen, words, real)
         found = torch.einsum("bqkn,bnh->bqkh", attention, keys) * self.config.hidden**0.5  # (B, Q, K, H)
         own = prompt.hidden[:, :, None]
         fused = self.fuse(torch.cat([found, own * found, (own - found).abs()], -1).flatten(2))  # (B, Q, D)

