@@ -111,7 +111,7 @@ def explain(
     weights = backbone.attend(prompt, vectors, counts)[0].float().cpu().tolist()
     offsets = backbone.offsets(passage)
     step = ratio if ratio is not None else states.ratio
-    spans = []
+    spans: list[Span] = []
     for number, weight in enumerate(weights):
         behind = [o for o in offsets[number * step : (number + 1) * step] if o[1] > o[0]]
         start = max(min((o[0] for o in behind), default=0), spans[-1].end if spans else 0)

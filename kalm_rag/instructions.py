@@ -58,6 +58,26 @@ class Instructions:
         if self.system_mode not in get_args(SystemMode):
             raise InputError(f"system_mode is {self.system_mode!r}; wanted one of {', '.join(get_args(SystemMode))}.")
 
+    @classmethod
+    def from_prompt(cls, prompt: object, *, system_mode: SystemMode = "append") -> Instructions:
+        r"""Read the instructions of an app out of its RAG prompt: see `kalm_rag.prompts.from_prompt`.
+
+        Args:
+            prompt: A string, (role, text) pairs, a LangChain or LlamaIndex prompt template, an LCEL chain, a query
+                engine or a chat engine. It is parsed, never formatted or changed.
+            system_mode: As the attribute.
+
+        Raises:
+            InputError: If it is none of these, or holds no prompt.
+
+        Example:
+            >>> Instructions.from_prompt("Answer for a lawyer.\n\nContext: {context}\nQuestion: {question}").task
+            'Answer for a lawyer.'
+        """
+        from kalm_rag.prompts import from_prompt  # here: most callers give their texts themselves
+
+        return from_prompt(prompt, system_mode=system_mode)
+
     @property
     def app_system(self) -> str | None:
         """The app's system text where the mode lets it through, else None."""

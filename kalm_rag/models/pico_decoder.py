@@ -124,7 +124,8 @@ class Mixer(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, Q, D / heads) each
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+        grown: Tensor = x + self.down(functional.gelu(self.up(self.norm2(x))))
+        return grown
 
 
 class PicoDecoder(nn.Module):
@@ -174,7 +175,9 @@ class PicoDecoder(nn.Module):
             last.weight.zero_()
             last.bias.zero_()
         self.share.weight[0, self.config.hidden] = 3.0  # tokens weigh by their idf to begin with
-        self.gate[2].bias.fill_(-1.0)
+        gate = self.gate[2]
+        assert isinstance(gate, nn.Linear)
+        gate.bias.fill_(-1.0)
 
     def prepare(self, hidden: Tensor, ids: Tensor, codes: Tensor, mask: Tensor, segment: int | Tensor) -> Prepared:
         """Do the prompt-only work.
@@ -276,4 +279,5 @@ class PicoDecoder(nn.Module):
         weight = functional.softplus(weight) * prompt.mask
         weight = weight / weight.sum(1, keepdim=True)
         mean = (x * weight[..., None]).sum(1)
-        return (value * weight).sum(1) + self.head(mean).squeeze(-1)
+        deep: Tensor = (value * weight).sum(1) + self.head(mean).squeeze(-1)
+        return deep

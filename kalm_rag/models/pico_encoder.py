@@ -101,8 +101,8 @@ class MiniLMEncoder:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.sha256 = sha256
-        self.cls_id = tokenizer.token_to_id("[CLS]")
-        self.sep_id = tokenizer.token_to_id("[SEP]")
+        self.cls_id = _special_id(tokenizer, "[CLS]")
+        self.sep_id = _special_id(tokenizer, "[SEP]")
 
     @classmethod
     def load(
@@ -135,12 +135,14 @@ class MiniLMEncoder:
     @property
     def device(self) -> torch.device:
         """Where the encoder runs."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def word_embeddings(self) -> Tensor:
         """Input embeddings of the vocabulary, shape ``(V, 384)``, in the computing dtype."""
-        return self.model.embeddings.word_embeddings.weight
+        weight: Tensor = self.model.embeddings.word_embeddings.weight
+        return weight
 
     def tokenize(self, texts: Sequence[str], limit: int = MAX_TOKENS) -> list[tuple[list[int], int]]:
         """Turn texts into ids ``[CLS] ... [SEP]``, cut at `limit`.
@@ -183,6 +185,13 @@ class MiniLMEncoder:
         block, mask = block.to(self.device), mask.to(self.device)
         states = self.model(input_ids=block, attention_mask=mask.long()).last_hidden_state  # (B, T, 384)
         return states, mask, block
+
+
+def _special_id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ModelError(f"the tokenizer has no {token}; it is not all-MiniLM-L6-v2's. Install the package again.")
+    return int(found)
 
 
 def _read_model(folder: Path, dtype: torch.dtype) -> BertModel:

@@ -1,0 +1,358 @@
+"""The reranker as a document compressor, and as a step of an LCEL chain.
+
+New documents come back: ids kept, `relevance_score` (P(yes), a plain float) in a copy of the metadata. The step is
+traced as a chain run with the candidates as its input, and its start always has an end or an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.runnables import RunnableConfig, RunnableSerializable
+from langchain_core.runnables.config import (
+    ensure_config,
+    get_async_callback_manager_for_config,
+    get_callback_manager_for_config,
+    run_in_executor,
+)
+from pydantic import ConfigDict, Field, StrictInt, field_serializer, field_validator, model_validator
+from typing_extensions import Self
+
+from kalm_rag.engines import EngineSpec, Placed, rank_candidates, shared_store
+from kalm_rag.errors import InputError
+from kalm_rag.instructions import Instructions
+from kalm_rag.lookup import Missing
+from kalm_rag.prompts import as_instructions
+from kalm_rag.ranking import check_cut, check_query
+from kalm_rag.reranker import Reranker
+from kalm_rag.store import Reference, StateStore
+
+SCORE = "relevance_score"
+"""Metadata key of P(yes) in [0, 1]: the key that LangChain's rerankers use."""
+MARGIN = "relevance_margin"
+"""Metadata key of the margin, with ``keep_margin``."""
+RETRIEVAL_SCORE = "retrieval_score"
+"""Metadata key of the score a document came with, with ``keep_retrieval_score``."""
+RETRIEVAL_RANK = "retrieval_rank"
+"""Metadata key of the place a document came at, from 1, with ``keep_retrieval_score``."""
+CONFIG_KEY = "kalm_instructions"
+"""Key in ``config["configurable"]`` for the instructions of one call."""
+
+_QUERY_KEYS = ("query", "question", "input")
+_DOCUMENT_KEYS = ("documents", "context", "docs")
+
+
+class KaLMDocumentCompressor(BaseDocumentCompressor):
+    """Reranks documents: states are looked up, or encoded once where missing; only the decoder runs per query.
+
+    Nothing is loaded before the first call; equal settings share one engine in a process (`release_engines` frees
+    it). Pickles and ``model_dump`` carry settings, never a model. Safe to use from many threads and event loops.
+
+    Args:
+        model: ``pico`` (bundled), ``nano``, ``small``, ``large``, a repository id or a folder.
+        revision: As `Reranker.from_pretrained`.
+        device: As `Reranker.from_pretrained`.
+        dtype: As `Reranker.from_pretrained`.
+        ratio: Tokens a state stands for. With a store: a multiple of what is stored; None takes the stored one.
+            Without a store: None is 4.
+        batch_size: Most passages in one pass.
+        top_n: Most documents given back, >= 1; None gives all.
+        threshold: Keep only P(yes) >= this, in [0, 1].
+        missing: Documents without stored states are encoded and kept (``"encode"``), an error (``"raise"``), or put
+            unscored behind the others (``"skip"``).
+        instructions: `Instructions`, a task as a string, or the app's prompt or chain (`Instructions.from_prompt`).
+        store: Where states are: a `StateStore`, a folder or a ``.sqlite3`` file. None keeps the latest 256 MiB of
+            states in memory, shared by the process.
+        reranker: A ready engine, in place of `model` and its settings. Stays yours to close.
+        keep_retrieval_score: Keep ``retrieval_rank``, and a former ``relevance_score`` as ``retrieval_score``.
+        keep_margin: Give ``relevance_margin`` = logit(yes) - logit(no), which doesn't saturate.
+
+    Raises:
+        pydantic.ValidationError: If an argument is unknown or out of range.
+
+    Example:
+        >>> compressor = KaLMDocumentCompressor(top_n=1)
+        >>> texts = ["I like tea.", "Paris is the capital of France."]
+        >>> compressor.compress_documents([Document(t) for t in texts], "capital of France?")[0].page_content
+        'Paris is the capital of France.'
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    model: str = "pico"
+    revision: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    ratio: StrictInt | None = None
+    batch_size: StrictInt = 64
+    top_n: StrictInt | None = 3
+    threshold: float | None = None
+    missing: Missing = "encode"
+    instructions: Instructions | None = None
+    store: Any = None
+    reranker: Reranker | None = Field(default=None, exclude=True, repr=False)
+    keep_retrieval_score: bool = False
+    keep_margin: bool = False
+
+    @field_validator("device", "dtype", mode="before")
+    @classmethod
+    def _name_torch_type(cls, value: object) -> object:
+        return value if value is None or isinstance(value, str) else str(value).removeprefix("torch.")
+
+    @field_validator("instructions", mode="before")
+    @classmethod
+    def _read_instructions(cls, value: object) -> Instructions | None:
+        return as_instructions(value)
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _check_store(cls, value: object) -> object:
+        if value is None or hasattr(value, "get_many"):
+            return value
+        if isinstance(value, str) or hasattr(value, "__fspath__"):
+            return str(value)
+        raise InputError(f"store is {type(value).__name__}; wanted a StateStore, a folder, a .sqlite3 file, or None.")
+
+    @field_serializer("store")
+    def _store_place(self, store: object) -> str | None:
+        """A path where there is one; states in memory or in a companion collection stay behind."""
+        return store if store is None or isinstance(store, str) else _path_of(store)
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        if self.reranker is not None:
+            given = {"model", "revision", "device", "dtype", "batch_size"} & self.model_fields_set
+            if given:
+                raise InputError(f"reranker and {', '.join(sorted(given))} were both given; wanted one of them.")
+            self.__dict__.update(_settings_of(self.reranker))  # so that what is written down makes the same engine
+        check_cut(self.top_n, self.threshold)
+        self._spec()
+        return self
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """Rerank documents for a query.
+
+        Args:
+            documents: Candidates in retrieval order, left as they are. None of them: an empty list comes back.
+            query: The question, not blank.
+            callbacks: Where the step is traced; None takes those of the chain that is running.
+
+        Returns:
+            Copies, best first, at most `top_n`; ties in input order; unscored ones last.
+
+        Raises:
+            InputError: If the query is blank, or an item is no `Document`.
+            MissingStateError: Under ``missing="raise"``.
+            StateMismatchError: If the store is another model's, or at a ratio that can't give `ratio`.
+            ModelError: If the model can't be loaded.
+        """
+        return self.run(documents, query, _config(callbacks))
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """Rerank without holding up the event loop; see `compress_documents`."""
+        return await self.arun(documents, query, _config(callbacks))
+
+    def with_instructions(self, instructions: object) -> Self:
+        """Give a copy that follows other instructions, e.g. those of another prompt.
+
+        For one call in a chain, use ``config={"configurable": {"kalm_instructions": ...}}``.
+
+        Args:
+            instructions: As the argument of the class.
+        """
+        return self.model_copy(update={"instructions": as_instructions(instructions)})
+
+    def as_runnable(self) -> KaLMRerank:
+        """Give the step for LCEL chains: question and documents in, documents out. See `KaLMRerank`."""
+        return KaLMRerank(compressor=self)
+
+    def engine(self) -> Reranker:
+        """Give the engine, loading it if need be."""
+        return self.reranker if self.reranker is not None else self._spec().engine()
+
+    def preview(self, query: str) -> str:
+        """Show the exact text that the decoder reads for a query, instructions included."""
+        return self.engine().preview(query, self.instructions)
+
+    def run(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        config: RunnableConfig,
+        references: Sequence[Reference] = (),
+    ) -> list[Document]:
+        """Rerank within a chain's config (callbacks, tags, instructions); see `compress_documents`."""
+        manager = get_callback_manager_for_config(config)
+        traced = manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
+        try:
+            ranked = self._rank(documents, query, config, references)
+        except BaseException as err:
+            traced.on_chain_error(err)
+            raise
+        traced.on_chain_end({"documents": ranked})
+        return ranked
+
+    async def arun(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        config: RunnableConfig,
+        references: Sequence[Reference] = (),
+    ) -> list[Document]:
+        """Rerank in a thread; see `run`."""
+        manager = get_async_callback_manager_for_config(config)
+        traced = await manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
+        try:
+            ranked = await run_in_executor(None, self._rank, documents, query, config, references)
+        except BaseException as err:  # cancelled too: a start without an end stays open in a trace for ever
+            await traced.on_chain_error(err)
+            raise
+        await traced.on_chain_end({"documents": ranked})
+        return ranked
+
+    def _rank(
+        self, documents: Sequence[Document], query: str, config: RunnableConfig, references: Sequence[Reference]
+    ) -> list[Document]:
+        check_query(query)
+        _check_documents(documents)
+        if not documents:
+            return []
+        engine = self.engine()
+        store = shared_store(self.store, engine) if isinstance(self.store, str) else self.store
+        if store is None and self.ratio is not None and engine.ratio != self.ratio:
+            engine = engine.at(self.ratio)
+        placed = rank_candidates(
+            engine,
+            store,
+            query,
+            [document.page_content for document in documents],
+            instructions=as_instructions((config.get("configurable") or {}).get(CONFIG_KEY, self.instructions)),
+            ratio=self.ratio,
+            top_n=self.top_n,
+            threshold=self.threshold,
+            missing=self.missing,
+            references=references,
+        )
+        return [self._scored(documents[one.index], one) for one in placed]
+
+    def _scored(self, document: Document, placed: Placed) -> Document:
+        metadata = {key: value for key, value in document.metadata.items() if key not in (SCORE, MARGIN)}
+        if self.keep_retrieval_score:
+            if SCORE in document.metadata:
+                metadata[RETRIEVAL_SCORE] = document.metadata[SCORE]
+            metadata[RETRIEVAL_RANK] = placed.index + 1
+        if placed.probability is not None:
+            metadata[SCORE] = placed.probability
+        if self.keep_margin and placed.margin is not None:
+            metadata[MARGIN] = placed.margin
+        return document.model_copy(update={"metadata": metadata})
+
+    def _spec(self) -> EngineSpec:
+        return EngineSpec(
+            model=self.model,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+            ratio=self.ratio,
+            batch_size=self.batch_size,
+        )
+
+    def _run_name(self, config: RunnableConfig) -> str:
+        return config.get("run_name") or type(self).__name__
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Settings without the model or an open store."""
+        state = super().__getstate__()
+        fields = {**state["__dict__"], "reranker": None, "store": self._store_place(self.store)}
+        return {**state, "__dict__": fields}
+
+
+class KaLMRerank(RunnableSerializable[dict[str, Any], list[Document]]):
+    """A chain step: takes a dict with the question and the documents, gives the documents reranked.
+
+    Reads the question under ``query``, ``question`` or ``input``, the documents under ``documents``, ``context`` or
+    ``docs`` (the first there is). Instructions of one call: ``config["configurable"]["kalm_instructions"]``.
+
+    Args:
+        compressor: What reranks.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    compressor: KaLMDocumentCompressor
+
+    def invoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
+        """Rerank; see `KaLMDocumentCompressor.compress_documents`.
+
+        Raises:
+            InputError: If a key is missing, or an argument is unknown.
+        """
+        query, documents = _inputs(input, kwargs)
+        return self.compressor.run(documents, query, ensure_config(config))
+
+    async def ainvoke(
+        self,
+        input: dict[str, Any],
+        config: RunnableConfig | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> list[Document]:
+        """Rerank without holding up the event loop; see `invoke`."""
+        query, documents = _inputs(input, kwargs)
+        return await self.compressor.arun(documents, query, ensure_config(config))
+
+
+def _inputs(given: object, kwargs: Mapping[str, object]) -> tuple[Any, Any]:
+    if kwargs:
+        raise InputError(f"unknown arguments {', '.join(sorted(kwargs))}; the step takes its input and a config.")
+    if not isinstance(given, Mapping):
+        raise InputError(f"input is {type(given).__name__}; wanted a dict with the question and the documents.")
+    found = []
+    for names in (_QUERY_KEYS, _DOCUMENT_KEYS):
+        key = next((name for name in names if name in given), None)
+        if key is None:
+            raise InputError(f"input has the keys {sorted(map(str, given))}; wanted one of {', '.join(names)} in it.")
+        found.append(given[key])
+    return found[0], found[1]
+
+
+def _config(callbacks: Callbacks | None) -> RunnableConfig:
+    """Config of the chain that is running, if any, with the callbacks of the call."""
+    config = ensure_config()
+    config.pop("run_name", None)
+    return config if callbacks is None else {**config, "callbacks": callbacks}
+
+
+def _check_documents(documents: object) -> None:
+    if isinstance(documents, str | Mapping) or not isinstance(documents, Sequence):
+        raise InputError(f"documents is {type(documents).__name__}; wanted a list of Document.")
+    for position, document in enumerate(documents):
+        if not isinstance(document, Document):
+            raise InputError(f"document {position} is {type(document).__name__}; wanted a langchain_core Document.")
+
+
+def _shown(documents: object, query: object) -> dict[str, Any]:
+    return {"query": query, "documents": list(documents) if isinstance(documents, Sequence) else documents}
+
+
+def _path_of(store: StateStore | object) -> str | None:
+    path = getattr(store, "path", None)
+    return None if path is None else str(path)
+
+
+def _settings_of(engine: Reranker) -> dict[str, Any]:
+    """What an `EngineSpec` needs to load the same engine elsewhere."""
+    info = engine.info
+    return {
+        "model": info.name,
+        "revision": None if info.family == "pico" or info.revision == "local" else info.revision,
+        "device": str(engine.backbone.device),
+        "dtype": info.dtype,
+        "batch_size": engine.batch_size,
+    }
