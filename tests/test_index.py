@@ -17,6 +17,7 @@ import chromadb
 import numpy as np
 import pytest
 from chromadb.config import Settings
+from stores import chroma_client
 
 from kalm_rag import ChromaIndex, Instructions, Reranker
 from kalm_rag.errors import (
@@ -27,6 +28,8 @@ from kalm_rag.errors import (
     StoreError,
     StoreFormatError,
 )
+
+__all__ = ["chroma_client"]  # a fixture, used by name
 
 TEXTS = ["Paris is the capital of France.", "I like tea.", "Berlin is the capital of Germany.", "Bees make honey."]
 IDS = ["a", "b", "c", "d"]
@@ -358,3 +361,17 @@ def test_sentence_transformers_embeds_for_any_reranker(tiny: Reranker) -> None:
     with ChromaIndex.open(model=tiny, embedder=model, collection="st-index") as opened:
         opened.add(IDS, TEXTS)
         assert next(h.id for h in opened.query(QUERY) if h.retrieval_rank == 1) == "a"
+
+
+def test_a_remote_chroma_keeps_states_in_a_companion(chroma_client: object, tiny: Reranker) -> None:
+    """The whole index over HTTP, against a real server: nothing is kept on this machine."""
+    with ChromaIndex.open(client=chroma_client, collection="remote", model=tiny, embedder=toy_vectors) as opened:
+        opened.add(IDS, TEXTS)
+        want = {h.id: h.margin for h in opened.query(QUERY)}
+    with ChromaIndex.open(client=chroma_client, collection="remote", model=tiny, embedder=toy_vectors) as again:
+        result = again.query(QUERY)
+        assert (result.encoded, result.from_store) == (0, 4)
+        assert {h.id: h.margin for h in result} == want
+        again.delete(["b"])
+        assert again.gc().states == 1
+        assert again.verify().clean
