@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import chromadb
 import numpy as np
+from chromadb.api.shared_system_client import SharedSystemClient
 from chromadb.config import Settings
 from chromadb.errors import NotFoundError
 
@@ -39,16 +40,23 @@ _SAME_VECTOR = 0.95
 def open_client(path: str | os.PathLike[str] | None) -> ClientAPI:
     """Open a persistent Chroma database, made if absent; one in memory for None. Telemetry is off.
 
+    A database that this process has open already keeps the settings it was opened with.
+
     Raises:
         InputError: If the path is a file.
     """
-    settings = Settings(anonymized_telemetry=False)
     if path is None:
-        return chromadb.EphemeralClient(settings=settings)
+        return chromadb.EphemeralClient(settings=_settings("ephemeral"))
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; wanted the folder of a Chroma database.")
-    return chromadb.PersistentClient(str(folder), settings=settings)
+    return chromadb.PersistentClient(str(folder), settings=_settings(str(folder)))
+
+
+def _settings(identifier: str) -> Settings:
+    """Settings for a new client: those in use, since Chroma refuses to open a database twice with different ones."""
+    system = SharedSystemClient._identifier_to_system.get(identifier)
+    return Settings(anonymized_telemetry=False) if system is None else system.settings
 
 
 def open_states(

@@ -1,0 +1,208 @@
+"""A node postprocessor that orders retrieved nodes by P(yes) of the decoder over their stored states."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from llama_index.core.callbacks import CBEventType, EventPayload
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from llama_index_instrumentation import get_dispatcher
+from typing_extensions import Self
+
+from kalm_rag.engines import rank_candidates
+from kalm_rag.errors import InputError
+from kalm_rag.instructions import Instructions
+from kalm_rag.llama_index.nodes import node_text, with_score
+from kalm_rag.llama_index.parts import EngineFields
+from kalm_rag.llama_index.steering import calling_engine, override, overriding
+from kalm_rag.lookup import Missing, check_missing
+from kalm_rag.prompts import as_instructions
+from kalm_rag.ranking import check_cut, check_query
+
+dispatcher = get_dispatcher(__name__)
+
+
+class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
+    """Reranks retrieved nodes: states by content from the store, one decoder pass, best first.
+
+    Scores are P(yes) in [0, 1], plain floats. Nodes without text can't be scored: they come behind the scored ones in
+    retrieval order with score None, and are dropped under a threshold. New `NodeWithScore` objects come back; the
+    caller's are never changed. Nothing is loaded before the first query. Safe from many threads and event loops.
+
+    Args:
+        model: Name, repository id or folder: see `kalm_rag.Reranker.from_pretrained`.
+        revision: Commit, tag or branch.
+        device: ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: ``bf16`` or ``fp32``.
+        ratio: Tokens a state stands for when scoring; with a store, a multiple of its ratio.
+        batch_size: Most passages in one pass.
+        store: Where states are: a `StateStore`, a folder (of a Chroma database, say), a ``.sqlite3`` file, a
+            `KaLMChromaVectorStore`; None takes a bounded cache of this process.
+        reranker: A ready engine instead of `model`, yours to close.
+        top_n: Most nodes given back, >= 1; None gives all.
+        threshold: Keep only nodes with P(yes) >= this, in [0, 1].
+        missing: Nodes without stored states: ``"encode"`` (and keep), ``"raise"``, or ``"skip"`` (treated as nodes
+            without text).
+        instructions: `Instructions`, a task, any prompt or engine (read now), or ``"auto"``: those of the prompt of
+            the query or chat engine that runs this, read anew at each query.
+        metadata_mode: Which text of a node is scored; use one mode for indexing and scoring.
+        keep_retrieval_score: Keep the retriever's score as ``metadata["retrieval_score"]``.
+
+    Raises:
+        InputError: (inside pydantic's ValidationError) if an argument is unknown, of the wrong kind or out of range.
+
+    Example:
+        >>> from llama_index.core.schema import NodeWithScore, TextNode
+        >>> nodes = [NodeWithScore(node=TextNode(text=t)) for t in ("I like tea.", "Paris is France's capital.")]
+        >>> best = KaLMNodePostprocessor(top_n=1).postprocess_nodes(nodes, query_str="What is the capital of France?")
+        >>> best[0].text
+        "Paris is France's capital."
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
+
+    top_n: int | None = Field(default=3, description="Most nodes given back; None gives all.")
+    threshold: float | None = Field(default=None, description="Keep only P(yes) >= this.")
+    missing: Missing = Field(default="encode", description="Policy for nodes without stored states.")
+    instructions: Instructions | Literal["auto"] | None = Field(default=None, description="What steers the decoder.")
+    metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, description="Which text of a node is scored.")
+    keep_retrieval_score: bool = Field(default=False, description="Keep the retriever's score in metadata.")
+    _followed: Any = PrivateAttr(default=None)
+
+    @field_validator("top_n", mode="before")
+    @classmethod
+    def _check_top_n(cls, value: int | None) -> int | None:
+        check_cut(value, None)
+        return value
+
+    @field_validator("threshold", mode="before")
+    @classmethod
+    def _check_threshold(cls, value: float | None) -> float | None:
+        check_cut(None, value)
+        return value
+
+    @field_validator("missing", mode="before")
+    @classmethod
+    def _check_missing(cls, value: str) -> str:
+        return check_missing(value)
+
+    @field_validator("instructions", mode="before")
+    @classmethod
+    def _read_instructions(cls, value: object) -> object:
+        return value if isinstance(value, str) and value == "auto" else as_instructions(value)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in serialised form."""
+        return "KaLMNodePostprocessor"
+
+    def follow(self, engine: object) -> Self:
+        """Read the instructions of one query or chat engine from its prompts at every query, wherever this runs.
+
+        Args:
+            engine: What ``index.as_query_engine()`` or ``as_chat_engine()`` gave, or anything that holds prompts.
+
+        Returns:
+            This postprocessor.
+
+        Raises:
+            InputError: If it holds no prompt.
+        """
+        Instructions.from_prompt(engine)
+        self.instructions, self._followed = "auto", engine
+        return self
+
+    def use(self, instructions: object) -> AbstractContextManager[None]:
+        """Let other instructions hold inside a ``with`` block, in this thread or task only (per-request steering).
+
+        Args:
+            instructions: `Instructions`, a task, or any prompt.
+
+        Raises:
+            InputError: If it is none of these.
+        """
+        wanted = as_instructions(instructions)
+        return override(self, wanted if wanted is not None else Instructions())
+
+    def preview(self, query: str) -> str:
+        """Show the exact text that the decoder reads for a query, under the instructions that hold here and now.
+
+        Raises:
+            InputError: If the query is blank.
+        """
+        return self._parts.get()[0].preview(query, self._current())
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        """Rerank, on this thread."""
+        return self._rerank(nodes, query_bundle, self._current())
+
+    @dispatcher.span
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        """Rerank in a thread, so that the loop goes on."""
+        return await asyncio.to_thread(self._rerank, nodes, query_bundle, self._current())
+
+    def _current(self) -> Instructions | None:
+        """Instructions that hold for the query being answered on this call stack."""
+        chosen = overriding(self)
+        if chosen is not None:
+            return chosen
+        if self.instructions != "auto":
+            return self.instructions
+        engine = self._followed if self._followed is not None else calling_engine(self)
+        return Instructions.from_prompt(engine) if engine is not None else None
+
+    def _rerank(
+        self, nodes: list[NodeWithScore], query: QueryBundle | None, instructions: Instructions | None
+    ) -> list[NodeWithScore]:
+        if query is None:
+            raise InputError("no query was given; wanted query_str= or query_bundle=, which nodes are ranked for.")
+        check_query(query.query_str)
+        check_cut(self.top_n, self.threshold)
+        check_missing(self.missing)
+        if not nodes:
+            return []
+        texts = [node_text(item.node, self.metadata_mode) for item in nodes]
+        with self._announced(nodes, query) as ranked:
+            engine, store = self._parts.get()
+            placed = rank_candidates(
+                engine,
+                store,
+                query.query_str,
+                texts,
+                instructions=instructions,
+                ratio=self.ratio,
+                top_n=self.top_n,
+                threshold=self.threshold,
+                missing=self.missing,
+            )
+            ranked += [with_score(nodes[p.index], p.probability, keep=self.keep_retrieval_score) for p in placed]
+        return ranked
+
+    @contextmanager
+    def _announced(self, nodes: list[NodeWithScore], query: QueryBundle) -> Iterator[list[NodeWithScore]]:
+        """Tell instrumentation and callbacks of a rerank: each start has its end, also when scoring fails."""
+        ranked: list[NodeWithScore] = []
+        top_n = self.top_n if self.top_n is not None else len(nodes)
+        payload: dict[str, Any] = {
+            EventPayload.NODES: nodes,
+            EventPayload.MODEL_NAME: self.model,
+            EventPayload.QUERY_STR: query.query_str,
+            EventPayload.TOP_K: top_n,
+        }
+        dispatcher.event(ReRankStartEvent(query=query, nodes=list(nodes), top_n=top_n, model_name=self.model))
+        try:
+            with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
+                yield ranked
+                event.on_end(payload={EventPayload.NODES: ranked})
+        finally:
+            dispatcher.event(ReRankEndEvent(nodes=ranked))

@@ -1,0 +1,78 @@
+"""A step of an IngestionPipeline that encodes states, for vector stores other than ours or for many workers."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.bridge.pydantic import ConfigDict, Field, model_validator
+from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
+from typing_extensions import Self
+
+from kalm_rag.errors import InputError
+from kalm_rag.llama_index.nodes import node_text
+from kalm_rag.llama_index.parts import EngineFields
+from kalm_rag.upkeep import BATCH
+
+
+class KaLMStateTransform(EngineFields, TransformComponent):
+    """Encodes the states of nodes that have none yet, and hands the nodes on unchanged.
+
+    `KaLMChromaVectorStore` encodes by itself; this is for pipelines that end elsewhere, or that encode in several
+    worker processes (``num_workers``). Put it last: a later step that rewrites text or metadata makes other states.
+    The states have no references: ``gc`` takes those that no `KaLMChromaVectorStore` or ``backfill`` refers to.
+
+    A cached pipeline skips steps whose ``to_dict`` and input it has seen, also when the states have been wiped or swept
+    since. So this one's ``to_dict`` has a value of its own each time: the step always looks what is missing, which
+    costs milliseconds when nothing is.
+
+    Args:
+        store: Where states go: a folder, a ``.sqlite3`` file, a `StateStore` or a `KaLMChromaVectorStore`. For
+            worker processes it must be a file.
+        metadata_mode: As the postprocessor's.
+
+    Raises:
+        InputError: (inside pydantic's ValidationError) if there is no store, or an argument is unknown.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
+
+    metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, description="Which text of a node is encoded.")
+
+    @model_validator(mode="after")
+    def _check_place(self) -> Self:
+        if self.store is None:
+            raise InputError("store is None; wanted the store to fill: a folder, a .sqlite3 file or a vector store.")
+        return self
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in serialised form."""
+        return "KaLMStateTransform"
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: object) -> Sequence[BaseNode]:
+        """Encode what is missing, in batches; safe to break off and run again.
+
+        Raises:
+            StoreError: If states can't be written.
+        """
+        texts = [text for node in nodes if (text := node_text(node, self.metadata_mode)) is not None]
+        for start in range(0, len(texts), BATCH):
+            self._parts.keep(texts[start : start + BATCH])
+        return nodes
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: object) -> Sequence[BaseNode]:
+        """As calling it, in a thread, so that the loop goes on."""
+        return await asyncio.to_thread(self.__call__, nodes, **kwargs)
+
+    def to_dict(self, **kwargs: object) -> dict[str, Any]:
+        """Write down the fields, the model's fingerprint, and ``run``, new each time; loads the model."""
+        engine, _ = self._parts.get()
+        return {**super().to_dict(**kwargs), "fingerprint": engine.info.fingerprint, "run": uuid.uuid4().hex}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: object) -> Self:
+        """Make it from what `to_dict` wrote."""
+        return super().from_dict({k: v for k, v in data.items() if k not in ("fingerprint", "run")}, **kwargs)

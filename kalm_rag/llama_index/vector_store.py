@@ -1,0 +1,338 @@
+"""A Chroma vector store for LlamaIndex that keeps the states of its nodes in step.
+
+Order of writing: states, then Chroma; of deleting: Chroma, then references. Whatever a crash cuts off is a missing
+state, which is encoded again on demand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Union, cast
+
+import chromadb
+from chromadb.api.client import Client
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from llama_index.core.schema import BaseNode, MetadataMode
+from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
+from llama_index.core.vector_stores.utils import node_to_metadata_dict
+from llama_index.vector_stores.chroma import ChromaVectorStore
+from llama_index.vector_stores.chroma.base import _to_chroma_filter
+from typing_extensions import Self
+
+from kalm_rag import upkeep
+from kalm_rag.database import MODEL_KEY, PAGE, open_client, open_states, records
+from kalm_rag.errors import InputError
+from kalm_rag.llama_index.embedding import KaLMEmbedding
+from kalm_rag.llama_index.nodes import node_text, record_node
+from kalm_rag.llama_index.parts import EngineFields, Parts
+from kalm_rag.llama_index.postprocessor import KaLMNodePostprocessor
+from kalm_rag.reranker import Reranker
+from kalm_rag.results import BackfillReport, VerifyReport
+from kalm_rag.states import Codec, passage_key
+from kalm_rag.store import Reference, StateStore, Swept
+from kalm_rag.store.base import chunked
+from kalm_rag.store.opening import store_file
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+
+Filters = Union[MetadataFilters, "list[MetadataFilters]", None]
+
+_CONNECTION: dict[str, Any] = {
+    "collection_name": None,
+    "host": None,
+    "port": None,
+    "ssl": False,
+    "headers": None,
+    "persist_dir": None,
+}
+
+
+class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
+    """LlamaIndex's `ChromaVectorStore`, with the states of each node's text kept beside it.
+
+    Adding encodes what is new and replaces nodes of the same id; of an id given twice in one call the last counts.
+    Deleting takes the references along, and `gc` the states that nothing refers to any more. Async methods run in
+    threads. Nothing of the model is loaded before the first write, query of states, or upkeep.
+
+    Args:
+        chroma_collection: An open Chroma collection; or give `persist_dir`, or `host` and `port`, with
+            `collection_name`.
+        client: The Chroma client the collection is from; None takes the collection's own.
+        **fields: Fields of `ChromaVectorStore`, and: model, revision, device, dtype, batch_size, reranker and store as
+            `KaLMNodePostprocessor` (store None: SQLite in the database's folder; in memory for an ephemeral client; a
+            companion collection for a remote one); ratio and codec of a new store (None: as stored, or 4 and exact);
+            metadata_mode, which must be the postprocessor's.
+
+    Raises:
+        InputError: (inside pydantic's ValidationError where it is a field's) if neither collection nor place is given,
+            or an argument is unknown or out of range.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
+
+    metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, description="Which text of a node is encoded.")
+    codec: str | None = Field(default=None, frozen=True, description="exact, bf16 or int8; None: as stored, or exact.")
+    _given_client: Any = PrivateAttr(default=None)
+
+    def __init__(
+        self,
+        chroma_collection: Any = None,  # noqa: ANN401 - chromadb is untyped
+        *,
+        client: ClientAPI | None = None,
+        **fields: object,
+    ) -> None:
+        super(ChromaVectorStore, self).__init__(
+            **{**_CONNECTION, **fields}
+        )  # ChromaVectorStore's own drops what it doesn't know
+        if chroma_collection is None:
+            client = client if client is not None else self._connect()
+            chroma_collection = client.get_or_create_collection(self.collection_name, **self.collection_kwargs)
+        self._collection = chroma_collection
+        self._given_client = client
+        self._note_connection()
+        if self.store is None:
+            told = (self._collection.metadata or {}).get(MODEL_KEY)
+            if told is not None and self.reranker is None and "model" not in fields:
+                self.__dict__["model"] = str(told)  # the collection says whose states lie beside it
+            self._parts = Parts(self._spec(), reranker=self.reranker, opener=self._open_states, place=self._place())
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _check_codec(cls, value: object) -> str | None:
+        return None if value is None else Codec.parse(cast("str", value)).value
+
+    @classmethod
+    def from_collection(cls, collection: Any, **fields: object) -> Self:  # noqa: ANN401 - chromadb is untyped
+        """Make it over an open collection.
+
+        Raises:
+            InputError: If it is not a Chroma collection.
+        """
+        if not isinstance(collection, chromadb.Collection):
+            raise InputError(f"collection is {type(collection).__name__}; wanted an open chromadb Collection.")
+        return cls(collection, **fields)
+
+    @classmethod
+    def from_params(cls, collection_name: str, **fields: object) -> Self:  # type: ignore[override] # one by one there
+        """Make it by name and place: `persist_dir`, or `host` and `port`; the collection is made if absent."""
+        return cls(collection_name=collection_name, **fields)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in serialised form."""
+        return "KaLMChromaVectorStore"
+
+    def as_postprocessor(self, **fields: object) -> KaLMNodePostprocessor:
+        """Give a postprocessor over the same engine, states and metadata mode.
+
+        Args:
+            **fields: Of `KaLMNodePostprocessor`: top_n, threshold, instructions, ...
+        """
+        given: dict[str, Any] = {"store": self, "metadata_mode": self.metadata_mode, **fields}
+        return KaLMNodePostprocessor(**given)
+
+    def as_embedding(self) -> KaLMEmbedding:
+        """Give pico's embedding over the same engine and states: indexing then encodes each text once for both."""
+        return KaLMEmbedding(store=self)
+
+    def add(self, nodes: Sequence[BaseNode], **add_kwargs: object) -> list[str]:
+        """Add nodes, or replace those of the same id: states first, then text, metadata and vector.
+
+        Args:
+            nodes: Nodes with embeddings.
+            **add_kwargs: Of LlamaIndex; unused.
+
+        Returns:
+            Their ids, in input order.
+
+        Raises:
+            ValueError: If a node has no embedding (nothing is written), or metadata that Chroma can't hold.
+            StoreError: If the states can't be written. Batches finished before stay.
+        """
+        distinct = list({node.node_id: node for node in nodes}.values())
+        for node in distinct:
+            node.get_embedding()
+        for batch in chunked(distinct, min(upkeep.BATCH, self._client().get_max_batch_size())):
+            self._write(batch)
+        return [node.node_id for node in nodes]
+
+    def delete(self, ref_doc_id: str, **delete_kwargs: object) -> None:
+        """Delete the nodes of a document, and their references."""
+        self._delete(self._collection.get(where={"document_id": ref_doc_id}, include=[])["ids"])
+
+    def delete_nodes(self, node_ids: list[str] | None = None, filters: Filters = None, **delete_kwargs: object) -> None:
+        """Delete nodes by id, by filter, or those of the ids that the filter lets through; neither deletes nothing."""
+        if isinstance(filters, list):
+            filters = MetadataFilters(filters=[*filters])
+        if filters is None or not filters.filters:
+            self._delete(node_ids if node_ids is not None else [])
+            return
+        found = self._collection.get(where=_to_chroma_filter(filters), include=[])["ids"]
+        self._delete(found if node_ids is None else [i for i in node_ids if i in set(found)])
+
+    def clear(self) -> None:
+        """Delete all nodes, and all references of the collection."""
+        while ids := self._collection.get(limit=PAGE, include=[])["ids"]:
+            self._collection.delete(ids=ids)
+        _, store = self._parts.get()
+        store.unreference(self._collection_id, [r.record_id for r in store.references(self._collection_id)])
+
+    def verify(self) -> VerifyReport:
+        """Compare every node with its states, and every state with its checksum. Changes nothing."""
+        return upkeep.verify(self._parts.get()[1], self._collection_id, self._pages())
+
+    def backfill(self) -> BackfillReport:
+        """Bring states up to the collection: encode what is missing or damaged, mend references.
+
+        This is how a collection that somebody else filled, or edited, gets its states. Safe to break off.
+
+        Raises:
+            StoreError: If states can't be written.
+        """
+        engine, store = self._parts.get()
+        return upkeep.backfill(engine, store, self._collection_id, self._pages())
+
+    def gc(self) -> Swept:
+        """Drop references of nodes and collections that are gone, then states that nothing refers to."""
+        live = [str(collection.id) for collection in self._client().list_collections()]
+        return upkeep.sweep(self._parts.get()[1], self._collection_id, records(self._collection, texts=False), live)
+
+    def close(self) -> None:
+        """Close the state store that this opened (its postprocessors use it, too); it is opened again when needed."""
+        self._parts.close()
+
+    async def async_add(self, nodes: Sequence[BaseNode], **add_kwargs: object) -> list[str]:
+        """As `add`, in a thread."""
+        return await asyncio.to_thread(self.add, nodes, **add_kwargs)
+
+    async def adelete(self, ref_doc_id: str, **delete_kwargs: object) -> None:
+        """As `delete`, in a thread."""
+        await asyncio.to_thread(self.delete, ref_doc_id, **delete_kwargs)
+
+    async def adelete_nodes(
+        self, node_ids: list[str] | None = None, filters: Filters = None, **delete_kwargs: object
+    ) -> None:
+        """As `delete_nodes`, in a thread."""
+        await asyncio.to_thread(self.delete_nodes, node_ids, filters, **delete_kwargs)
+
+    async def aclear(self) -> None:
+        """As `clear`, in a thread."""
+        await asyncio.to_thread(self.clear)
+
+    async def aget_nodes(
+        self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
+    ) -> list[BaseNode]:
+        """As `get_nodes`, in a thread."""
+        return await asyncio.to_thread(self.get_nodes, node_ids, cast("Any", filters))
+
+    async def aquery(self, query: VectorStoreQuery, **kwargs: object) -> VectorStoreQueryResult:
+        """As `query`, in a thread."""
+        return await asyncio.to_thread(self.query, query, **kwargs)
+
+    @property
+    def _collection_id(self) -> str:
+        return str(self._collection.id)
+
+    def _write(self, nodes: Sequence[BaseNode]) -> None:
+        """One batch: states and references in one transaction, then Chroma."""
+        ids = [node.node_id for node in nodes]
+        documents = [node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes]
+        metadatas = [node_to_metadata_dict(node, remove_text=True, flat_metadata=self.flat_metadata) for node in nodes]
+        metadatas = [{key: "" if value is None else value for key, value in one.items()} for one in metadatas]
+        texts = self._texts(ids, documents, metadatas)
+        kept = {i: text for i, text in zip(ids, texts, strict=True) if text is not None}
+        self._parts.keep(
+            list(kept.values()),
+            [
+                Reference(collection_id=self._collection_id, record_id=i, key=passage_key(text))
+                for i, text in kept.items()
+            ],
+        )
+        there = self._collection.get(ids=ids, include=["metadatas"])
+        old = {i: metadata or {} for i, metadata in zip(there["ids"], there["metadatas"], strict=True)}
+        self._collection.upsert(
+            ids=ids,
+            embeddings=[node.get_embedding() for node in nodes],
+            documents=documents,
+            # an upsert merges metadata; keys set to None go, so that no filter finds a node by what it no longer says
+            metadatas=[
+                {**dict.fromkeys(old.get(i, {}).keys() - new.keys()), **new}
+                for i, new in zip(ids, metadatas, strict=True)
+            ],
+        )
+        emptied = [i for i in old if i not in kept]
+        if emptied:
+            self._parts.get()[1].unreference(self._collection_id, emptied)
+
+    def _delete(self, ids: Sequence[str]) -> None:
+        if not ids:
+            return
+        _, store = self._parts.get()
+        for page in chunked(dict.fromkeys(ids), PAGE):
+            self._collection.delete(ids=page)
+            store.unreference(self._collection_id, page)
+
+    def _texts(self, ids: Sequence[str], documents: Sequence[Any], metadatas: Sequence[Any]) -> list[str | None]:
+        """Texts as a query's nodes will have them: those of the nodes that LlamaIndex makes of Chroma's records."""
+        return [
+            node_text(record_node(i, document, metadata), self.metadata_mode)
+            for i, document, metadata in zip(ids, documents, metadatas, strict=True)
+        ]
+
+    def _pages(self) -> Iterator[tuple[list[str], list[str | None]]]:
+        offset = 0
+        while True:
+            page = self._collection.get(limit=PAGE, offset=offset, include=["documents", "metadatas"])
+            if not page["ids"]:
+                return
+            yield page["ids"], self._texts(page["ids"], page["documents"], page["metadatas"])
+            offset += len(page["ids"])
+
+    def _connect(self) -> ClientAPI:
+        if self.collection_name and self.persist_dir is not None:
+            return open_client(self.persist_dir)
+        if self.collection_name and self.host is not None:
+            port = int(self.port) if self.port is not None else 8000
+            return cast("ClientAPI", chromadb.HttpClient(host=self.host, port=port, ssl=self.ssl, headers=self.headers))
+        raise InputError(
+            "no collection was given; wanted chroma_collection=, or collection_name= with persist_dir= or host= and "
+            "port=."
+        )
+
+    def _client(self) -> ClientAPI:
+        """The client the collection is from, or one over the same connection."""
+        if self._given_client is None:
+            one = self._collection
+            system = cast("Any", one._client)._system
+            self._given_client = Client.from_system(system, tenant=one.tenant, database=one.database)
+        return cast("ClientAPI", self._given_client)
+
+    def _note_connection(self) -> None:
+        """Fill the fields that lead back to the collection, so that serialisation doesn't lose it."""
+        settings = cast("Any", self._collection._client)._system.settings
+        found: dict[str, Any] = {"collection_name": self._collection.name}
+        if settings.chroma_server_host is not None:
+            found |= {"host": settings.chroma_server_host, "port": settings.chroma_server_http_port}
+            found["ssl"] = bool(settings.chroma_server_ssl_enabled)
+        elif settings.is_persistent:
+            found["persist_dir"] = settings.persist_directory
+        self.__dict__.update(found)
+
+    def _place(self) -> str | dict[str, str]:
+        if self.persist_dir is not None:
+            return str(store_file(self.persist_dir))
+        return {"live": "ChromaStore" if self.host is not None else "MemoryStore"}
+
+    def _open_states(self, engine: Reranker) -> StateStore:
+        return open_states(self._client(), self._collection.name, engine, codec=self.codec, ratio=self.ratio)
+
+    def _written_store(self) -> str | dict[str, str] | None:
+        """The default store is found again beside the collection, so it isn't written down."""
+        return None if self.store is None else self._parts.place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.persist_dir is None and self.host is None:
+            raise InputError("an ephemeral Chroma collection can't be pickled. Use a persistent or HTTP client.")
+        return super().__reduce__()
