@@ -289,7 +289,7 @@ def train(
         for score in report.dev:
             table.add_row(score.name, str(score.ratio), f"{score.retrieval:.4f}", f"{score.reranked:.4f}")
         out.print(table)
-        out.print(f"{report.steps} steps; seconds: {_stages(report.seconds)}; weights in {report.folder}")
+        out.print(f"{report.steps} steps in {report.seconds['total']:.0f} s; weights in {report.folder}")
 
 
 @app.command()

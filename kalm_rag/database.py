@@ -38,7 +38,7 @@ _SAME_VECTOR = 0.95
 
 
 def open_client(path: str | os.PathLike[str] | None) -> ClientAPI:
-    """Open a persistent Chroma database, made if absent; one in memory for None. Telemetry is off.
+    """Open a persistent Chroma database, made if absent; one in memory for None.
 
     A database that this process has open already keeps the settings it was opened with.
 
@@ -54,9 +54,13 @@ def open_client(path: str | os.PathLike[str] | None) -> ClientAPI:
 
 
 def _settings(identifier: str) -> Settings:
-    """Settings for a new client: those in use, since Chroma refuses to open a database twice with different ones."""
+    """Settings for a new client: those in use, or else Chroma's own defaults.
+
+    Chroma refuses to open a database twice in one process with different settings; with the defaults, a plain client
+    that the app opens later still can. (Chroma's product telemetry does nothing since 1.5.)
+    """
     system = SharedSystemClient._identifier_to_system.get(identifier)
-    return Settings(anonymized_telemetry=False) if system is None else system.settings
+    return Settings() if system is None else system.settings
 
 
 def open_states(

@@ -14,9 +14,9 @@ import torch
 
 from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.instructions import Instructions, check_text
-from kalm_rag.lookup import Missing, check_missing, find_states
+from kalm_rag.lookup import Missing, Placed, check_missing, rank_texts
 from kalm_rag.pooling import check_ratio
-from kalm_rag.ranking import check_cut, check_query, rank_relevances
+from kalm_rag.ranking import check_cut, check_query
 from kalm_rag.reranker import DEFAULT_RATIO, Reranker
 from kalm_rag.results import Timings
 from kalm_rag.states import Layout, PassageStates
@@ -166,15 +166,6 @@ def shared_store(path: str, engine: Reranker) -> StateStore:
         return _stores[key]
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """One candidate of a ranking: its position in the input; margin and P(yes) are None if it was not scored."""
-
-    index: int
-    margin: float | None
-    probability: float | None
-
-
 def pair_store(engine: Reranker, store: StateStore | None) -> tuple[Reranker, StateStore]:
     """Bring an engine and a store together: an engine at the store's ratio; without a store, the process's cache.
 
@@ -234,26 +225,27 @@ def rank_candidates(
             check_text(text, f"document {position}")
     engine, store = pair_store(engine, store)
     timings = Timings()
-    looked = find_states(engine, store, texts, missing=missing, timings=timings, references=list(references))
-    with timings.stage("score"):
-        relevances = engine.score(
-            query, looked.states if looked.states is not None else [], instructions=instructions, ratio=ratio
-        )
-    placed = [
-        Placed(looked.rows[r.index], r.margin, r.probability) for r in rank_relevances(relevances, threshold=threshold)
-    ]
-    unscored = sorted(set(range(len(texts))) - set(looked.rows))
-    if threshold is None:
-        placed += [Placed(i, None, None) for i in unscored]
+    ranking = rank_texts(
+        engine,
+        store,
+        query,
+        texts,
+        missing=missing,
+        timings=timings,
+        instructions=instructions,
+        ratio=ratio,
+        threshold=threshold,
+        references=list(references),
+    )
     logger.info(
         "ranked %d candidates: %d from the store, %d encoded, %d not scored; seconds %s",
         len(texts),
-        looked.from_store,
-        looked.encoded,
-        len(unscored),
+        ranking.from_store,
+        ranking.encoded,
+        ranking.unscored,
         {stage: round(seconds, 4) for stage, seconds in timings.seconds.items()},
     )
-    return placed[:top_n]
+    return ranking.placed[:top_n]
 
 
 def _is_open(engine: Reranker) -> bool:

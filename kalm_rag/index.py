@@ -22,8 +22,8 @@ from kalm_rag.database import PAGE, open_client, open_collection, open_states, r
 from kalm_rag.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
 from kalm_rag.errors import ClosedError, InputError, MissingStateError
 from kalm_rag.instructions import Instructions
-from kalm_rag.lookup import Missing, check_missing, find_states
-from kalm_rag.ranking import check_cut, check_passages, check_query, rank_relevances
+from kalm_rag.lookup import Missing, Placed, check_missing, rank_texts
+from kalm_rag.ranking import check_cut, check_passages, check_query
 from kalm_rag.reranker import Reranker
 from kalm_rag.results import AddReport, BackfillReport, Hit, QueryResult, Timings, VerifyReport
 from kalm_rag.states import Codec, passage_key
@@ -272,33 +272,25 @@ class ChromaIndex:
             vector = self.embedder.query(text)
         with timings.stage("search"):
             candidates = self._search(vector, fetch_k, where, where_document)
-        looked = find_states(
+        ranking = rank_texts(
             self.engine,
             self.store,
+            text,
             [c.text for c in candidates],
             missing=policy,
             timings=timings,
-            references=self._references([c for c in candidates if c.text is not None]),
+            instructions=instructions,
+            ratio=ratio,
+            threshold=threshold,
+            references=self._references(candidates),
         )
-        with timings.stage("score"):
-            relevances = self.engine.score(
-                text, looked.states if looked.states is not None else [], instructions=instructions, ratio=ratio
-            )
-        cut = [] if looked.states is None else (looked.states.found > looked.states.tokens).tolist()
-        hits = [
-            _hit(candidates, looked.rows[r.index], r.margin, r.probability, cut[r.index])
-            for r in rank_relevances(relevances, threshold=threshold)
-        ]
-        unscored = sorted(set(range(len(candidates))) - set(looked.rows))
-        if threshold is None:
-            hits += [_hit(candidates, i, None, None, False) for i in unscored]
         return QueryResult(
             query=text,
-            hits=hits[:top_n],
+            hits=[_hit(candidates, one) for one in ranking.placed[:top_n]],
             candidates=len(candidates),
-            from_store=looked.from_store,
-            encoded=looked.encoded,
-            unscored=len(unscored),
+            from_store=ranking.from_store,
+            encoded=ranking.encoded,
+            unscored=ranking.unscored,
             seconds=timings.seconds,
         )
 
@@ -459,19 +451,17 @@ def _check_records(
     return checked_ids, checked, metas
 
 
-def _hit(
-    candidates: Sequence[_Candidate], row: int, margin: float | None, probability: float | None, truncated: bool
-) -> Hit:
-    one = candidates[row]
+def _hit(candidates: Sequence[_Candidate], placed: Placed) -> Hit:
+    one = candidates[placed.index]
     return Hit(
         id=one.id,
         text=one.text,
         metadata=one.metadata,
-        retrieval_rank=row + 1,
+        retrieval_rank=placed.index + 1,
         distance=one.distance,
-        margin=margin,
-        probability=probability,
-        truncated=truncated,
+        margin=placed.margin,
+        probability=placed.probability,
+        truncated=placed.truncated,
     )
 
 

@@ -1,7 +1,7 @@
-"""From candidate texts to the states that will be scored: fetched where stored, else by the caller's policy.
+"""From candidate texts to a ranking: states fetched where stored, else by the caller's policy; then the decoder.
 
-The one way in which the index and the framework adapters get states, so that all of them count alike and none can
-score a text other than the one at hand. Knows no Chroma and no framework.
+The one way in which the index and the framework adapters get and score states, so that all of them count alike and
+none can score a text other than the one at hand. Knows no Chroma and no framework.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kalm_rag.errors import InputError, MissingStateError, StoreError, StoreFormatError
+from kalm_rag.instructions import Instructions
+from kalm_rag.ranking import rank_relevances
 from kalm_rag.reranker import Reranker
 from kalm_rag.results import Timings
 from kalm_rag.states import StateBatch, merge_batches, pack_states, passage_key, unpack_batch
@@ -37,6 +39,40 @@ class Looked:
     states: StateBatch | None
     from_store: int
     encoded: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """One candidate of a ranking.
+
+    Attributes:
+        index: Its position among the candidates.
+        margin: logit(yes) - logit(no); None if it was not scored.
+        probability: P(yes); None likewise.
+        truncated: Whether the model read only the beginning of it.
+    """
+
+    index: int
+    margin: float | None = None
+    probability: float | None = None
+    truncated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Candidates in their new order, and how they came by their states.
+
+    Attributes:
+        placed: Best first, ties in input order; unscored ones behind the scored, in input order.
+        from_store: How many had stored states.
+        encoded: How many distinct texts were encoded now.
+        unscored: How many were not scored: skipped by policy, or without text.
+    """
+
+    placed: list[Placed]
+    from_store: int
+    encoded: int
+    unscored: int
 
 
 def check_missing(missing: str) -> Missing:
@@ -97,6 +133,54 @@ def find_states(
     parts = [(absent, fresh)] if fetched.batch is None else [(fetched.found, fetched.batch), (absent, fresh)]
     states = merge_batches(len(rows), parts)
     return Looked(rows=rows, states=states, from_store=len(fetched.found), encoded=encoded)
+
+
+def rank_texts(
+    engine: Reranker,
+    store: StateStore,
+    query: str,
+    texts: Sequence[str | None],
+    *,
+    missing: Missing,
+    timings: Timings,
+    instructions: Instructions | None = None,
+    ratio: int | None = None,
+    threshold: float | None = None,
+    references: Sequence[Reference] = (),
+) -> Ranking:
+    """Find states of candidates and order them by relevance; see `find_states` for the arguments both take.
+
+    Args:
+        engine: Encodes and scores.
+        store: Where states are kept.
+        query: The question.
+        texts: Candidates in retrieval order; None marks one without text.
+        missing: Policy for texts without states.
+        timings: Gets the stages ``fetch``, ``encode`` and ``score``.
+        instructions: System and task text.
+        ratio: A multiple of the stored ratio; None takes the stored one.
+        threshold: Keep only P(yes) >= this; unscored ones are dropped too.
+        references: Records whose states should be kept.
+
+    Raises:
+        InputError: As `Reranker.score`.
+        MissingStateError: Under ``missing="raise"``.
+        StateMismatchError: If `ratio` is no multiple of the stored one.
+        StoreFormatError: If a stored state is damaged.
+    """
+    looked = find_states(engine, store, texts, missing=missing, timings=timings, references=references)
+    states = looked.states
+    with timings.stage("score"):
+        relevances = engine.score(query, states if states is not None else [], instructions=instructions, ratio=ratio)
+    cut = [] if states is None else (states.found > states.tokens).tolist()
+    placed = [
+        Placed(index=looked.rows[r.index], margin=r.margin, probability=r.probability, truncated=cut[r.index])
+        for r in rank_relevances(relevances, threshold=threshold)
+    ]
+    unscored = sorted(set(range(len(texts))) - set(looked.rows))
+    if threshold is None:
+        placed += [Placed(index=i) for i in unscored]
+    return Ranking(placed=placed, from_store=looked.from_store, encoded=looked.encoded, unscored=len(unscored))
 
 
 def _encode_and_keep(

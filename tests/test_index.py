@@ -16,7 +16,6 @@ from pathlib import Path
 import chromadb
 import numpy as np
 import pytest
-from chromadb.config import Settings
 from stores import chroma_client
 
 from kalm_rag import ChromaIndex, Instructions, Reranker
@@ -116,7 +115,7 @@ def test_edited_text_is_never_scored_stale(index: ChromaIndex, tiny: Reranker) -
 
 
 def test_backfill_of_a_collection_filled_by_somebody_else(tmp_path: Path, tiny: Reranker) -> None:
-    client = chromadb.PersistentClient(str(tmp_path), settings=Settings(anonymized_telemetry=False))
+    client = chromadb.PersistentClient(str(tmp_path))
     theirs = client.create_collection("docs", embedding_function=None)
     theirs.add(ids=IDS, documents=TEXTS, embeddings=toy_vectors(TEXTS))
     theirs.add(ids=["blind"], embeddings=toy_vectors(["x"]))
@@ -133,7 +132,7 @@ def test_backfill_of_a_collection_filled_by_somebody_else(tmp_path: Path, tiny: 
 
 
 def test_the_wrong_embedder_is_refused(tmp_path: Path, tiny: Reranker) -> None:
-    client = chromadb.PersistentClient(str(tmp_path), settings=Settings(anonymized_telemetry=False))
+    client = chromadb.PersistentClient(str(tmp_path))
     client.create_collection("docs", embedding_function=None).add(
         ids=IDS, documents=TEXTS, embeddings=[[0.0, 1.0, 0.5]] * 4
     )
@@ -375,3 +374,11 @@ def test_a_remote_chroma_keeps_states_in_a_companion(chroma_client: object, tiny
         again.delete(["b"])
         assert again.gc().states == 1
         assert again.verify().clean
+
+
+def test_plain_clients_of_the_same_app_go_on_working(tmp_path: Path, tiny: Reranker) -> None:
+    """Chroma refuses two clients of one database with different settings: ours must be the ones everybody has."""
+    with reopen(tmp_path, tiny), ChromaIndex.open(model=tiny, embedder=toy_vectors):
+        assert chromadb.PersistentClient(str(tmp_path)).list_collections()
+        chromadb.EphemeralClient()
+        chromadb.Client()

@@ -23,7 +23,6 @@ import chromadb
 import pytest
 import torch
 from chromadb.api.shared_system_client import SharedSystemClient
-from chromadb.config import Settings as ChromaSettings
 from llama_index.core import Document, PromptTemplate, StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
@@ -86,7 +85,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def client() -> chromadb.ClientAPI:
-    return chromadb.EphemeralClient(settings=ChromaSettings(anonymized_telemetry=False))
+    return chromadb.EphemeralClient()
 
 
 @pytest.fixture

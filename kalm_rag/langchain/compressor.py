@@ -21,10 +21,10 @@ from langchain_core.runnables.config import (
 from pydantic import ConfigDict, Field, StrictInt, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
-from kalm_rag.engines import EngineSpec, Placed, rank_candidates, shared_store
+from kalm_rag.engines import EngineSpec, rank_candidates, shared_store
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
-from kalm_rag.lookup import Missing
+from kalm_rag.lookup import Missing, Placed
 from kalm_rag.prompts import as_instructions
 from kalm_rag.ranking import check_cut, check_query
 from kalm_rag.reranker import Reranker
