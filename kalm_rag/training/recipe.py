@@ -60,7 +60,7 @@ class TrainConfig:
     candidates: int = 16
     learning_rate: float = 1e-3
     distil: float = 0.6
-    ratios: tuple[tuple[int, float], ...] = ((1, 0.08), (2, 0.12), (4, 0.25), (8, 0.17), (16, 0.18), (32, 0.2))
+    ratios: tuple[tuple[int, float], ...] = ((1, 0.1), (2, 0.15), (4, 0.25), (8, 0.2), (16, 0.15), (32, 0.15))
     gate_pairs: int = 3000
     fast: bool = field(default_factory=lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     sources: tuple[Source, ...] = SOURCES
