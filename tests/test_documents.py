@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny
+from checkpoints import save_tiny
 from test_index import toy_vectors
 
 from kalm_rag import ChromaIndex, Reranker

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny, tiny_config, tiny_tokenizer
+from checkpoints import save_tiny, tiny_config, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Gemma2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
