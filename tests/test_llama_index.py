@@ -9,7 +9,6 @@ import json
 import math
 import multiprocessing
 import pickle
-import runpy
 import threading
 import time
 import uuid
@@ -22,7 +21,6 @@ from typing import Any
 import chromadb
 import pytest
 import torch
-from chromadb.api.shared_system_client import SharedSystemClient
 from llama_index.core import Document, PromptTemplate, StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
@@ -52,7 +50,6 @@ from kalm_rag.store.memory import MemoryStore
 
 QUERY = "Which river is the longest?"
 TEXTS = ["The Nile is long.", "Tea is drunk hot.", "The Amazon carries most water.", "Rivers end in the sea."]
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 class HashEmbedding(BaseEmbedding):
@@ -964,17 +961,3 @@ def test_real_relevance_with_the_bundled_model(pico: Reranker) -> None:
     bundle = QueryBundle("What is the capital of France?")
     ranked = KaLMNodePostprocessor(reranker=pico, top_n=1).postprocess_nodes(nodes, query_bundle=bundle)
     assert ranked[0].node.get_content() == texts[2]
-
-
-@pytest.mark.parametrize("name", ["llamaindex_query_engine", "backfill_existing_chroma", "per_request_instructions"])
-def test_examples_run(
-    name: str, pico: Reranker, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for kept in ("_identifier_to_system", "_identifier_to_refcount"):
-        monkeypatch.setattr(SharedSystemClient, kept, {})  # as in a process of its own
-    path = EXAMPLES / f"{name}.py"
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
-    runpy.run_path(str(path), run_name="__main__")
-    shown = capsys.readouterr().out
-    assert any(arrow in shown for arrow in "↑↓")
