@@ -81,7 +81,7 @@ def index(
         sources = folder_sources(folder)
         with _open(db, collection, model=model, ratio=ratio, codec=codec) as opened:
             scope = f"{folder.resolve().name}/"
-            report = _sync(opened, sources, scope)
+            report = _sync(opened, sources, scope, str(folder.resolve()))
             if as_json:
                 _print_json(_sync_dict(report))
             else:
@@ -330,11 +330,11 @@ def _open(db: Path, collection: str, *, create: bool = True, **options: Any) -> 
         return ChromaIndex.open(db, collection=collection, create=create, **options)
 
 
-def _sync(opened: ChromaIndex, sources: list[Source], scope: str) -> SyncReport:
+def _sync(opened: ChromaIndex, sources: list[Source], scope: str, origin: str = "") -> SyncReport:
     from kalm_rag.documents import sync
 
     wrap: Callable[[Any], Any] = lambda items: _progress(items, "indexing", "document")  # noqa: E731
-    return sync(opened, sources, scope=scope, progress=wrap)
+    return sync(opened, sources, scope=scope, origin=origin, progress=wrap)
 
 
 def _sync_dict(report: SyncReport) -> dict[str, Any]:

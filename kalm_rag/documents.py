@@ -158,6 +158,7 @@ def sync(
     sources: Sequence[Source],
     *,
     scope: str,
+    origin: str = "",
     progress: Callable[[Iterable[Source]], Iterable[Source]] = lambda items: items,
 ) -> SyncReport:
     """Bring a collection up to the documents there are: write what is new or changed, delete what is gone.
@@ -169,16 +170,19 @@ def sync(
         index: Where to write.
         sources: All documents of the scope.
         scope: Prefix of the names that these documents own; what the index has under it beyond them is deleted.
+        origin: Where the documents lie, e.g. the folder's full path; noted with each passage. Another origin under
+            the same scope is refused as long as it exists, so that two folders of one name can't delete each other's
+            passages; a folder that was moved is adopted.
         progress: Wraps the iteration over documents, for a progress bar.
 
     Raises:
-        InputError: If a name is outside the scope.
+        InputError: If a name is outside the scope, or the scope belongs to another origin.
         StoreError: If states can't be written. What was finished before stays.
     """
     outside = [s.name for s in sources if not s.name.startswith(scope)]
     if outside:
         raise InputError(f"document {outside[0]!r} is outside the scope {scope!r}.")
-    known = _known(index, scope)
+    known = _known(index, scope, origin)
     changed: list[str] = []
     unreadable: dict[str, str] = {}
     added, deleted = AddReport(), 0
@@ -189,7 +193,7 @@ def sync(
         if old.digest == source.digest and old.chunks == len(old.ids):
             continue
         try:
-            records = list(_records(source))
+            records = list(_records(source, origin))
         except InputError as err:
             unreadable[source.name] = str(err)
             continue
@@ -208,7 +212,7 @@ def sync(
     )
 
 
-def _known(index: ChromaIndex, scope: str) -> dict[str, _Known]:
+def _known(index: ChromaIndex, scope: str, origin: str) -> dict[str, _Known]:
     """What the collection holds under a scope, by document."""
     known: dict[str, _Known] = {}
     offset = 0
@@ -216,6 +220,7 @@ def _known(index: ChromaIndex, scope: str) -> dict[str, _Known]:
         for i, meta in zip(ids, page["metadatas"], strict=True):
             source = str((meta or {}).get("source", ""))
             if source.startswith(scope) and meta is not None and "digest" in meta:
+                _check_origin(str(meta.get("origin", "")), origin, scope)
                 entry = known.setdefault(source, _Known(str(meta["digest"]), int(meta["chunks"])))
                 if entry.digest != meta["digest"]:
                     entry.digest = ""  # a change was cut off half-way: do it again
@@ -224,11 +229,19 @@ def _known(index: ChromaIndex, scope: str) -> dict[str, _Known]:
     return known
 
 
-def _records(source: Source) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _check_origin(found: str, wanted: str, scope: str) -> None:
+    if found and found != wanted and Path(found).exists():
+        raise InputError(
+            f"this collection holds {scope} from {found}; now {wanted} was given. Index it under another collection "
+            f"name, or rename the folder."
+        )
+
+
+def _records(source: Source, origin: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     pieces = split_text(source.load())
     for number, (start, text) in enumerate(pieces):
-        meta = {"source": source.name, "start": start, "chunk": number, "chunks": len(pieces), "digest": source.digest}
-        yield f"{source.name}#{number}", text, meta
+        meta: dict[str, Any] = {"source": source.name, "start": start, "chunk": number, "chunks": len(pieces)}
+        yield f"{source.name}#{number}", text, {**meta, "digest": source.digest, "origin": origin}
 
 
 def _flush(index: ChromaIndex, batch: Sequence[tuple[str, str, dict[str, Any]]]) -> AddReport:

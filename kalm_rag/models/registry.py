@@ -159,7 +159,7 @@ def _load(name: str, revision: str | None, device: torch.device, dtype: torch.dt
     from kalm_rag.models.t5gemma2 import T5Gemma2Backbone  # transformers' model code is slow to import
 
     if name not in CHECKPOINTS and Path(name).is_dir():
-        return T5Gemma2Backbone.load(Path(name), name=name, revision="local", device=device, dtype=dtype)
+        return T5Gemma2Backbone.load(Path(name), name=_identity(name), revision="local", device=device, dtype=dtype)
     checkpoint = CHECKPOINTS.get(name)
     if checkpoint is None:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
