@@ -17,7 +17,7 @@ from chromadb.api.shared_system_client import SharedSystemClient
 from chromadb.config import Settings
 from chromadb.errors import NotFoundError
 
-from kalm_rag.embedders import Embedder
+from kalm_rag.embedders import BUNDLED, Embedder
 from kalm_rag.errors import InputError
 from kalm_rag.reranker import Reranker
 from kalm_rag.states import Codec
@@ -149,8 +149,8 @@ def records(collection: Collection, *, texts: bool = True) -> Iterator[tuple[lis
 def _check_vectors(collection: Collection, embedder: Embedder) -> None:
     """Refuse a collection whose vectors come from another embedder; a search would give nonsense silently."""
     told = (collection.metadata or {}).get(EMBEDDER_KEY)
-    if told == embedder.name:
-        return
+    if told == embedder.name == BUNDLED:
+        return  # one model has this name; an app's embedder goes by its class, which many models share
     sample = collection.get(limit=1, include=["documents", "embeddings"])
     if not sample["ids"] or sample["documents"] is None or sample["documents"][0] is None:
         return

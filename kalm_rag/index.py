@@ -20,9 +20,9 @@ import torch
 from kalm_rag import upkeep
 from kalm_rag.database import PAGE, open_client, open_collection, open_states, records, told_model
 from kalm_rag.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
-from kalm_rag.errors import ClosedError, InputError, MissingStateError
+from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.instructions import Instructions
-from kalm_rag.lookup import Missing, Placed, check_missing, rank_texts
+from kalm_rag.lookup import Missing, Placed, check_missing, find_states, rank_texts
 from kalm_rag.ranking import check_cut, check_passages, check_query
 from kalm_rag.reranker import Reranker
 from kalm_rag.results import AddReport, BackfillReport, Hit, QueryResult, Timings, VerifyReport
@@ -350,7 +350,7 @@ class ChromaIndex:
         with timings.stage("store"):
             self.store.put_many(states, references)
         with timings.stage("embed"):
-            vectors, cut = self._vectors(texts, keys)
+            vectors, cut = self._vectors(texts, references)
         with timings.stage("chroma"):
             write = self.collection.upsert if replace else self.collection.add
             write(ids=ids, embeddings=vectors, documents=texts, metadatas=metadatas)
@@ -384,22 +384,19 @@ class ChromaIndex:
             cleared.append({**dict.fromkeys(gone), **(metadatas[row] or {})} or None)  # Chroma drops keys set to None
         return unchanged + self._write([ids[r] for r in todo], [texts[r] for r in todo], cleared, replace=True)
 
-    def _vectors(self, texts: list[str], keys: list[str]) -> tuple[np.ndarray, list[bool]]:
+    def _vectors(self, texts: list[str], references: Sequence[Reference]) -> tuple[np.ndarray, list[bool]]:
         """Retrieval vectors, and which passages were cut; with pico, from the states just stored."""
-        fetched = self.store.get_many(keys)
-        if fetched.batch is None or fetched.missing:
-            raise MissingStateError(f"{len(fetched.missing)} states vanished from the store while they were added.")
-        cut = (fetched.batch.found > fetched.batch.tokens).tolist()
-        shared = isinstance(self.embedder, BundledEmbedder) and self.engine.info.family == "pico"
-        if shared and isinstance(self.embedder, BundledEmbedder):
-            return self.embedder.from_states(fetched.batch), cut
+        states = find_states(  # "encode": another process's gc may have swept what was stored a moment ago
+            self.engine, self.store, texts, missing="encode", timings=Timings(), references=references
+        ).states
+        cut = [] if states is None else (states.found > states.tokens).tolist()
+        if isinstance(self.embedder, BundledEmbedder) and self.engine.info.family == "pico" and states is not None:
+            return self.embedder.from_states(states), cut
         return self.embedder.passages(texts), cut
 
     def _search(
         self, vector: list[float], fetch_k: int, where: Mapping[str, Any] | None, document: Mapping[str, Any] | None
     ) -> list[_Candidate]:
-        if len(self) == 0:
-            return []
         found = self.collection.query(
             query_embeddings=[vector],
             n_results=fetch_k,

