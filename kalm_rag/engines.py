@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -103,6 +104,18 @@ class EngineSpec:
                 return fresh
         fresh.close()  # another thread was first; the model itself is shared either way
         return kept
+
+
+def settings_of(engine: Reranker) -> dict[str, Any]:
+    """What an `EngineSpec` needs to load a ready engine again elsewhere, ratio aside."""
+    info = engine.info
+    return {
+        "model": info.name,
+        "revision": None if info.family == "pico" or info.revision == "local" else info.revision,
+        "device": str(engine.backbone.device),
+        "dtype": info.dtype,
+        "batch_size": engine.batch_size,
+    }
 
 
 def release_engines() -> None:

@@ -21,7 +21,7 @@ from langchain_core.runnables.config import (
 from pydantic import ConfigDict, Field, StrictInt, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
-from kalm_rag.engines import EngineSpec, rank_candidates, shared_store
+from kalm_rag.engines import EngineSpec, rank_candidates, settings_of, shared_store
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
 from kalm_rag.lookup import Missing, Placed
@@ -127,7 +127,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
             given = {"model", "revision", "device", "dtype", "batch_size"} & self.model_fields_set
             if given:
                 raise InputError(f"reranker and {', '.join(sorted(given))} were both given; wanted one of them.")
-            self.__dict__.update(_settings_of(self.reranker))  # so that what is written down makes the same engine
+            self.__dict__.update(settings_of(self.reranker))  # so that what is written down makes the same engine
         check_cut(self.top_n, self.threshold)
         self._spec()
         return self
@@ -344,15 +344,3 @@ def _shown(documents: object, query: object) -> dict[str, Any]:
 def _path_of(store: StateStore | object) -> str | None:
     path = getattr(store, "path", None)
     return None if path is None else str(path)
-
-
-def _settings_of(engine: Reranker) -> dict[str, Any]:
-    """What an `EngineSpec` needs to load the same engine elsewhere."""
-    info = engine.info
-    return {
-        "model": info.name,
-        "revision": None if info.family == "pico" or info.revision == "local" else info.revision,
-        "device": str(engine.backbone.device),
-        "dtype": info.dtype,
-        "batch_size": engine.batch_size,
-    }

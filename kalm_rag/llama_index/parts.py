@@ -14,7 +14,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serialize
 from llama_index.core.schema import BaseComponent
 from typing_extensions import Self
 
-from kalm_rag.engines import EngineSpec, pair_store, shared_store
+from kalm_rag.engines import EngineSpec, pair_store, settings_of, shared_store
 from kalm_rag.errors import InputError
 from kalm_rag.reranker import Reranker
 from kalm_rag.states import PassageStates, passage_key
@@ -236,15 +236,7 @@ def name_engine(reranker: object, also: set[str]) -> dict[str, Any]:
         raise InputError(f"reranker is {type(reranker).__name__}; wanted a kalm_rag.Reranker, or give model=.")
     if also:
         raise InputError(f"both reranker and {' and '.join(sorted(also))} were given; wanted one of them.")
-    info = reranker.info
-    pinned = info.family == "pico" or info.revision == "local"
-    return {
-        "model": info.name,
-        "revision": None if pinned else info.revision,
-        "device": str(reranker.backbone.device),
-        "dtype": info.dtype,
-        "batch_size": reranker.batch_size,
-    }
+    return settings_of(reranker)
 
 
 def _restore(kind: type[EngineFields], data: dict[str, Any]) -> EngineFields:
