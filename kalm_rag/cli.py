@@ -203,25 +203,51 @@ def gc(db: Database, collection: Name = "passages", model: Model = None, as_json
 
 @app.command()
 def bench(
-    repeats: Annotated[int, typer.Option(help="Runs whose median counts.")] = 7,
-    nano: Annotated[bool, typer.Option(help="Time a Nano-shaped T5Gemma 2 too (3 GB, minutes).")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; both.", show_default=False)] = None,
+    candidates: Annotated[int, typer.Option(help="Passages of a query, Nano shape.")] = 100,
+    passages: Annotated[int, typer.Option(help="Passages in the index that is asked.")] = 20_000,
+    repeats: Annotated[int, typer.Option(help="Timed runs.")] = 5,
+    clients: Annotated[int, typer.Option(help="Clients that ask at once.")] = 8,
+    nano: Annotated[bool, typer.Option(help="Measure KaLM-Nano's shape too (random weights, 5 GB).")] = True,
+    full: Annotated[bool, typer.Option(help="Published protocol over all candidates, not one batch of 32.")] = False,
+    growth: Annotated[bool, typer.Option(help="How cost grows instead (up to a quarter of an hour).")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Folder for pictures.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time stored states against what a user would pick instead; ratios within one run."""
     with _errors():
-        from kalm_rag import bench as bench_module
+        from transformers.utils import logging as transformers_logging
 
-        timings = bench_module.bench_pico(repeats=repeats) + bench_module.bench_store()
-        timings += bench_module.bench_nano(repeats=max(2, repeats // 2)) if nano else []
+        from kalm_rag.bench import plots, suite
+        from kalm_rag.bench.report import tables
+
+        transformers_logging.disable_progress_bar()
+
+        if plot is not None:
+            plots.check_plots(plot)
+        settings = suite.Settings(
+            device=device,
+            dtype=dtype,
+            candidates=candidates,
+            passages=passages,
+            repeats=repeats,
+            clients=clients,
+            nano=nano,
+            full=full,
+            growth=growth,
+            curves=plot is not None,
+        )
+        with err.status("starting ...") as status:
+            report = suite.run(settings, status.update)
+        drawn = plots.draw(plot, report.laws) if plot is not None else []
         if as_json:
-            _print_json(bench_module.to_json(timings))
+            _print_json(report.to_dict())
             return
-        out.print(", ".join(f"{name} {value}" for name, value in bench_module.machine().items()))
-        table = Table("what", "median ms", "times as long", "note")
-        for one in timings:
-            ratio = "" if one.ratio is None else f"{one.ratio:.1f}x"
-            table.add_row(one.what, f"{one.seconds * 1000:.1f}", ratio, one.note)
-        out.print(table)
+        for part in tables(report):
+            out.print(part)
+        for path in drawn:
+            out.print(f"drawn: {path}")
 
 
 @app.command("eval")

@@ -1,0 +1,181 @@
+"""How things are timed here: runs after a warm-up, percentiles, peak memory, and where it was all measured.
+
+Also the made-up text and states that everything is timed on: what they say doesn't matter for time.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kalm_rag.states import PassageStates, passage_key
+
+QUERY = "what helps against the cold in winter"
+
+_WORDS = (
+    "the of and to in is was for as with by on not he his but at are this have from or had an they which one you "
+    "were all her she there would their we him been has when who will no more if out so up said what its about "
+    "than into them can only other time new some could these two may first then do any like my now over such our "
+    "man me even most made after also well did many before must through years where much your way down should "
+    "because long each just state people those too mr how little good world make very year still see own work men"
+).split()
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Wall-clock of several runs of one thing.
+
+    Attributes:
+        seconds: One entry a run, in order.
+        peak_bytes: Most memory held meanwhile: of the CUDA device, else resident in this process, the loaded model
+            included; None where it can't be told.
+    """
+
+    seconds: tuple[float, ...]
+    peak_bytes: int | None = None
+
+    def quantile(self, share: float) -> float:
+        """Seconds that this share of the runs stayed within, in [0, 1], linear between runs."""
+        return float(np.quantile(self.seconds, share))
+
+    @property
+    def p50(self) -> float:
+        """Median seconds of a run."""
+        return self.quantile(0.5)
+
+
+def measure(
+    run: Callable[[], object], repeats: int, device: torch.device, *, warm_up: Callable[[], object] | None = None
+) -> Spread:
+    """Time a function.
+
+    Args:
+        run: What is timed.
+        repeats: Timed runs, >= 1.
+        device: Where the work is done; a CUDA device is waited for.
+        warm_up: Done once before; None runs `run` itself once.
+    """
+    (warm_up if warm_up is not None else run)()
+    _wait(device)
+    _reset_peak(device)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return Spread(seconds=tuple(seconds), peak_bytes=_peak(device))
+
+
+def measure_stages(run: Callable[[], Mapping[str, float]], repeats: int, device: torch.device) -> dict[str, Spread]:
+    """Time a function that tells the seconds of its stages; the whole is ``"total"``, what no stage covers ``"rest"``.
+
+    Args:
+        run: Gives stage to seconds.
+        repeats: Timed runs after one to warm up, >= 1.
+        device: Where the work is done.
+    """
+    told: list[Mapping[str, float]] = []
+    total = measure(lambda: told.append(run()), repeats, device)
+    told = told[1:]
+    names = list(dict.fromkeys(name for one in told for name in one))
+    stages = {name: Spread(seconds=tuple(one.get(name, 0.0) for one in told)) for name in names}
+    left = [whole - sum(one.values()) for whole, one in zip(total.seconds, told, strict=True)]
+    return {**stages, "rest": Spread(seconds=tuple(max(0.0, one) for one in left)), "total": total}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where this is measured: versions, processor, cores, threads, memory, device."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "tokenizers", "sentence-transformers", "chromadb", "numpy", "kalm-rag")
+    versions = {}
+    for name in packages:
+        with suppress(ModuleNotFoundError):  # importlib's PackageNotFoundError: an extra that is not installed
+            versions[name] = version(name)
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "device": str(device),
+        "cuda": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def random_text(words: int, seed: int) -> str:
+    """Text of common words, about 1.05 tokens each for MiniLM; the same for the same seed."""
+    return " ".join(random.Random(seed).choices(_WORDS, k=words))
+
+
+def words_used() -> list[str]:
+    """Every word that `random_text` can give."""
+    return list(dict.fromkeys(_WORDS))
+
+
+def stretch_states(states: Sequence[PassageStates], texts: Iterable[str]) -> list[PassageStates]:
+    """Stand-ins for the states of many texts: those of a few, over and over, each under its own text's key.
+
+    Encoding thousands of passages would take most of a benchmark; what is in a state changes no timing.
+    """
+    return [replace(states[row % len(states)], key=passage_key(text)) for row, text in enumerate(texts)]
+
+
+def resident_bytes() -> int | None:
+    """Memory resident in this process now; None where it can't be told."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int | None:
+    """Most memory resident in this process so far, or since its last reset; None where it can't be told."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int | None:
+    if not _STATUS.is_file():
+        return None
+    lines = [line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(f"{name}:")]
+    return int(lines[0].split()[1]) * 1024 if lines else None  # the kernel writes "kB" and means KiB
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # not Linux, or not allowed: the peak is then the process's so far
+        if _CLEAR.exists():
+            _CLEAR.write_text("5", encoding="ascii")
+
+
+def _peak(device: torch.device) -> int | None:
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _processor() -> str:
+    cpus = Path("/proc/cpuinfo")
+    if cpus.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()

@@ -1,0 +1,117 @@
+"""The bundled model: stored states against a cross-encoder of its size, and indexing against sentence-transformers."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from kalm_rag.bench.measuring import QUERY, measure, random_text, stretch_states
+from kalm_rag.bench.query import Query, query_rows
+from kalm_rag.bench.report import Row, row_of
+from kalm_rag.errors import MissingDependencyError
+from kalm_rag.index import ChromaIndex
+from kalm_rag.instructions import Instructions
+from kalm_rag.models.pico_encoder import find_encoder
+from kalm_rag.reranker import Reranker
+from kalm_rag.store import open_store
+
+WORDS = 143
+"""Words a passage: about 145 tokens, so that a cross-encoder reads pairs of about 170."""
+TASK = Instructions(task="Find advice for people who work outdoors.")
+
+
+def bench_pico(device: torch.device, *, candidates: int = 50, repeats: int = 7, ratio: int = 4) -> list[Row]:
+    """Time pico by stage, with and without a task, and a cross-encoder of MiniLM-L6 shape (random weights).
+
+    Args:
+        device: Where.
+        candidates: Passages of the query.
+        repeats: Timed queries.
+        ratio: Tokens a state stands for.
+    """
+    texts = [random_text(WORDS, seed) for seed in range(candidates)]
+    with Reranker.from_pretrained("pico", device=device, ratio=ratio) as engine:
+        states = engine.encode(texts, show_progress=False)
+        tokens = round(statistics.median(one.tokens for one in states))
+        size = engine.layout().payload_bytes(tokens)
+        group = f"pico: {candidates} passages of {tokens} tokens, r={ratio}"
+        rows = [_cross_encoder(device, group, candidates, tokens + 20)]
+        encode = measure(lambda: engine.encode(texts, show_progress=False), 2, device)
+        rows.append(row_of("pico.encode", group, "encode", "encode", encode, passages=candidates))
+        with tempfile.TemporaryDirectory() as home, open_store(home, engine.layout()) as store:
+            store.put_many(stretch_states(states, texts))
+            ways = (("pico", "stored states", Instructions()), ("pico.task", "with a task", TASK))
+            for key, what, told in ways:
+                query = Query(engine, store, texts, (QUERY, told))
+                rows += query_rows(key, group, what, query, repeats, size, baseline="pico.cross_encoder")
+    return rows
+
+
+def bench_indexing(device: torch.device, *, passages: int = 100) -> list[Row]:
+    """Time indexing new passages (states, vectors and text kept) against sentence-transformers' encode alone.
+
+    Args:
+        device: Where.
+        passages: New ones, of 20 to 240 words.
+
+    Raises:
+        MissingDependencyError: If sentence-transformers is not installed.
+    """
+    draw = random.Random(0)
+    texts = [random_text(draw.randint(20, 240), 10**6 + row) for row in range(passages)]
+    baseline = _sentence_transformer(device)
+    encode = measure(
+        lambda: baseline.encode(texts, batch_size=32, show_progress_bar=False),
+        1,
+        device,
+        warm_up=lambda: baseline.encode(texts[:1], show_progress_bar=False),
+    )
+    with tempfile.TemporaryDirectory() as home, ChromaIndex.open(home, model="pico", device=device) as index:
+        ids = [str(row) for row in range(passages)]
+        spread = measure(
+            lambda: index.upsert(ids, texts), 1, device, warm_up=lambda: index.upsert(["first"], ["one to warm up"])
+        )
+        size = index.store.stats().payload_bytes / (passages + 1)
+    group = f"indexing with pico: {passages} new passages of 20 to 240 words"
+    return [
+        row_of("index.encode", group, "sentence-transformers: encode only", "index", encode, passages=passages),
+        row_of(
+            "index.upsert",
+            group,
+            "ChromaIndex.upsert: states, vectors and text kept",
+            "index",
+            spread,
+            passages=passages,
+            bytes_per_passage=size,
+            baseline="index.encode",
+        ),
+    ]
+
+
+def _cross_encoder(device: torch.device, group: str, pairs: int, tokens: int) -> Row:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    model = BertForSequenceClassification(BertConfig(num_labels=1, **shape)).eval().to(device)
+    ids = torch.randint(1000, 30000, (pairs, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode():
+        spread = measure(lambda: [model(ids[at : at + 32]).logits for at in range(0, pairs, 32)], 2, device)
+    what = f"cross-encoder of the same size, pairs of {tokens} tokens"
+    note = "its tokenising is not counted"
+    return row_of("pico.cross_encoder", group, what, "end to end", spread, passages=pairs, note=note)
+
+
+def _sentence_transformer(device: torch.device) -> Any:  # noqa: ANN401 - its class is imported here only
+    try:
+        module = import_module("sentence_transformers")
+    except ImportError as err:
+        raise MissingDependencyError(
+            "the indexing baseline needs the module sentence_transformers, which is not installed. Install the extra "
+            "'pico': pip install 'kalm-rag[pico]'."
+        ) from err
+    return module.SentenceTransformer(str(find_encoder()), device=str(device))

