@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 
 from kalm_rag.bench.checkpoint import passage_of, prompt_of
 from kalm_rag.bench.laws import Law, fit_law
-from kalm_rag.bench.measuring import QUERY, measure, measure_stages, random_text, stretch_states
+from kalm_rag.bench.measuring import QUERY, Tell, measure, measure_stages, random_text, stretch_states
 from kalm_rag.bench.pico import WORDS
 from kalm_rag.bench.query import Query
 from kalm_rag.bench.serving import FETCH_K, Filled
@@ -19,8 +19,6 @@ from kalm_rag.instructions import Instructions
 from kalm_rag.reranker import Reranker
 from kalm_rag.states import PassageStates
 from kalm_rag.store import open_store
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +73,8 @@ def index_laws(device: torch.device, case: GrowthCase, tell: Tell) -> list[Law]:
         filled = Filled(Path(home), device)
         try:
             for size in sorted(case.index):
+                filled.grow(size, tell)
                 tell(f"growth: index of {size:,} passages")
-                filled.grow(size)
                 stages = filled.ask(filled.queries(10 * case.repeats))
                 for name, points in series.items():
                     points.append((size, stages[name].p50))

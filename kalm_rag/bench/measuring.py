@@ -22,6 +22,9 @@ from kalm_rag.states import PassageStates, passage_key
 
 QUERY = "what helps against the cold in winter"
 
+Tell = Callable[[str], None]
+"""Gets a line about what is measured now."""
+
 _WORDS = (
     "the of and to in is was for as with by on not he his but at are this have from or had an they which one you "
     "were all her she there would their we him been has when who will no more if out so up said what its about "

@@ -89,12 +89,12 @@ def _draw_growth(path: Path, laws: Sequence[Law]) -> Path:
     columns = 2
     lines = -(-len(laws) // columns)
     figure = _figures()(figsize=(11, 3.4 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, law in zip(grid, laws, strict=False):
         _series(axes, law, f"{law.formula}, exponent {law.exponent:.2f}")
         _finish(axes, f"{law.what}\n{law.note}", law.variable, "ms")
         axes.legend(fontsize="small")
-    for axes in list(grid)[len(laws) :]:
+    for axes in grid[len(laws) :]:
         axes.set_visible(False)
     figure.savefig(path, dpi=150)
     return path

@@ -160,7 +160,7 @@ def tables(report: Report) -> list[RenderableType]:
 def _row_table(group: str, rows: Sequence[Row]) -> Table:
     names = {row.key: row.what for row in rows}
     against = {row.baseline for row in rows}
-    caption = [f"times less: than {names[key]}" for key in names if key in against] + [
+    caption = [f"compared with: {names[key]}" for key in names if key in against] + [
         f"{r.what}: {r.note}" for r in rows if r.note
     ]
     table = Table(
@@ -171,9 +171,10 @@ def _row_table(group: str, rows: Sequence[Row]) -> Table:
         title_style="bold",
         caption_style="dim",
     )
+    better = "times less" if all(row.stage == "load" for row in rows) else "times as fast"
     unit = "queries/s" if all(row.stage == "serve" for row in rows) else "passages/s"
     table.add_column("", overflow="fold")
-    for name in (unit, "p50 ms", "p95 ms", "peak MB", "kB a passage", "times less"):
+    for name in (unit, "p50 ms", "p95 ms", "peak MB", "kB a passage", better):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kalm_rag.bench.measuring import Spread, measure_stages, random_text, stretch_states
+from kalm_rag.bench.measuring import Spread, Tell, measure_stages, random_text, stretch_states
 from kalm_rag.bench.pico import WORDS
 from kalm_rag.bench.report import Row, row_of
 from kalm_rag.index import ChromaIndex
@@ -43,9 +43,10 @@ class Filled:
         self._vectors = self.index.embedder.passages(few)  # (seeds, width)
         self._draw = np.random.default_rng(0)
 
-    def grow(self, passages: int) -> None:
-        """Add passages until there are so many."""
+    def grow(self, passages: int, tell: Tell) -> None:
+        """Add passages until there are so many; `tell` gets a line now and then."""
         for start in range(len(self.index), passages, _PAGE):
+            tell(f"filling an index: {start:,} of {passages:,} passages")
             self._add(start, min(start + _PAGE, passages))
 
     def _add(self, start: int, end: int) -> None:
@@ -79,7 +80,7 @@ class Filled:
 
 
 def bench_serving(
-    folder: Path, device: torch.device, *, passages: int, queries: int = 40, clients: int = 8
+    folder: Path, device: torch.device, *, passages: int, tell: Tell, queries: int = 40, clients: int = 8
 ) -> list[Row]:
     """Fill an index, ask it one query after another, then from many clients at once.
 
@@ -87,12 +88,14 @@ def bench_serving(
         folder: Where the database goes.
         device: Where the model runs.
         passages: Passages in the index.
+        tell: Gets a line about what is done now.
         queries: Asked one by one; as many from the clients.
         clients: Threads that ask at the same time.
     """
     filled = Filled(folder, device)
     try:
-        filled.grow(passages)
+        filled.grow(passages, tell)
+        tell(f"queries over {passages:,} passages")
         asked = filled.queries(queries)
         stages = filled.ask(asked)
         one = _serve(filled.index, asked, 1)

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from kalm_rag.bench.checkpoint import save_checkpoint
-from kalm_rag.bench.growth import GrowthCase, Tell, measure_growth, nano_candidates, pico_candidates
+from kalm_rag.bench.growth import GrowthCase, measure_growth, nano_candidates, pico_candidates
 from kalm_rag.bench.laws import Law
 from kalm_rag.bench.loading import bench_loading
-from kalm_rag.bench.measuring import machine
+from kalm_rag.bench.measuring import Tell, machine
 from kalm_rag.bench.nano import ALLOWED, NanoCase, bench_nano
 from kalm_rag.bench.pico import bench_indexing, bench_pico
 from kalm_rag.bench.report import Check, Report, Row, compare
@@ -148,11 +148,10 @@ def _time_pico(settings: Settings, device: torch.device, tell: Tell) -> list[Row
     rows = bench_pico(device, candidates=min(PICO_CANDIDATES, settings.candidates), repeats=settings.repeats)
     tell("indexing, and sentence-transformers' encode")
     rows += bench_indexing(device, passages=min(INDEXED, settings.passages))
-    tell(f"queries over {settings.passages:,} passages")
     with tempfile.TemporaryDirectory() as home:
         queries = 8 * settings.repeats
         return rows + bench_serving(
-            Path(home), device, passages=settings.passages, queries=queries, clients=settings.clients
+            Path(home), device, passages=settings.passages, tell=tell, queries=queries, clients=settings.clients
         )
 
 
