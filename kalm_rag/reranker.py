@@ -31,6 +31,7 @@ from kalm_rag.ranking import (
     probability_of,
     rank_relevances,
 )
+from kalm_rag.scheduler import Request, turns_of
 from kalm_rag.states import Codec, Layout, PassageStates, StateBatch, batch_states, passage_key
 
 if TYPE_CHECKING:
@@ -220,7 +221,8 @@ class Reranker:
             states = batch_states(states)
         self._check_states(states, ratio)
         prompt = backbone.prompt(query, instructions if instructions is not None else Instructions())
-        margins = self._margins([prompt] * len(states), states, ratio)
+        request = Request(self._margins, prompt, states, ratio, share=self.batch_size)
+        margins = turns_of(backbone).run(request)
         return [Relevance(margin, probability_of(margin)) for margin in margins]
 
     def rank(
