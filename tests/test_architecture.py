@@ -22,6 +22,7 @@ RANKS = {
     "states": 2,
     "models": 3,
     "scheduler": 3,
+    "encoding": 4,
     "store": 4,
     "results": 4,
     "reranker": 4,
