@@ -45,7 +45,8 @@ class EngineSpec:
     Attributes:
         model: Name, repository id or folder: see `Reranker.from_pretrained`.
         revision: Commit, tag or branch; None takes the pinned one.
-        device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one. A torch device becomes its name.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``cuda:0,cuda:1``; None takes CUDA where there is one. A torch device
+            becomes its name.
         dtype: ``bf16`` or ``fp32``; None takes what fits the device. A torch dtype becomes its name.
         ratio: Tokens a state stands for where the engine makes states; None is 4.
         batch_size: Most passages in one pass.
@@ -112,7 +113,7 @@ def settings_of(engine: Reranker) -> dict[str, Any]:
     return {
         "model": info.name,
         "revision": None if info.family == "pico" or info.revision == "local" else info.revision,
-        "device": str(engine.backbone.device),
+        "device": ",".join(map(str, engine.devices)),
         "dtype": info.dtype,
         "batch_size": engine.batch_size,
     }

@@ -92,7 +92,7 @@ class ChromaIndex:
         store: StateStore | None = None,
         codec: str | Codec | None = None,
         ratio: int | None = None,
-        device: str | torch.device | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
         dtype: str | torch.dtype | None = None,
         missing: Missing = "encode",
         create: bool = True,
@@ -425,7 +425,7 @@ def _embedder(embedder: object, engine: Reranker, owned: list[Any]) -> Embedder:
         return wrap_embedder(embedder)
     if engine.info.family == "pico":
         return BundledEmbedder(engine)
-    own = Reranker.from_pretrained("pico", device=engine.backbone.device)
+    own = Reranker.from_pretrained("pico", device=engine.devices)
     owned.append(own)
     return BundledEmbedder(own)
 

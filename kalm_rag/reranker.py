@@ -9,6 +9,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kalm_rag.encoding import encode_texts
 from kalm_rag.errors import ClosedError, InputError, KalmRagError, StateMismatchError
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import Backbone, BackboneInfo, TokenizedPassage
-from kalm_rag.models.registry import acquire, parse_device, parse_dtype
-from kalm_rag.pooling import check_ratio, mean_groups, repool_factor
+from kalm_rag.models.registry import acquire, parse_devices, parse_dtype
+from kalm_rag.pooling import check_ratio, repool_factor
 from kalm_rag.ranking import (
     Ranked,
     Relevance,
@@ -31,6 +33,7 @@ from kalm_rag.ranking import (
     probability_of,
     rank_relevances,
 )
+from kalm_rag.scheduler import Request, turns_of
 from kalm_rag.states import Codec, Layout, PassageStates, StateBatch, batch_states, passage_key
 
 if TYPE_CHECKING:
@@ -39,8 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_RATIO = 4
-_WINDOW = 2048
-"""Passages tokenised and sorted by length at a time: long enough to batch well, short enough to bound memory."""
 _LONG = 512
 """Passages from which `encode` shows a progress bar by itself (on a terminal)."""
 _ENCODE_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -57,9 +58,10 @@ class Reranker:
         backbone: A loaded model.
         ratio: Tokens one stored state stands for, >= 1 (None: 1). Larger is smaller and faster, a little less exact.
         batch_size: Most passages in one pass; also bounded by tokens, so long passages make smaller batches.
+        helpers: The same model on further devices, to encode on all of them at once.
 
     Raises:
-        InputError: If `ratio` or `batch_size` is not a whole number >= 1.
+        InputError: If `ratio` or `batch_size` is not a whole number >= 1, or a helper is another model.
 
     Example:
         >>> from kalm_rag import Reranker
@@ -69,12 +71,23 @@ class Reranker:
         1
     """
 
-    def __init__(self, backbone: Backbone, *, ratio: int | None = DEFAULT_RATIO, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        ratio: int | None = DEFAULT_RATIO,
+        batch_size: int = 64,
+        helpers: Sequence[Backbone] = (),
+    ) -> None:
         self.ratio = check_ratio(ratio)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; wanted a whole number >= 1.")
         self.batch_size = batch_size
+        for helper in helpers:
+            if helper.info.fingerprint != backbone.info.fingerprint:
+                raise InputError(f"helper is {helper.info}; wanted the same model as {backbone.info}.")
         self._backbone: Backbone | None = backbone
+        self._helpers = tuple(helpers)
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._parent: Reranker | None = None
 
@@ -84,7 +97,7 @@ class Reranker:
         name: str = "pico",
         *,
         revision: str | None = None,
-        device: str | torch.device | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
         dtype: str | torch.dtype | None = None,
         ratio: int | None = DEFAULT_RATIO,
         batch_size: int = 64,
@@ -95,7 +108,8 @@ class Reranker:
             name: ``pico`` (bundled, offline), ``nano``, ``small``, ``large`` (KaLM-Reranker-V1 R2, pinned), any
                 repository id, or the folder of a T5Gemma 2 checkpoint.
             revision: Commit, tag or branch for a repository; None takes the pinned one.
-            device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
+            device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one. Several, as a list or as
+                ``"cuda:0,cuda:1"``: `encode` uses them all, the decoder runs on the first.
             dtype: ``bf16`` or ``fp32``; None takes bf16 on CUDA, fp32 on the CPU. float16 is refused.
             ratio: Tokens a state stands for, >= 1; None is 1 (no pooling).
             batch_size: Most passages in one pass.
@@ -105,13 +119,19 @@ class Reranker:
             MissingDependencyError: If the model's package is not installed.
             InputError: If an argument is out of range.
         """
-        where = parse_device(device)
+        devices = parse_devices(device)
         if not isinstance(name, str) or not name:
             raise InputError(f"name is {name!r}; wanted a model name, repository id or folder.")
         check_ratio(ratio)
-        lease = acquire(name, revision=revision, device=where, dtype=parse_dtype(dtype, where))
-        engine = cls(lease.backbone, ratio=ratio, batch_size=batch_size)
-        engine._finalizer = weakref.finalize(engine, lease.release)
+        computing = parse_dtype(dtype, devices[0])
+        with ExitStack() as leases:
+            loaded = []
+            for where in devices:
+                lease = acquire(name, revision=revision, device=where, dtype=computing)
+                leases.callback(lease.release)
+                loaded.append(lease.backbone)
+            engine = cls(loaded[0], ratio=ratio, batch_size=batch_size, helpers=loaded[1:])
+            engine._finalizer = weakref.finalize(engine, leases.pop_all().close)
         return engine
 
     @property
@@ -130,13 +150,18 @@ class Reranker:
         """What the model is; ``info.fingerprint`` names its states."""
         return self.backbone.info
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where `encode` runs; the decoder runs on the first."""
+        return [backbone.device for backbone in (self.backbone, *self._helpers)]
+
     def at(self, ratio: int | None) -> Reranker:
         """Give an engine over the same loaded model that makes states at another ratio.
 
         Raises:
             InputError: If `ratio` is not a whole number >= 1.
         """
-        other = Reranker(self.backbone, ratio=ratio, batch_size=self.batch_size)
+        other = Reranker(self.backbone, ratio=ratio, batch_size=self.batch_size, helpers=self._helpers)
         other._parent = self  # the model stays loaded as long as either is in use
         return other
 
@@ -180,12 +205,10 @@ class Reranker:
         )
         made: dict[str, PassageStates] = {}
         with bar:
-            for start in range(0, len(distinct), _WINDOW):
-                window = distinct[start : start + _WINDOW]
-                tokenized = self.backbone.tokenize([first[key] for key in window])
-                for rows in self._encode_batches(tokenized):
-                    made |= self._encode_rows([window[i] for i in rows], [tokenized[i] for i in rows])
-                    bar.update(len(rows))
+            backbones, texts = (self.backbone, *self._helpers), [first[key] for key in distinct]
+            for batch in encode_texts(backbones, texts, distinct, ratio=self.ratio, cut=self._encode_batches):
+                made |= {states.key: states for states in batch}
+                bar.update(len(batch))
         return [made[key] for key in keys]
 
     def score(
@@ -220,7 +243,8 @@ class Reranker:
             states = batch_states(states)
         self._check_states(states, ratio)
         prompt = backbone.prompt(query, instructions if instructions is not None else Instructions())
-        margins = self._margins([prompt] * len(states), states, ratio)
+        request = Request(self._margins, prompt, states, ratio, share=self.batch_size)
+        margins = turns_of(backbone).run(request)
         return [Relevance(margin, probability_of(margin)) for margin in margins]
 
     def rank(
@@ -329,6 +353,7 @@ class Reranker:
     def close(self) -> None:
         """Give the model back; the last engine that uses it frees its memory. Closing twice is fine."""
         self._backbone = self._parent = None
+        self._helpers = ()
         if self._finalizer is not None:
             self._finalizer()
         if torch.cuda.is_available():
@@ -347,25 +372,6 @@ class Reranker:
         order = sorted(range(len(tokenized)), key=lambda i: -len(tokenized[i].ids))
         budget = _ENCODE_TOKENS.get(self.backbone.device.type, _ENCODE_TOKENS["cpu"])
         return cut_batches(order, [len(t.ids) for t in tokenized], self.batch_size, budget)
-
-    def _encode_rows(self, keys: Sequence[str], rows: Sequence[TokenizedPassage]) -> dict[str, PassageStates]:
-        backbone = self.backbone
-        hidden, mask = backbone.encode([row.ids for row in rows])  # (B, T, H), (B, T)
-        pooled, _ = mean_groups(hidden, mask, self.ratio)
-        vectors = pooled.to(backbone.state_dtype).cpu()
-        return {
-            key: PassageStates(
-                vectors=vectors[
-                    i, : -(-len(row.ids) // self.ratio)
-                ].clone(),  # a view would keep the padded batch alive
-                tokens=len(row.ids),
-                found=row.found,
-                ratio=self.ratio,
-                fingerprint=backbone.info.fingerprint,
-                key=key,
-            )
-            for i, (key, row) in enumerate(zip(keys, rows, strict=True))
-        }
 
     def _check_states(self, states: StateBatch, ratio: int | None) -> None:
         info = self.info

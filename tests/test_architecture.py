@@ -21,6 +21,8 @@ RANKS = {
     "ranking": 2,
     "states": 2,
     "models": 3,
+    "scheduler": 3,
+    "encoding": 4,
     "store": 4,
     "results": 4,
     "reranker": 4,

@@ -28,6 +28,7 @@ from kalm_rag.lookup import Missing, Placed
 from kalm_rag.prompts import as_instructions
 from kalm_rag.ranking import check_cut, check_query
 from kalm_rag.reranker import Reranker
+from kalm_rag.scheduler import giving_up
 from kalm_rag.store import Reference, StateStore
 
 SCORE = "relevance_score"
@@ -210,7 +211,8 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         manager = get_async_callback_manager_for_config(config)
         traced = await manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
-            ranked = await run_in_executor(None, self._rank, documents, query, config, references)
+            with giving_up():
+                ranked = await run_in_executor(None, self._rank, documents, query, config, references)
         except BaseException as err:  # cancelled too: a start without an end stays open in a trace for ever
             await traced.on_chain_error(err)
             raise

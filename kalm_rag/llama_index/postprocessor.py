@@ -24,6 +24,7 @@ from kalm_rag.llama_index.steering import calling_engine, override, overriding
 from kalm_rag.lookup import Missing, check_missing
 from kalm_rag.prompts import as_instructions
 from kalm_rag.ranking import check_cut, check_query
+from kalm_rag.scheduler import giving_up
 
 dispatcher = get_dispatcher(__name__)
 
@@ -149,7 +150,8 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         """Rerank in a thread, so that the loop goes on."""
-        return await asyncio.to_thread(self._rerank, nodes, query_bundle, self._current())
+        with giving_up():
+            return await asyncio.to_thread(self._rerank, nodes, query_bundle, self._current())
 
     def _current(self) -> Instructions | None:
         """Instructions that hold for the query being answered on this call stack."""

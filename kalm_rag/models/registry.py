@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +81,27 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         raise InputError(f"device is {device!r}; wanted 'cpu', 'cuda' or 'cuda:N'.") from err
     if parsed.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {device!r}, but this torch sees no CUDA device. Use device='cpu'.")
+    return parsed
+
+
+def parse_devices(devices: str | torch.device | Sequence[str | torch.device] | None) -> list[torch.device]:
+    """Read one device or several: a list of them, or names with commas between.
+
+    Raises:
+        InputError: If there is none, one can't be used (`parse_device`), or they are of several kinds: their
+            states would differ by rounding.
+
+    Example:
+        >>> parse_devices("cpu,cpu")
+        [device(type='cpu'), device(type='cpu')]
+    """
+    if isinstance(devices, str):
+        devices = [name.strip() for name in devices.split(",")]
+    elif devices is None or isinstance(devices, torch.device):
+        return [parse_device(devices)]
+    parsed = [parse_device(device) for device in devices]
+    if len({device.type for device in parsed}) != 1:
+        raise InputError(f"device is {devices!r}; wanted one device, or several of one kind ('cuda:0,cuda:1').")
     return parsed
 
 

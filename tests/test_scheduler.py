@@ -1,0 +1,400 @@
+"""Decoder passes in turn: nobody starves, nobody pays for another's error, and every score is that of asking alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from kalm_rag.errors import ClosedError, KalmRagError
+from kalm_rag.instructions import Instructions
+from kalm_rag.reranker import Reranker
+from kalm_rag.scheduler import Request, Turns, giving_up, turns_of
+from kalm_rag.states import StateBatch, batch_states
+
+QUERIES = ["capital of France?", "who drinks tea", "what is iron oxide " * 6, "bees"]
+PASSAGES = ["Paris is the capital of France.", "tea", "", "long words go on " * 30, "Bees make honey.", "Rust is iron."]
+
+
+@pytest.fixture(params=["tiny", "pico"])
+def engine(request: pytest.FixtureRequest) -> Reranker:
+    return request.getfixturevalue(request.param)
+
+
+def states_of(values: Sequence[float]) -> StateBatch:
+    """One state a passage; the passage's number is its value."""
+    ones = torch.ones(len(values), dtype=torch.long)
+    vectors = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+    return StateBatch(vectors=vectors, scales=None, tokens=ones, found=ones, ratio=1, fingerprint="f")
+
+
+class Slow:
+    """A decoder whose passes wait to be let through; a margin is prompt + value of the state."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+        self.passes: list[list[Any]] = []
+        self.running = 0
+        self.most = 0
+
+    def __call__(self, prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.passes.append(list(prompts))
+        passed = self.gate.acquire(timeout=10)
+        self.running -= 1
+        assert passed
+        if "bad" in prompts:
+            raise KalmRagError("bad prompt")
+        return [p + v for p, v in zip(prompts, states.vectors.flatten().tolist(), strict=True)]
+
+
+class Asked(threading.Thread):
+    """A request made by a thread of its own, and how it came out."""
+
+    def __init__(self, run: Callable[[], list[float]]) -> None:
+        super().__init__(daemon=True)
+        self._run = run
+        self.margins: list[float] | None = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.margins = self._run()
+        except BaseException as err:
+            self.error = err
+
+    def result(self) -> list[float]:
+        self.join(10)
+        assert not self.is_alive(), "the request never came back"
+        if self.error is not None:
+            raise self.error
+        assert self.margins is not None
+        return self.margins
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
+
+
+def ask(turns: Turns, decode: Any, prompt: Any, values: Sequence[float], share: int = 4) -> Asked:
+    """Ask in a thread, and come back once the request is in line or being decoded."""
+    line, passes = len(turns._line), len(decode.passes)
+    asked = Asked(lambda: turns.run(Request(decode, prompt, states_of(values), None, share=share)))
+    asked.start()
+    until(lambda: len(turns._line) > line or len(decode.passes) > passes)
+    return asked
+
+
+def test_those_who_wait_share_the_next_pass_and_get_their_own_margins() -> None:
+    turns, slow = Turns(), Slow()
+    first = ask(turns, slow, 10, [0.5])
+    others = [ask(turns, slow, p, v) for p, v in ((20, [1.0, 2.0]), (30, [3.0]), (40, [4.0, 5.0]))]
+    slow.gate.release(9)
+    assert first.result() == [10.5]
+    assert [o.result() for o in others] == [[21.0, 22.0], [33.0], [44.0, 45.0]]
+    assert slow.passes == [[10], [20, 20, 30], [40, 40]]  # a pass has 4 rows: 40's two don't fit whole
+    assert slow.most == 1
+
+
+def test_a_lone_request_waits_for_nothing() -> None:
+    """No timer: with the model free, the caller's own thread decodes at once."""
+    seen: list[int] = []
+
+    def decode(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
+        seen.append(threading.get_ident())
+        return [0.0] * len(prompts)
+
+    turns = Turns()
+    started = time.perf_counter()
+    for _ in range(200):
+        turns.run(Request(decode, 1, states_of([1.0]), None, share=4))
+    assert set(seen) == {threading.get_ident()}
+    assert (time.perf_counter() - started) / 200 < 0.001  # measured: 20 microseconds; a wait would be milliseconds
+
+
+def test_nobody_starves_behind_a_big_request() -> None:
+    turns, slow = Turns(), Slow()
+    big = ask(turns, slow, 1, list(map(float, range(12))))
+    small = ask(turns, slow, 2, [0.0])
+    slow.gate.release(2)
+    assert small.result() == [2.0]  # after one slice of the big one, not after all three
+    assert slow.passes[:2] == [[1] * 4, [2]]
+    assert big.is_alive()
+    slow.gate.release(9)
+    assert big.result() == [1.0 + i for i in range(12)]
+    assert [len(p) for p in slow.passes] == [4, 1, 4, 4]
+
+
+def test_a_big_request_is_not_starved_by_small_ones() -> None:
+    turns, slow = Turns(), Slow()
+    running = ask(turns, slow, 0, [0.0])
+    big = ask(turns, slow, 1, list(map(float, range(8))))
+    small = [ask(turns, slow, 10 + i, [0.0]) for i in range(6)]
+    slow.gate.release(20)
+    assert big.result() == [1.0 + i for i in range(8)]
+    assert [s.result() for s in (running, *small)] == [[0.0], *([10.0 + i] for i in range(6))]
+    assert slow.passes[1] == [1] * 4  # first come, first served
+    assert slow.passes.index([1] * 4, 2) <= 4
+
+
+def test_an_error_hits_only_its_own_request() -> None:
+    turns, slow = Turns(), Slow()
+    first = ask(turns, slow, 0, [0.0])
+    good, bad, other = (ask(turns, slow, p, [1.0]) for p in (10, "bad", 20))
+    slow.gate.release(9)
+    assert first.result() == [0.0]
+    assert good.result() == [11.0]
+    assert other.result() == [21.0]
+    with pytest.raises(KalmRagError, match="bad prompt"):
+        bad.result()
+    slow.gate.release()
+    assert turns.run(Request(slow, 5, states_of([0.0]), None, share=4)) == [5.0]  # the line moves on
+
+
+def test_ctrl_c_in_the_pass_ends_one_request_and_not_the_line() -> None:
+    turns, slow = Turns(), Slow()
+
+    def interrupted(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
+        slow(prompts, states, ratio)
+        raise KeyboardInterrupt
+
+    interrupted.passes = slow.passes  # type: ignore[attr-defined]
+    first = ask(turns, interrupted, 0, [0.0])
+    waiting = ask(turns, slow, 1, [1.0])
+    slow.gate.release(3)
+    with pytest.raises(KeyboardInterrupt):
+        first.result()
+    assert waiting.result() == [2.0]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals to threads are POSIX")
+@pytest.mark.parametrize("leads", [False, True])
+def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:
+    turns, slow = Turns(), Slow()
+    first = ask(turns, slow, 0, [0.0])
+    later: list[Asked] = []
+
+    def interrupt() -> None:
+        until(lambda: turns._line)
+        later.append(ask(turns, slow, 2, [2.0]))
+        if leads:  # the turn has come, but the thread that waits for it has not run yet
+            with turns._lock:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                time.sleep(0.05)
+                slow.gate.release()
+        else:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    killer = threading.Thread(target=interrupt)
+    killer.start()
+    with pytest.raises(KeyboardInterrupt):
+        turns.run(Request(slow, 1, states_of([1.0]), None, share=1))
+    killer.join()
+    slow.gate.release(9)
+    assert first.result() == [0.0]
+    assert later[0].result() == [4.0]
+    assert slow.passes == [[0], [2]]
+    assert not turns._busy
+
+
+def test_unlike_requests_do_not_share_a_pass() -> None:
+    turns, slow = Turns(), Slow()
+    first = ask(turns, slow, 0, [0.0])
+    plain = ask(turns, slow, 1, [1.0])
+    other = Asked(lambda: turns.run(Request(slow, 2, states_of([1.0]), 8, share=4)))
+    other.start()
+    until(lambda: len(turns._line) == 2)
+    slow.gate.release(9)
+    assert [first.result(), plain.result(), other.result()] == [[0.0], [2.0], [3.0]]
+    assert slow.passes == [[0], [1], [2]]
+
+
+@contextmanager
+def held(engine: Reranker) -> Iterator[Turns]:
+    """Keep the model busy for as long as the block lasts."""
+    turns, entered, leave = turns_of(engine.backbone), threading.Event(), threading.Event()
+
+    def decode(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
+        entered.set()
+        assert leave.wait(10)
+        return [0.0] * len(prompts)
+
+    holder = Asked(lambda: turns.run(Request(decode, None, states_of([0.0]), None, share=1)))
+    holder.start()
+    assert entered.wait(10)
+    try:
+        yield turns
+    finally:
+        leave.set()
+        holder.result()
+
+
+def test_scores_together_are_those_of_one_by_one(engine: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [batch_states(engine.encode(PASSAGES[i:])) for i in range(len(QUERIES))]
+    told = [None, Instructions(task="Find drinks."), None, Instructions(task="Find insects.", system="Be brief.")]
+    alone = [
+        [r.margin for r in engine.score(q, b, instructions=i)] for q, b, i in zip(QUERIES, batches, told, strict=True)
+    ]
+    sizes: list[int] = []
+    margins = engine._margins
+    monkeypatch.setattr(engine, "_margins", lambda p, *rest: (sizes.append(len(p)), margins(p, *rest))[1])
+    with held(engine) as turns:
+        asked = []
+        for query, batch, one in zip(QUERIES, batches, told, strict=True):
+            asked.append(
+                Asked(
+                    lambda q=query, b=batch, i=one: [r.margin for r in engine.score(q, b, instructions=i)]  # type: ignore[misc]
+                )
+            )
+            asked[-1].start()
+            until(lambda: len(turns._line) == len(asked))
+    together = [one.result() for one in asked]
+    assert sizes == [sum(map(len, batches))]  # all four in one pass
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_slices_of_a_big_request_give_the_scores_of_one_pass(engine: Reranker) -> None:
+    states = engine.encode(PASSAGES * 2)
+    whole = [r.margin for r in engine.score(QUERIES[0], states)]
+    small = Reranker(engine.backbone, batch_size=1)
+    assert [r.margin for r in small.score(QUERIES[0], states)] == pytest.approx(whole, abs=1e-5)
+
+
+def test_many_threads_score_as_one(engine: Reranker) -> None:
+    states = engine.encode(PASSAGES)
+    want = {q: [r.margin for r in engine.score(q, states)] for q in QUERIES}
+
+    def clients(query: str) -> list[float]:
+        got = [[r.margin for r in engine.score(query, states)] for _ in range(5)]
+        for one in got:
+            assert one == pytest.approx(want[query], abs=1e-5)
+        return got[0]
+
+    asked = [Asked(lambda q=q: clients(q)) for q in QUERIES * 3]  # type: ignore[misc]
+    for one in asked:
+        one.start()
+    for one in asked:
+        one.result()
+
+
+def test_closing_an_engine_ends_its_waiting_requests_only(tiny: Reranker) -> None:
+    states = tiny.encode(PASSAGES)
+    other = Reranker(tiny.backbone)
+    with held(tiny) as turns:
+        asked = [Asked(lambda e=e: [r.margin for r in e.score(QUERIES[0], states)]) for e in (other, tiny)]  # type: ignore[misc]
+        for count, one in enumerate(asked, start=1):
+            one.start()
+            until(lambda n=count: len(turns._line) == n)  # type: ignore[misc]
+        other.close()
+    with pytest.raises(ClosedError, match="was closed"):
+        asked[0].result()
+    assert len(asked[1].result()) == len(PASSAGES)
+
+
+def test_a_cancelled_task_is_dropped_before_it_is_decoded() -> None:
+    turns, slow = Turns(), Slow()
+    ended: list[BaseException] = []
+
+    def blocking(prompt: int) -> list[float]:
+        try:
+            return turns.run(Request(slow, prompt, states_of([1.0]), None, share=4))
+        except BaseException as err:
+            ended.append(err)
+            raise
+
+    async def asking(prompt: int) -> list[float]:
+        with giving_up():
+            return await asyncio.to_thread(blocking, prompt)
+
+    async def main() -> list[list[float]]:
+        tasks = [asyncio.create_task(asking(prompt)) for prompt in (10, 20, 30)]
+        while len(turns._line) < 2:
+            await asyncio.sleep(0.001)
+        waiting = turns._line[0].prompt
+        tasks[(waiting // 10) - 1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[(waiting // 10) - 1]
+        slow.gate.release(9)
+        return [await task for task in tasks if not task.cancelled()]
+
+    assert len(asyncio.run(main())) == 2
+    assert len(slow.passes) == 2
+    assert [type(err) for err in ended] == [CancelledError]
+
+
+@pytest.mark.parametrize("adapter", ["langchain", "llama_index"])
+def test_adapters_drop_what_was_cancelled_and_keep_the_loop_free(
+    pico: Reranker, monkeypatch: pytest.MonkeyPatch, adapter: str
+) -> None:
+    decoded: list[int] = []
+    margins = pico._margins
+    monkeypatch.setattr(pico, "_margins", lambda p, *rest: (decoded.append(len(p)), margins(p, *rest))[1])
+    ask_once = {"langchain": _langchain, "llama_index": _llama_index}[adapter](pico)
+
+    async def main() -> int:
+        with held(pico) as turns:
+            task = asyncio.create_task(ask_once())
+            while not turns._line:  # the loop turns while the request waits
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return await ask_once()
+
+    assert asyncio.run(main()) == len(PASSAGES[:2])
+    assert decoded == [2]
+
+
+def _langchain(engine: Reranker) -> Callable[[], Any]:
+    pytest.importorskip("langchain_core")
+    from langchain_core.documents import Document
+
+    from kalm_rag.langchain import KaLMDocumentCompressor
+
+    compressor = KaLMDocumentCompressor(reranker=engine)
+
+    async def ask_once() -> int:
+        return len(await compressor.acompress_documents([Document(t) for t in PASSAGES[:2]], QUERIES[0]))
+
+    return ask_once
+
+
+def _llama_index(engine: Reranker) -> Callable[[], Any]:
+    pytest.importorskip("llama_index.core")
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    from kalm_rag.llama_index import KaLMNodePostprocessor
+
+    post = KaLMNodePostprocessor(reranker=engine)
+
+    async def ask_once() -> int:
+        nodes = [NodeWithScore(node=TextNode(text=t)) for t in PASSAGES[:2]]
+        return len(await post.apostprocess_nodes(nodes, query_str=QUERIES[0]))
+
+    return ask_once
+
+
+def test_a_fork_starts_with_a_free_model(tiny: Reranker) -> None:
+    """A child has none of the parent's threads: a line that it inherited would wait for a pass that never ends."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    with held(tiny) as turns:
+        assert turns._busy
+        child = os.fork()
+        if child == 0:
+            os._exit(1 if turns_of(tiny.backbone)._busy else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
