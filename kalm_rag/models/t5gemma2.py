@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -31,10 +33,15 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
+from kalm_rag.models.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
+from kalm_rag.models.t5gemma2_decoder import DecoderInput, LeanDecoder, unknown_parts
+
+logger = logging.getLogger(__name__)
 
 PASSAGE_TEMPLATE = "<Document>: {passage}"
 PROMPT_TEMPLATE = "<bos><start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n\n\n\n"
-USER_TEMPLATE = "{system}\n\n<Instruct>: {task}\n<Query>: {query}"
+HEAD_TEMPLATE = "{system}\n\n<Instruct>: {task}\n<Query>:"
+USER_TEMPLATE = HEAD_TEMPLATE + " {query}"
 MAX_PASSAGE_TOKENS = 1024
 MAX_QUERY_TOKENS = 512
 
@@ -96,9 +103,15 @@ class T5Gemma2TextReranker(T5Gemma2PreTrainedModel):
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Decoder input of one query: token ids, shape ``(Q,)``."""
+    """Decoder input of one query.
+
+    Attributes:
+        ids: Token ids on the device, shape ``(Q,)``.
+        prefix: The first ids, which hold system and task and are the same whatever the query; may be empty.
+    """
 
     ids: Tensor
+    prefix: tuple[int, ...] = ()
 
 
 class TextTokens:
@@ -165,6 +178,14 @@ class TextTokens:
         before, after = PROMPT_TEMPLATE.split("user\n{user}")
         return [*self.ids(before), *self.ids(f"user\n{user}", inert=True), *self.ids(after)]
 
+    def head_ids(self, head: str) -> list[int]:
+        """Token ids that a decoder input begins with whose user part begins with `head`."""
+        before, _ = PROMPT_TEMPLATE.split("{user}")
+        if not self.has_markers(head):
+            return self.ids(before + head)
+        turn = before.removesuffix("user\n")
+        return [*self.ids(turn), *self.ids(f"user\n{head}", inert=True)]
+
     def _inert_tokenizer(self) -> Tokenizer:
         with self._lock:  # a second copy costs memory, so it is made when the first such text comes
             if self._inert is None:
@@ -185,6 +206,8 @@ class T5Gemma2Backbone:
         self._eager: T5Gemma2Decoder | None = None
         self._lock = threading.Lock()
         self._tokens = tokens
+        self._lean = _lean_decoder(self._model.model.decoder)
+        self.prefix_cache = PrefixCache(CPU_CACHE_BYTES if self.device.type == "cpu" else 0)
         self._softcap = model.config.decoder.final_logit_softcapping
         rows = torch.tensor([tokens.yes_id, tokens.no_id], device=model.device)
         self._answers = model.lm_head.out_proj.weight.detach()[rows].clone()  # (2, H)
@@ -263,28 +286,90 @@ class T5Gemma2Backbone:
     def prompt(self, query: str, instructions: Instructions) -> Prompt:
         """Tokenise the decoder's input; see `Backbone.prompt`."""
         ids = self._tokens.prompt_ids(self._user_part(query, instructions))
-        return Prompt(torch.tensor(ids, device=self.device))
+        head = HEAD_TEMPLATE.format(system=instructions.system_text, task=instructions.task_text)
+        # tokens may merge across the seam to the query, so only what the whole prompt begins with counts
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self._tokens.head_ids(head), ids, strict=False))
+        return Prompt(torch.tensor(ids, device=self.device), tuple(one for one, _ in same))
 
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Prompt], states: Tensor, counts: Tensor) -> Tensor:
         """Score each passage under its prompt; see `Backbone.decode`."""
-        lengths = [len(p.ids) for p in prompts]
-        ids = nn.utils.rnn.pad_sequence([p.ids for p in prompts], batch_first=True, padding_value=self._tokens.pad_id)
-        last = torch.tensor(lengths, device=self.device) - 1  # (B,)
-        mask = torch.arange(ids.shape[1], device=self.device) <= last[:, None]  # (B, Q)
-        hidden = self._model.model.decoder(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            encoder_hidden_states=states.to(self._model.dtype),
-            encoder_attention_mask=(counts > 0).long(),
-            use_cache=False,
-        ).last_hidden_state  # (B, Q, H)
-        at_last = hidden[torch.arange(len(prompts), device=self.device), last]  # (B, H)
+        states = states.to(self._model.dtype)
+        if self._lean is None:
+            at_last = self._decode_plainly(prompts, states, counts > 0)
+        elif self.prefix_cache.enabled:
+            at_last = self._decode_cached(self._lean, prompts, states, counts > 0)
+        else:
+            at_last = self._lean(self._batch(prompts, states, counts > 0))
         logits = nn.functional.linear(at_last, self._answers)  # (B, 2)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         yes_no = logits.float()
         return yes_no[:, 0] - yes_no[:, 1]
+
+    def _decode_plainly(self, prompts: Sequence[Prompt], states: Tensor, real: Tensor) -> Tensor:
+        """Transformers' own decoder, at the last prompt positions: ``(B, H)``."""
+        batch = self._batch(prompts, states, real)
+        ids = batch.ids[batch.rows]  # (B, Q)
+        hidden = self._model.model.decoder(
+            input_ids=ids,
+            attention_mask=(torch.arange(ids.shape[1], device=self.device) <= batch.last[:, None]).long(),
+            encoder_hidden_states=states,
+            encoder_attention_mask=real.long(),
+            use_cache=False,
+        ).last_hidden_state  # (B, Q, H)
+        at_last: Tensor = hidden[torch.arange(len(prompts), device=self.device), batch.last]
+        return at_last
+
+    def _decode_cached(self, lean: LeanDecoder, prompts: Sequence[Prompt], states: Tensor, real: Tensor) -> Tensor:
+        """Start behind each prompt's prefix, whose keys and values are kept per passage: ``(B, H)``.
+
+        What was kept and what is computed now go through the same steps, so a score doesn't depend on which it was.
+        """
+        at_last = torch.empty(len(prompts), states.shape[2], dtype=states.dtype, device=states.device)
+        for prefix in dict.fromkeys(p.prefix for p in prompts):
+            rows = [row for row, prompt in enumerate(prompts) if prompt.prefix == prefix]
+            past = self._past(lean, prefix, states[rows], real[rows]) if prefix else None
+            at_last[rows] = lean(self._batch([prompts[row] for row in rows], states[rows], real[rows], past))
+        return at_last
+
+    def _past(self, lean: LeanDecoder, prefix: tuple[int, ...], states: Tensor, real: Tensor) -> Tensor:
+        """Keys and values of one prefix and of passages' states, from the cache or made now: ``DecoderInput.past``."""
+        lengths = real.sum(1).tolist()
+        keys = entry_keys(prefix, states, lengths)
+        found = {key: self.prefix_cache.get(key) for key in dict.fromkeys(keys)}
+        rows = [keys.index(key) for key, entry in found.items() if entry is None]
+        if rows:
+            made = lean.keep(self._batch([self._beginning(prefix)] * len(rows), states[rows], real[rows]))
+            for place, row in enumerate(rows):
+                entry = made[:, :, place, : len(prefix) + lengths[row]].clone()
+                found[keys[row]] = entry
+                self.prefix_cache.put(keys[row], entry)
+        past = states.new_zeros(*lean.past_shape(len(keys), len(prefix) + states.shape[1]))
+        for row, key in enumerate(keys):
+            entry = cast("Tensor", found[key])
+            past[:, :, row, : entry.shape[2]] = entry
+        return past
+
+    def _beginning(self, prefix: tuple[int, ...]) -> Prompt:
+        return Prompt(torch.tensor(prefix, device=self.device))
+
+    def _batch(
+        self, prompts: Sequence[Prompt], states: Tensor, real: Tensor, past: Tensor | None = None
+    ) -> DecoderInput:
+        """Lay out prompts for the decoder, each distinct one once; behind their prefix where `past` holds it."""
+        distinct = {id(prompt): prompt for prompt in prompts}
+        place = {name: row for row, name in enumerate(distinct)}
+        ids = [p.ids[len(p.prefix) if past is not None else 0 :] for p in distinct.values()]
+        rows = [place[id(prompt)] for prompt in prompts]
+        return DecoderInput(
+            ids=nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self._tokens.pad_id),
+            rows=torch.tensor(rows, device=self.device),
+            last=torch.tensor([len(ids[row]) - 1 for row in rows], device=self.device),
+            states=states,
+            real=real,
+            past=past,
+        )
 
     @torch.inference_mode()
     def attend(self, prompt: Prompt, states: Tensor, counts: Tensor) -> Tensor:
@@ -337,6 +422,15 @@ class T5Gemma2Backbone:
         lengths = torch.tensor([len(row) for row in ids], device=self.device)
         mask = torch.arange(width, device=self.device) < lengths[:, None]  # (B, T)
         return torch.tensor(padded, device=self.device), mask
+
+
+def _lean_decoder(decoder: T5Gemma2Decoder) -> LeanDecoder | None:
+    """Our own forward over the decoder, or None where it is of a kind that only transformers knows."""
+    unknown = unknown_parts(decoder)
+    if unknown is None:
+        return LeanDecoder(decoder)
+    logger.warning("this checkpoint's decoder has %s; it runs in transformers' own code, more slowly.", unknown)
+    return None
 
 
 def digest_files(files: Sequence[Path]) -> str:
