@@ -259,3 +259,25 @@ def test_shipped_weights_are_small_and_have_a_card():
     folder = Path(pico_encoder.__file__).parent / "pico_weights"
     assert (folder / "pico.safetensors").stat().st_size < 10_000_000
     assert "nDCG@10" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_a_query_is_read_once_for_vector_and_decoder(pico, monkeypatch):
+    """A search embeds its query, then scores with it: one encoder pass for both, and one per task, not per query."""
+    read: list[int] = []
+    plain = pico.encoder.hidden
+    monkeypatch.setattr(pico.encoder, "hidden", lambda ids: (read.append(len(ids[0])), plain(ids))[1])
+    told = Instructions(task="Find texts about insects and what they make.")
+    queries = [
+        "which metal oxide is rust?",
+        "where does the Seine flow? " * 40,
+    ]  # the second is cut for the decoder only
+    vectors = [pico.embed_query(query) for query in queries]
+    prompts = [pico.prompt(query, told) for query in queries]
+    assert len(read) == 4  # two queries, one task, and the cut form of the long query
+    monkeypatch.undo()
+    pico._read.cache_clear()
+    for query, vector, prompt in zip(queries, vectors, prompts, strict=True):
+        assert torch.equal(pico.embed_query(query), vector)
+        fresh = pico.prompt(query, told)
+        assert torch.equal(fresh.query.views, prompt.query.views)
+        assert torch.equal(fresh.query.vector, prompt.query.vector)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,9 @@ from kalm_rag.states import StateBatch, batch_states
 
 QUERIES = ["capital of France?", "who drinks tea", "what is iron oxide " * 6, "bees"]
 PASSAGES = ["Paris is the capital of France.", "tea", "", "long words go on " * 30, "Bees make honey.", "Rust is iron."]
+
+LONG = 60.0
+"""Seconds after which a test says that something hangs; a busy machine is not to be taken for that."""
 
 
 @pytest.fixture(params=["tiny", "pico"])
@@ -50,7 +54,7 @@ class Slow:
         self.running += 1
         self.most = max(self.most, self.running)
         self.passes.append(list(prompts))
-        passed = self.gate.acquire(timeout=10)
+        passed = self.gate.acquire(timeout=LONG)
         self.running -= 1
         assert passed
         if "bad" in prompts:
@@ -74,7 +78,7 @@ class Asked(threading.Thread):
             self.error = err
 
     def result(self) -> list[float]:
-        self.join(10)
+        self.join(LONG)
         assert not self.is_alive(), "the request never came back"
         if self.error is not None:
             raise self.error
@@ -83,7 +87,7 @@ class Asked(threading.Thread):
 
 
 def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.001)
@@ -118,11 +122,14 @@ def test_a_lone_request_waits_for_nothing() -> None:
         return [0.0] * len(prompts)
 
     turns = Turns()
-    started = time.perf_counter()
+    taken = []
     for _ in range(200):
-        turns.run(Request(decode, 1, states_of([1.0]), None, share=4))
+        request = Request(decode, 1, states_of([1.0]), None, share=4)
+        started = time.perf_counter()
+        turns.run(request)
+        taken.append(time.perf_counter() - started)
     assert set(seen) == {threading.get_ident()}
-    assert (time.perf_counter() - started) / 200 < 0.001  # measured: 20 microseconds; a wait would be milliseconds
+    assert statistics.median(taken) < 0.001  # it takes microseconds; a wait would be milliseconds
 
 
 def test_nobody_starves_behind_a_big_request() -> None:
@@ -180,6 +187,14 @@ def test_ctrl_c_in_the_pass_ends_one_request_and_not_the_line() -> None:
     assert waiting.result() == [2.0]
 
 
+class CutShort(threading.Event):
+    """Ctrl-C arrives in the very moment in which the turn has come."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        super().wait(timeout)
+        raise KeyboardInterrupt
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals to threads are POSIX")
 @pytest.mark.parametrize("leads", [False, True])
 def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:
@@ -190,18 +205,18 @@ def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:
     def interrupt() -> None:
         until(lambda: turns._line)
         later.append(ask(turns, slow, 2, [2.0]))
-        if leads:  # the turn has come, but the thread that waits for it has not run yet
-            with turns._lock:
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-                time.sleep(0.05)
-                slow.gate.release()
+        if leads:
+            slow.gate.release()
         else:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     killer = threading.Thread(target=interrupt)
     killer.start()
+    request = Request(slow, 1, states_of([1.0]), None, share=1)
+    if leads:
+        request.turn = CutShort()
     with pytest.raises(KeyboardInterrupt):
-        turns.run(Request(slow, 1, states_of([1.0]), None, share=1))
+        turns.run(request)
     killer.join()
     slow.gate.release(9)
     assert first.result() == [0.0]
@@ -229,12 +244,12 @@ def held(engine: Reranker) -> Iterator[Turns]:
 
     def decode(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
         entered.set()
-        assert leave.wait(10)
+        assert leave.wait(LONG)
         return [0.0] * len(prompts)
 
     holder = Asked(lambda: turns.run(Request(decode, None, states_of([0.0]), None, share=1)))
     holder.start()
-    assert entered.wait(10)
+    assert entered.wait(LONG)
     try:
         yield turns
     finally:
@@ -279,12 +294,12 @@ def test_many_threads_score_as_one(engine: Reranker) -> None:
     want = {q: [r.margin for r in engine.score(q, states)] for q in QUERIES}
 
     def clients(query: str) -> list[float]:
-        got = [[r.margin for r in engine.score(query, states)] for _ in range(5)]
+        got = [[r.margin for r in engine.score(query, states)] for _ in range(3)]
         for one in got:
             assert one == pytest.approx(want[query], abs=1e-5)
         return got[0]
 
-    asked = [Asked(lambda q=q: clients(q)) for q in QUERIES * 3]  # type: ignore[misc]
+    asked = [Asked(lambda q=q: clients(q)) for q in QUERIES * 2]  # type: ignore[misc]
     for one in asked:
         one.start()
     for one in asked:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ class WordCodes:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+READ_KEPT = 32
+"""Queries and instructions whose encoder states are kept for the next use, the latest (0.4 MB each at most)."""
+
 HEARD_FROM = 0.2
 """Instructions whose gate is below this are taken for generic ("be brief") and leave every score as it is. Specific
 ones are trained towards 0.45, generic ones towards 0."""
@@ -126,6 +130,8 @@ class PicoBackbone:
         self.encoder, self.codes = encoder, codes
         self.decoder = decoder.float().to(self.device).eval().requires_grad_(False)
         self._table = codes.table.to(self.device)
+        # a search reads its query for the vector, then again for the decoder; tasks and system texts come with each
+        self._read = lru_cache(READ_KEPT)(lambda ids: encoder.hidden([ids]))
         self.info = BackboneInfo(
             family="pico",
             name="pico",
@@ -291,7 +297,7 @@ class PicoBackbone:
 
     def embed_query(self, query: str) -> Tensor:
         """Give the query's retrieval vector: unit length, float32 ``(384,)`` on the CPU."""
-        hidden, mask, _ = self.encoder.hidden([self.encoder.tokenize([query])[0][0]])
+        hidden, mask, _ = self._read(tuple(self.encoder.tokenize([query])[0][0]))
         return self.embed_states(hidden.clone(), mask.float())[0].cpu()
 
     def _segments(self, query: str, instructions: Instructions) -> list[tuple[str, str]]:
@@ -305,7 +311,7 @@ class PicoBackbone:
 
     @torch.inference_mode()
     def _prepare(self, text: str, limit: int, segment: int) -> Prepared:
-        hidden, mask, block = self.encoder.hidden([self.encoder.tokenize([text], limit)[0][0]])
+        hidden, mask, block = self._read(tuple(self.encoder.tokenize([text], limit)[0][0]))
         return self.decoder.prepare(hidden.float(), block, self._table[block], mask, segment)
 
     def _heard(self, order: list[PicoPrompt], owner: Tensor, slot: int, states: Tensor, counts: Tensor) -> Tensor:
