@@ -21,6 +21,7 @@ RANKS = {
     "ranking": 2,
     "states": 2,
     "models": 3,
+    "batching": 4,
     "store": 4,
     "results": 4,
     "reranker": 4,
