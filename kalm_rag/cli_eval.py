@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from kalm_rag.terminal import AsJson, System, Task, err, errors, out, print_json
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help must not
     from kalm_rag.evaluation.gather import EvalSet
+    from kalm_rag.evaluation.instructed import InstructionReport
     from kalm_rag.evaluation.metrics import Change
     from kalm_rag.evaluation.report import EvalReport, EvalRow, Summary
     from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
@@ -96,6 +98,40 @@ def evaluate(
             _print_summary(summary)
 
 
+@app.command("eval-instructions")
+def evaluate_instructions(
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="BEIR folder as in eval; none measures on the bundled contrast set alone.", show_default=False
+        ),
+    ] = None,
+    split: Split = "test",
+    pooled: Pooled = False,
+    model: Models = None,
+    ratio: Annotated[int, typer.Option(help="Pooling ratio.")] = 4,
+    top_k: TopK = 50,
+    max_queries: MaxQueries = None,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what instructions do: generic ones must change nothing, specific ones must bring up what they ask for."""
+    with errors():
+        sets = _sets(data or [], split, pooled)
+        with _loaded(model) as (pico, models):
+            from kalm_rag.evaluation.instructed import evaluate_instructions as measure
+
+            reports = [
+                measure(sets, one, retriever=pico, ratio=ratio, top_k=top_k, max_queries=max_queries, cache=cache)
+                for one in models
+            ]
+        if as_json:
+            print_json({"models": [one.to_dict() for one in reports]})
+            return
+        for report in reports:
+            _print_instructions(report)
+
+
 @contextmanager
 def _loaded(names: Sequence[str] | None) -> Iterator[tuple[EmbeddingBackbone, list[Backbone]]]:
     """The retriever (pico's encoder) and the models to measure."""
@@ -144,38 +180,76 @@ def _print_report(report: EvalReport) -> None:
         f"{'judged' if report.pooled else 'by all-MiniLM-L6-v2'}, recall among them {report.rows[0].recall_k:.4f}"
         + (f"; task: {escape(report.task[:60])} ..." if report.task else "")
     )
-    extra = ["over first model"] if len(report.models) > 1 else []
-    table = Table("ranking", "r", "nDCG@10", "MRR@10", "R@10", "over retrieval (95%), p", "over fusion", *extra, "ms")
+    table = _table("ranking", "r", "nDCG@10", "MRR@10", "R@10", "ECE", "Brier", "kept", "dropped", "ms")
     for row in report.rows:
-        figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.recall_10)]
-        changes = [row.over_retrieval, row.over_fusion] + ([row.over_first] if extra else [])
-        spent = f"{row.milliseconds:.0f}" if row.model is not None else ""
-        table.add_row(_label(row), _ratio(row), *figures, *[_change(one) for one in changes], spent)
-    out.print(table)
-    sure = Table("P(yes) of", "r", "ECE", "Brier", "relevant kept at 0.5", "irrelevant dropped")
-    for row in report.rows:
+        sure: list[str] = [""] * 5
         if (one := row.calibration) is not None:
             shares = ["-" if share is None else f"{share:.1%}" for share in (one.kept, one.dropped)]
-            sure.add_row(_label(row), _ratio(row), f"{one.ece:.4f}", f"{one.brier:.4f}", *shares)
-    out.print(sure)
+            sure = [f"{one.ece:.4f}", f"{one.brier:.4f}", *shares, f"{row.milliseconds:.0f}"]
+        figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.recall_10)]
+        table.add_row(_label(row), _ratio(row), *figures, *sure)
+    out.print(table)
+    _print_changes(report.rows)
     out.print("seconds: " + stages(report.seconds) + "\n")
 
 
 def _print_summary(rows: Sequence[Summary]) -> None:
     out.print(f"[bold]mean of {rows[0].sets} sets[/bold]")
+    table = _table("ranking", "r", "nDCG@10", "ECE", "worst gain", "where")
+    for row in rows:
+        error = "" if row.ece is None else f"{row.ece:.4f}"
+        worst = "" if row.worst_gain is None else f"{row.worst_gain:+.4f}"
+        table.add_row(_label(row), _ratio(row), f"{row.ndcg_10:.4f}", error, worst, escape(row.worst_set or ""))
+    out.print(table)
+    _print_changes(rows)
+
+
+def _print_changes(rows: Sequence[EvalRow] | Sequence[Summary]) -> None:
+    """Gains of nDCG@10 with 95% intervals and p values, where there are any."""
     extra = ["over first model"] if any(row.over_first for row in rows) else []
-    table = Table("ranking", "r", "nDCG@10", "over retrieval (95%)", "over fusion", *extra, "worst set", "ECE")
+    table = _table("ranking", "r", "over retrieval (95%), p", "over fusion (95%), p", *extra)
     for row in rows:
         changes = [row.over_retrieval, row.over_fusion] + ([row.over_first] if extra else [])
-        worst = "" if row.worst_gain is None else f"{row.worst_gain:+.4f} {escape(str(row.worst_set))}"
-        error = "" if row.ece is None else f"{row.ece:.4f}"
-        shown = [_change(one) for one in changes]
-        table.add_row(_label(row), _ratio(row), f"{row.ndcg_10:.4f}", *shown, worst, error)
+        if any(changes):
+            table.add_row(_label(row), _ratio(row), *[_change(one) for one in changes])
     out.print(table)
 
 
+def _print_instructions(report: InstructionReport) -> None:
+    kinds = list(report.contrast[0].kinds)
+    out.print(f"[bold]{_name(report.model)}[/bold], r={report.ratio}: is the kind asked for above the other kind?")
+    table = _table("instruction", "accuracy (95%)", "both ways", "weakest contrast")
+    for one in report.contrast:
+        weak = min(kinds, key=lambda kind: one.kinds[kind])
+        shown = f"{one.accuracy:.3f} ({one.low:.3f} {one.high:.3f})"
+        table.add_row(one.where, shown, f"{one.both:.3f}", f"{one.kinds[weak]:.2f} {weak}")
+    out.print(table)
+    if report.drift:
+        out.print("generic instructions must change nothing: change of nDCG@10")
+        table = _table("set", "queries", "nDCG@10", "mean |change|", "worst", "own task (95%), p")
+        for drift in report.drift:
+            figures = [f"{drift.ndcg_10:.4f}", f"{drift.mean:.4f}", f"{drift.worst:+.4f}"]
+            table.add_row(escape(drift.name), str(drift.queries), *figures, _change(drift.own_task))
+        out.print(table)
+    if report.following:
+        out.print("one query under many users' instructions, over the query's candidates")
+        table = _table("set", "asked", "pairs", "nDCG@10", "MRR@10", "robustness@10", "over query (95%), p")
+        for row in report.following:
+            figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.robustness_10)]
+            table.add_row(escape(row.name), row.asked, str(row.instructions), *figures, _change(row.over_query))
+        out.print(table)
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
 def _label(row: EvalRow | Summary) -> str:
-    return row.ranking if row.model is None else escape(Path(row.model).name)
+    return row.ranking if row.model is None else _name(row.model)
+
+
+def _name(model: str) -> str:
+    return escape(Path(model).name)
 
 
 def _ratio(row: EvalRow | Summary) -> str:
@@ -185,5 +259,5 @@ def _ratio(row: EvalRow | Summary) -> str:
 def _change(change: Change | None) -> str:
     if change is None:
         return ""
-    test = "" if change.p is None else " p<.001" if change.p < 0.001 else f" p={change.p:.3f}"
+    test = "" if change.p is None else " <.001" if change.p < 0.001 else f" {change.p:.3f}"
     return f"{change.mean:+.4f} ({change.low:+.3f} {change.high:+.3f}){test}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -170,6 +170,7 @@ def gather(
     ratio: int,
     folder: Path,
     keep: bool,
+    texts: Mapping[str, str] | None = None,
 ) -> Gathered:
     """Read a set and find each query's candidates.
 
@@ -181,6 +182,7 @@ def gather(
         ratio: Pooling ratio of the states kept.
         folder: Where vectors and states are kept, or found from an earlier run.
         keep: Keep states beside the vectors (the searcher reranks, too).
+        texts: What some queries ask instead of their own text, by query id.
 
     Raises:
         InputError: If the folder or split is missing, an argument is out of range, or a pooled query has no judged
@@ -189,7 +191,7 @@ def gather(
     for name, value in (("top_k", top_k), ("max_queries", max_queries)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; wanted a whole number >= 1.")
-    found = _first_queries(load_collection(Path(what.folder), what.split), max_queries)
+    found = _first_queries(load_collection(Path(what.folder), what.split), max_queries, texts or {})
     pools = _pools(found) if what.pooled else None
     wanted = None if pools is None else sorted({row for pool in pools for row in pool})
     library = read_passages(searcher, found.passages, ratio, folder, keep=keep, rows=wanted)
@@ -247,8 +249,8 @@ def read_passages(
     )
 
 
-def _first_queries(found: Collection, limit: int | None) -> Collection:
-    kept = dict(list(found.queries.items())[:limit])
+def _first_queries(found: Collection, limit: int | None, texts: Mapping[str, str]) -> Collection:
+    kept = {query_id: texts.get(query_id, own) for query_id, own in list(found.queries.items())[:limit]}
     return Collection(
         name=found.name,
         split=found.split,

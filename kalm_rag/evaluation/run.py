@@ -133,6 +133,7 @@ def score_candidates(
     library: Library,
     ratio: int,
     instructions: Instructions | Sequence[Instructions],
+    queries: Sequence[str] | None = None,
 ) -> tuple[list[Tensor], float]:
     """Score each query's candidates from their states.
 
@@ -142,6 +143,7 @@ def score_candidates(
         library: The candidates' states.
         ratio: Pooling ratio, a multiple of the library's.
         instructions: For all queries, or one a query.
+        queries: What is asked instead of the queries' own texts; None asks those.
 
     Returns:
         Margins of each query's candidates, on the CPU, and the median milliseconds a query.
@@ -151,7 +153,7 @@ def score_candidates(
     """
     steers = [instructions] * len(gathered.rows) if isinstance(instructions, Instructions) else instructions
     out, spent = [], []
-    asked = zip(gathered.queries, gathered.rows, steers, strict=True)
+    asked = zip(queries if queries is not None else gathered.queries, gathered.rows, steers, strict=True)
     for query, rows, steer in tqdm(asked, desc=f"rerank r={ratio}", unit="query", total=len(gathered.rows)):
         states, counts = library.batch(rows.tolist(), ratio, model.device)
         began = time.perf_counter()
