@@ -132,6 +132,48 @@ def evaluate_instructions(
             _print_instructions(report)
 
 
+@app.command()
+def curve(
+    data: Data,
+    split: Split = "test",
+    pooled: Pooled = False,
+    model: Annotated[str, typer.Option(help="As in eval.")] = "pico",
+    ratios: Ratios = "1,2,4,8,16,32,64",
+    codecs: Annotated[str, typer.Option(help="How states are kept, with commas between.")] = "bf16,int8,exact",
+    top_k: TopK = 50,
+    max_queries: MaxQueries = None,
+    table: Annotated[Path, typer.Option(help="Where the markdown table goes.")] = Path("curve.md"),
+    plot: Annotated[Path, typer.Option(help="Where the plot goes: svg, png or pdf.")] = Path("curve.svg"),
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure nDCG@10, bytes per passage and ms per query at each ratio and codec; write a table and a plot."""
+    with errors():
+        from kalm_rag.evaluation.curve import check_plot, curve_table, draw_curve, measure_curve
+
+        check_plot(plot)
+        sets, wanted = _sets(data, split, pooled), _numbers(ratios, "ratios")
+        with _loaded([model]) as (pico, models):
+            found = measure_curve(
+                sets,
+                models[0],
+                retriever=pico,
+                ratios=wanted,
+                codecs=codecs.split(","),
+                top_k=top_k,
+                max_queries=max_queries,
+                cache=cache,
+            )
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(curve_table(found), encoding="utf-8")
+        draw_curve(found, plot)
+        if as_json:
+            print_json(found.to_dict())
+            return
+        out.file.write(curve_table(found))
+        out.print(f"\ntable in {table}, plot in {plot}")
+
+
 @contextmanager
 def _loaded(names: Sequence[str] | None) -> Iterator[tuple[EmbeddingBackbone, list[Backbone]]]:
     """The retriever (pico's encoder) and the models to measure."""

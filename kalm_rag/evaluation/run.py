@@ -39,6 +39,17 @@ OWN_TASK = "instruction.txt"
 """File in a BEIR folder with the task its queries are meant under (BIRCO's sets have one)."""
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Scores of each query's candidates, and whose they are."""
+
+    ranking: str
+    scores: Sequence[Tensor]
+    model: str | None = None
+    ratio: int | None = None
+    milliseconds: float = 0.0
+
+
 def evaluate(
     data: Path | str,
     split: str,
@@ -97,14 +108,14 @@ def evaluate(
             keep=any(one.info.fingerprint == searcher.info.fingerprint for one in models.values()),
         )
         clock.lap("retrieve")
-        rankings = _baselines(gathered)
+        rankings = baselines(gathered)
         clock.lap("bm25")
         for name, model in models.items():
             library = library_of(model, gathered, searcher, ratios[0], folder)
             clock.lap("encode")
             for ratio in ratios:
                 scores, spent = score_candidates(model, gathered, library, ratio, steer)
-                rankings.append(_Ranking("reranked", scores, name, ratio, spent))
+                rankings.append(Ranking("reranked", scores, name, ratio, spent))
             clock.lap("rerank")
     return EvalReport(
         name=what.name,
@@ -166,15 +177,15 @@ def score_candidates(
     return out, float(np.median(spent))
 
 
-@dataclass(frozen=True)
-class _Ranking:
-    """Scores of each query's candidates, and whose they are."""
-
-    ranking: str
-    scores: Sequence[Tensor]
-    model: str | None = None
-    ratio: int | None = None
-    milliseconds: float = 0.0
+def baselines(gathered: Gathered) -> list[Ranking]:
+    """Retrieval, BM25 (words counted over the whole corpus) and their fusion, over the same candidates."""
+    matcher = Bm25(gathered.found.passages)
+    bm25 = [
+        matcher.scores(query)[rows]
+        for query, rows in zip(gathered.queries, tqdm(gathered.rows, desc="BM25", unit="query"), strict=True)
+    ]
+    fused = [fuse(dense[None], own[None])[0] for dense, own in zip(gathered.cosines, bm25, strict=True)]
+    return [Ranking("retrieval", gathered.cosines), Ranking("bm25", bm25), Ranking("fusion", fused)]
 
 
 class _Clock:
@@ -196,18 +207,7 @@ def _by_name(models: Sequence[Backbone]) -> dict[str, Backbone]:
     return named
 
 
-def _baselines(gathered: Gathered) -> list[_Ranking]:
-    """Retrieval, BM25 (words counted over the whole corpus) and their fusion, over the same candidates."""
-    matcher = Bm25(gathered.found.passages)
-    bm25 = [
-        matcher.scores(query)[rows]
-        for query, rows in zip(gathered.queries, tqdm(gathered.rows, desc="BM25", unit="query"), strict=True)
-    ]
-    fused = [fuse(dense[None], own[None])[0] for dense, own in zip(gathered.cosines, bm25, strict=True)]
-    return [_Ranking("retrieval", gathered.cosines), _Ranking("bm25", bm25), _Ranking("fusion", fused)]
-
-
-def _rows(gathered: Gathered, rankings: Sequence[_Ranking]) -> tuple[EvalRow, ...]:
+def _rows(gathered: Gathered, rankings: Sequence[Ranking]) -> tuple[EvalRow, ...]:
     measures = load_measures()
     wanted = [measures.nDCG @ 10, measures.RR @ 10, measures.R @ 10, measures.R @ gathered.top_k]
     relevant = is_relevant(gathered.found, gathered.rows)
