@@ -132,8 +132,8 @@ class MtebReranker:
         shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
         for (query, steer), places in tqdm(groups.items(), desc="reranking", unit="query", disable=not shown):
             texts = [passages[place] for place in places]
-            for one in rank_candidates(self.engine, self.store, query, texts, instructions=steer):
-                scores[places[one.index]] = one.margin
+            for placed in rank_candidates(self.engine, self.store, query, texts, instructions=steer):
+                scores[places[placed.index]] = placed.margin
         return scores
 
     def _asked(self, batches: Iterable[Mapping[str, Any]], prompt: str | None) -> list[tuple[str, Instructions]]:
@@ -193,5 +193,5 @@ def _revision(backbone: Backbone) -> str:
         return info.revision if info.revision != "local" else info.weights[:12]
     digest = hashlib.sha256()
     for tensor in backbone.decoder.state_dict().values():  # type: ignore[attr-defined]  # pico's info is its encoder's
-        digest.update(to_bytes(tensor.cpu()))
+        digest.update(to_bytes(tensor.cpu().flatten()))
     return digest.hexdigest()[:12]
