@@ -69,20 +69,41 @@ def load_collection(folder: Path, split: str) -> Collection:
     return Collection(name=folder.name, split=split, doc_ids=doc_ids, passages=passages, queries=queries, qrels=kept)
 
 
+def read_instructions(folder: Path) -> dict[str, tuple[str, str]]:
+    """Read instruction and query apart, where a folder has ``instructions.jsonl``.
+
+    Each line has ``_id``, ``instruction`` and ``query``; the text in ``queries.jsonl`` is then both in one.
+
+    Returns:
+        Instruction and query by query id; empty if the folder has no such file.
+
+    Raises:
+        InputError: If a line can't be read.
+    """
+    path = Path(folder) / "instructions.jsonl"
+    if not path.is_file():
+        return {}
+    rows = _rows(path, "instruction", "query")
+    return {str(row["_id"]): (str(row["instruction"]), str(row["query"])) for row in rows}
+
+
 def _names(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder"
 
 
-def _rows(path: Path) -> Iterator[dict[str, object]]:
+def _rows(path: Path, *wanted: str) -> Iterator[dict[str, object]]:
+    fields = ("_id", *wanted)
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                row["_id"]
+                _ = [row[field] for field in fields]
             except (ValueError, KeyError, TypeError) as err:
-                raise InputError(f"{path}:{number} is not a JSON object with an _id: {line[:60]!r}.") from err
+                raise InputError(
+                    f"{path}:{number} is not a JSON object with an {', '.join(fields)}: {line[:60]!r}."
+                ) from err
             yield row
 
 

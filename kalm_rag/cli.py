@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from kalm_rag.errors import InputError, KalmRagError
+from kalm_rag import cli_eval
+from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
+from kalm_rag.terminal import AsJson, Model, System, Task, err, out
+from kalm_rag.terminal import errors as _errors
+from kalm_rag.terminal import print_json as _print_json
+from kalm_rag.terminal import stages as _stages
 
 if TYPE_CHECKING:  # torch and Chroma take seconds to import; --help must not
     from kalm_rag.documents import Source, SyncReport
     from kalm_rag.index import ChromaIndex
-    from kalm_rag.models.backbone import EmbeddingBackbone
     from kalm_rag.results import QueryResult
 
 app = typer.Typer(
@@ -32,33 +31,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+app.add_typer(cli_eval.app)
 
 Database = Annotated[Path, typer.Option("--db", help="Folder of the Chroma database.")]
 Name = Annotated[str, typer.Option("--collection", help="Name of the collection.")]
-Model = Annotated[
-    str | None,
-    typer.Option(help="pico, nano, small, large, a repository id or a checkpoint folder.", show_default=False),
-]
-System = Annotated[str | None, typer.Option(help="System instruction of your app.", show_default=False)]
-Task = Annotated[str | None, typer.Option(help="What kind of passage is wanted.", show_default=False)]
 TopN = Annotated[int, typer.Option("--top-n", help="Hits to show.")]
 FetchK = Annotated[int, typer.Option("--fetch-k", help="Candidates the vector search gives.")]
 Ratio = Annotated[int | None, typer.Option(help="Tokens a state stands for.", show_default=False)]
 Threshold = Annotated[float | None, typer.Option(help="Keep only P(yes) >= this.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Print our errors as one message and exit with 1; anything else is a bug and keeps its traceback."""
-    logging.basicConfig(level=logging.WARNING, handlers=[RichHandler(console=err, show_path=False, show_time=False)])
-    try:
-        yield
-    except KalmRagError as error:
-        err.print(f"[red]error:[/red] {escape(str(error))}")
-        raise typer.Exit(1) from error
 
 
 def _progress(items: Any, description: str, unit: str) -> Any:  # noqa: ANN401 - any iterable
@@ -250,55 +230,6 @@ def bench(
             out.print(f"drawn: {path}")
 
 
-@app.command("eval")
-def evaluate(
-    data: Annotated[Path, typer.Option(help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.")],
-    split: Annotated[str, typer.Option(help="Which judgements.")] = "test",
-    model: Model = None,
-    ratios: Annotated[str, typer.Option(help="Pooling ratios, each a multiple of the first.")] = "1,4,16,32",
-    top_k: Annotated[int, typer.Option("--top-k", help="Candidates reranked.")] = 50,
-    max_queries: Annotated[int | None, typer.Option(help="Only the first so many queries.", show_default=False)] = None,
-    system: System = None,
-    task: Task = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps states for another run.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure retrieval alone and reranked: nDCG@10, MRR@10 and recall, at several ratios."""
-    with _errors():
-        from kalm_rag.evaluation import evaluate as measure
-        from kalm_rag.reranker import Reranker
-
-        wanted = _numbers(ratios)
-        with Reranker.from_pretrained("pico") as pico, Reranker.from_pretrained(model or "pico") as engine:
-            report = measure(
-                data,
-                split,
-                engine.backbone,
-                retriever=cast("EmbeddingBackbone", pico.backbone),
-                ratios=wanted,
-                top_k=top_k,
-                max_queries=max_queries,
-                instructions=Instructions(system=system, task=task),
-                cache=cache,
-            )
-        if as_json:
-            _print_json(report.to_dict())
-            return
-        out.print(
-            f"{report.data} {report.split}: {report.queries} queries, {report.passages} passages, top {report.top_k} "
-            f"by all-MiniLM-L6-v2, reranked by {report.model}"
-        )
-        table = Table(
-            "ranking", "ratio", "nDCG@10", "MRR@10", "recall@10", f"recall@{report.top_k}", "gain (95%)", "ms"
-        )
-        for row in report.rows:
-            gain = f"{row.gain:+.4f} ({row.low:+.4f} to {row.high:+.4f})" if row.ratio is not None else ""
-            figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.recall_10, row.recall_k)]
-            table.add_row(row.ranking, str(row.ratio or ""), *figures, gain, f"{row.milliseconds:.0f}" if gain else "")
-        out.print(table)
-        out.print("seconds: " + _stages(report.seconds))
-
-
 @app.command()
 def train(
     data: Annotated[Path, typer.Option(help="Folder of BEIR folders (see the model card for which).")],
@@ -426,21 +357,6 @@ def _print_result(result: QueryResult) -> None:
     )
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"ratios is {text!r}; wanted whole numbers with commas between, e.g. 1,4,16.") from error
-
-
-def _stages(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()) + f"; total {sum(seconds.values()):.3f}"
-
-
 def _shorten(text: str, width: int) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 3] + "..."
-
-
-def _print_json(value: Any) -> None:  # noqa: ANN401 - whatever JSON holds
-    out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

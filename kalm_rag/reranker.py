@@ -110,7 +110,7 @@ class Reranker:
 
         Args:
             name: ``pico`` (bundled, offline), ``nano``, ``small``, ``large`` (KaLM-Reranker-V1 R2, pinned), any
-                repository id, or the folder of a T5Gemma 2 checkpoint.
+                repository id, the folder of a T5Gemma 2 checkpoint, or one of pico's weights (``kalm-rag train``).
             revision: Commit, tag or branch for a repository; None takes the pinned one.
             device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one. Several, as a list or as
                 ``"cuda:0,cuda:1"``: `encode` uses them all, the decoder runs on the first.

@@ -28,6 +28,7 @@ RANKS = {
     "results": 4,
     "reranker": 4,
     "beir": 4,
+    "fusion": 4,
     "engines": 5,
     "embedders": 5,
     "upkeep": 5,
@@ -42,6 +43,9 @@ RANKS = {
     "training": 8,
     "bench": 8,
     "demo": 9,
+    "terminal": 9,
+    "cli_eval": 9,
+    "mteb": 8,
     "cli": 10,
 }
 CHROMA = {"database", "index", "store", "langchain", "llama_index"}

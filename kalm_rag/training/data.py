@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kalm_rag.beir import load_collection
-from kalm_rag.errors import InputError, MissingDependencyError
+from kalm_rag.beir import load_collection, read_instructions
+from kalm_rag.errors import InputError
+from kalm_rag.fusion import Bm25, fuse
 from kalm_rag.models.pico_encoder import HIDDEN_SIZE, MiniLMEncoder
 
 logger = logging.getLogger(__name__)
@@ -139,11 +140,7 @@ class Lists:
 
     def teacher(self) -> Tensor:
         """Mean of both scores, each standardised over the retrieved part of its list, ``(queries, C)``."""
-        parts = []
-        for scores in (self.dense, self.bm25):
-            top = scores[:, : self.depth]
-            parts.append((scores - top.mean(1, keepdim=True)) / (top.std(1, keepdim=True) + 1e-6))
-        return (parts[0] + parts[1]) / 2
+        return fuse(self.dense, self.bm25, self.depth)
 
     @property
     def depth(self) -> int:
@@ -215,7 +212,7 @@ def load_source(
     """
     rng = random.Random(f"{seed}-{source.name}-{source.split}")
     found = load_collection(data / source.name, source.split)
-    apart = _read_instructions(data / source.name)
+    apart = read_instructions(data / source.name)
     query_ids = sorted(found.queries)
     rng.shuffle(query_ids)
     held, used = query_ids[: source.held_out], query_ids[source.held_out :][: source.queries]
@@ -223,7 +220,7 @@ def load_source(
     where = {found.doc_ids[doc]: row for row, doc in enumerate(kept)}
     texts = [found.passages[doc] for doc in kept]
     passages = read_texts(encoder, texts, limit=256, what=f"{source.name} passages", fast=fast)
-    matcher = _Bm25(texts)
+    matcher = Bm25(texts)
     out: list[Lists | None] = []
     for chosen, spans in ((used, source.spans), (held, 0)):
         asked = _Asked()
@@ -253,52 +250,17 @@ def _kept_docs(
     return sorted(keep + rng.sample(rest, max(0, min(len(rest), source.docs - len(keep)))))
 
 
-def _read_instructions(folder: Path) -> dict[str, tuple[str, str]]:
-    """Instruction and query apart, where a folder has ``instructions.jsonl``."""
-    path = folder / "instructions.jsonl"
-    if not path.is_file():
-        return {}
-    import json
-
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {str(row["_id"]): (str(row["instruction"]), str(row["query"])) for row in rows}
-
-
 def _span(text: str, rng: random.Random) -> str | None:
     """One sentence of a passage, or None if it has none of a query's length."""
     sentences = [s.strip() for s in re.split(r"(?<=[.!?;:])\s+", text) if 4 <= len(s.split()) <= 40]
     return rng.choice(sentences) if sentences else None
 
 
-class _Bm25:
-    """BM25 (lucene, k1 0.9, b 0.4) over one collection."""
-
-    def __init__(self, texts: list[str]) -> None:
-        try:
-            import bm25s
-        except ImportError as err:
-            raise MissingDependencyError(
-                "training needs bm25s for its teacher, which is not installed. Install the extra 'eval': "
-                "pip install 'kalm-rag[eval]'."
-            ) from err
-        self.module = bm25s
-        self.index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
-        self.index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-
-    def scores(self, query: str) -> Tensor:
-        """Score of every passage, float32 ``(passages,)``."""
-        words = self.module.tokenize([query], stopwords="en", return_ids=False, show_progress=False)[0]
-        known = [word for word in words if word in self.index.vocab_dict]
-        if not known:
-            return torch.zeros(self.index.scores["num_docs"])
-        return torch.from_numpy(np.asarray(self.index.get_scores(known), dtype=np.float32))
-
-
 def _lists(
     name: str,
     asked: _Asked,
     passages: TokenStates,
-    matcher: _Bm25,
+    matcher: Bm25,
     encoder: MiniLMEncoder,
     rng: random.Random,
     fast: bool,

@@ -1,0 +1,330 @@
+"""Do instructions steer? Generic ones must change nothing, specific ones must bring up what they ask for.
+
+Three measurements: drift under generic instructions on any set; one query under many users' instructions, on sets with
+``instructions.jsonl``; and a bundled contrast set, one query over two kinds of passages. What is here is for testing
+only: nothing of it is trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kalm_rag.beir import read_instructions
+from kalm_rag.errors import InputError
+from kalm_rag.evaluation.gather import EvalSet, Gathered, Library, as_retriever, gather, library_of, read_passages
+from kalm_rag.evaluation.metrics import Change, best_first, compare, load_measures, mean, paired_interval, query_metrics
+from kalm_rag.evaluation.run import own_task, score_candidates
+from kalm_rag.instructions import Instructions
+from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
+
+GENERIC = (
+    Instructions(system="You support the staff of our company. Stay calm and kind, whatever comes."),
+    Instructions(system="Below you will see a few excerpts. Reply with the help of these alone, and mention gaps."),
+    Instructions(system="Act as a careful reader who never invents facts and quotes literally where possible."),
+    Instructions(system="Today's session is confidential. Write short paragraphs and avoid emojis."),
+    Instructions(system="You're a seasoned professional with a knack for clear explanations. Use markdown headings."),
+    Instructions(system="Keep to the sources. When two of them disagree, point it out and prefer the newer one."),
+    Instructions(task="Identify whatever text is of use for the input."),
+    Instructions(task="Fetch background material for the message that follows."),
+    Instructions(task="Which of the candidates would a reader want to see first?"),
+    Instructions(task="Match what was typed to suitable entries of the collection."),
+    Instructions(task="Score every candidate by how well it serves what is being asked."),
+    Instructions(task="Look up evidence so that a reply can be written."),
+)
+"""Held-out texts that say nothing about what a passage must be about; none is in `kalm_rag.training.instruct`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """What generic instructions do to one set.
+
+    Attributes:
+        name: The set.
+        queries: Queries measured.
+        ndcg_10: nDCG@10 without instructions.
+        mean: Mean change of nDCG@10 under the generic instructions, in absolute value.
+        worst: The change that is largest in absolute value, with its sign.
+        worst_instruction: The text behind it.
+        own_task: nDCG@10 under the task the folder brings along (``instruction.txt``) above that without; None where
+            it brings none.
+    """
+
+    name: str
+    queries: int
+    ndcg_10: float
+    mean: float
+    worst: float
+    worst_instruction: str
+    own_task: Change | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """One query under many users' instructions, over the candidates of the query alone.
+
+    Attributes:
+        name: The set.
+        asked: ``"query"`` (without the instruction), ``"instruction"`` (as task), or ``"joined"`` (instruction and
+            query as one query).
+        queries: Distinct queries.
+        instructions: Pairs of a query and an instruction.
+        ndcg_10: nDCG@10.
+        mrr_10: Reciprocal rank at 10.
+        robustness_10: Mean over queries of the lowest nDCG@10 that any of its instructions has (InstructIR, arXiv
+            2402.14334).
+        over_query: nDCG@10 above that of the query alone; None for it.
+    """
+
+    name: str
+    asked: str
+    queries: int
+    instructions: int
+    ndcg_10: float
+    mrr_10: float
+    robustness_10: float
+    over_query: Change | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """How often the asked-for kind of passage stands above the other, on the bundled contrast set.
+
+    Attributes:
+        where: ``"none"`` (no instruction: 0.5 by construction), ``"task"`` or ``"system"``.
+        accuracy: Share of the 80 pairs in the right order; a tie counts half.
+        low: Lower end of its 95% interval (bootstrap over queries).
+        high: Upper end.
+        both: Share of queries where both orders are right, which no fixed preference reaches; 0 without instruction.
+        kinds: Accuracy of each contrast.
+    """
+
+    where: str
+    accuracy: float
+    low: float
+    high: float
+    both: float
+    kinds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionReport:
+    """What `evaluate_instructions` found.
+
+    Attributes:
+        model: Name of the model.
+        ratio: Pooling ratio of its states.
+        contrast: The bundled set: without, as task, as system; empty if it was left out.
+        drift: One entry a set without instructions of its own for each query.
+        following: Three entries a set with ``instructions.jsonl``.
+    """
+
+    model: str
+    ratio: int
+    contrast: tuple[Contrast, ...]
+    drift: tuple[Drift, ...]
+    following: tuple[Following, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-able."""
+        return asdict(self)
+
+
+def evaluate_instructions(
+    sets: Sequence[EvalSet],
+    backbone: Backbone,
+    *,
+    retriever: EmbeddingBackbone | None = None,
+    ratio: int = 4,
+    top_k: int = 50,
+    max_queries: int | None = None,
+    cache: Path | None = None,
+    contrast: bool = True,
+) -> InstructionReport:
+    """Measure what instructions do.
+
+    Args:
+        sets: BEIR sets; none measures on the bundled contrast set alone.
+        backbone: The model.
+        retriever: The model whose vectors retrieve; None takes `backbone`.
+        ratio: Pooling ratio.
+        top_k: Candidates reranked.
+        max_queries: Only the first so many queries (of ``instructions.jsonl``: pairs) of a set; None is all.
+        cache: As in `kalm_rag.evaluation.evaluate`.
+        contrast: Measure on the bundled contrast set, too.
+
+    Raises:
+        InputError: If a folder or split is missing, or an argument is out of range.
+        MissingDependencyError: If ir-measures is not installed.
+    """
+    load_measures()
+    drift: list[Drift] = []
+    following: list[Following] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = cache if cache is not None else Path(scratch)
+        contrasts = measure_contrast(backbone, ratio=ratio) if contrast else ()
+        for what in sets:
+            searcher = as_retriever(backbone, retriever)
+            apart = read_instructions(what.folder)
+            gathered = gather(
+                what,
+                searcher,
+                top_k=top_k,
+                max_queries=max_queries,
+                ratio=ratio,
+                folder=folder,
+                keep=backbone.info.fingerprint == searcher.info.fingerprint,
+                texts={query_id: query for query_id, (_, query) in apart.items()},
+            )
+            library = library_of(backbone, gathered, searcher, ratio, folder)
+            if apart:
+                following += _following(backbone, gathered, library, ratio, apart)
+            else:
+                drift.append(_drift(backbone, gathered, library, ratio))
+    return InstructionReport(
+        model=backbone.info.name,
+        ratio=ratio,
+        contrast=contrasts,
+        drift=tuple(drift),
+        following=tuple(following),
+    )
+
+
+def load_contrast() -> list[dict[str, Any]]:
+    """The bundled contrast set: 40 rows with ``contrast``, ``query`` and ``asked``, two instructions and passages."""
+    text = (resources.files("kalm_rag.evaluation") / "contrast.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def measure_contrast(backbone: Backbone, *, ratio: int = 4) -> tuple[Contrast, ...]:
+    """Measure on the bundled contrast set: without instructions, with them as task, and as system text."""
+    rows = load_contrast()
+    texts = [one["passage"] for row in rows for one in row["asked"]]
+    with tempfile.TemporaryDirectory() as scratch:
+        library = read_passages(backbone, texts, ratio, Path(scratch), keep=True)
+        found = []
+        for where in ("none", "task", "system"):
+            right = []
+            for place, row in enumerate(tqdm(rows, desc=f"contrast, {where}", unit="query")):
+                states, counts = library.batch([2 * place, 2 * place + 1], ratio, backbone.device)
+                steers = [_steer(where, one["instruction"]) for one in row["asked"]]
+                margins = [_margins(backbone, row["query"], steer, states, counts) for steer in steers]
+                right.append([_ahead(margins[0][0] - margins[0][1]), _ahead(margins[1][1] - margins[1][0])])
+            found.append(_contrast(where, right, [row["contrast"] for row in rows]))
+    return tuple(found)
+
+
+def _steer(where: str, text: str) -> Instructions:
+    if where == "none":
+        return Instructions()
+    return Instructions(task=text) if where == "task" else Instructions(system=text)
+
+
+def _margins(backbone: Backbone, query: str, steer: Instructions, states: Tensor, counts: Tensor) -> Tensor:
+    prompt = backbone.prompt(query, steer)
+    margins = backbone.decode([prompt] * len(states), states, counts).float().cpu()
+    if not bool(margins.isfinite().all()):
+        raise InputError(f"model {backbone.info.name!r} gave a margin that is not finite for query {query[:60]!r}.")
+    return margins
+
+
+def _ahead(lead: Tensor) -> float:
+    """1 if ahead, 0 if behind, half a point for a tie."""
+    return 0.5 + 0.5 * float(torch.sign(lead))
+
+
+def _contrast(where: str, right: Sequence[Sequence[float]], kinds: Sequence[str]) -> Contrast:
+    shares = [mean(one) for one in right]
+    low, high = paired_interval(shares)
+    return Contrast(
+        where=where,
+        accuracy=mean(shares),
+        low=low,
+        high=high,
+        both=mean([float(min(one) == 1.0) for one in right]),
+        kinds={
+            kind: mean([share for share, own in zip(shares, kinds, strict=True) if own == kind])
+            for kind in dict.fromkeys(kinds)
+        },
+    )
+
+
+def _drift(model: Backbone, gathered: Gathered, library: Library, ratio: int) -> Drift:
+    def ndcg(steer: Instructions) -> list[float]:
+        return _metrics(model, gathered, library, ratio, steer)[0]
+
+    before = ndcg(Instructions())
+    changes = [mean(ndcg(steer)) - mean(before) for steer in GENERIC]
+    worst = max(range(len(changes)), key=lambda place: abs(changes[place]))
+    task = own_task(gathered.what.folder)
+    return Drift(
+        name=gathered.what.name,
+        queries=len(before),
+        ndcg_10=mean(before),
+        mean=mean([abs(change) for change in changes]),
+        worst=changes[worst],
+        worst_instruction=str(GENERIC[worst].system or GENERIC[worst].task),
+        own_task=None if task is None else compare(ndcg(Instructions(task=task)), before),
+    )
+
+
+def _following(
+    model: Backbone, gathered: Gathered, library: Library, ratio: int, apart: dict[str, tuple[str, str]]
+) -> list[Following]:
+    found = gathered.found
+    missing = [query_id for query_id in found.queries if query_id not in apart]
+    if missing:
+        raise InputError(f"{gathered.what.name}: query {missing[0]!r} is not in instructions.jsonl; wanted all there.")
+    told = [apart[query_id][0] for query_id in found.queries]
+    joined = [f"{text} {query}" for text, query in zip(told, gathered.queries, strict=True)]
+    ways: dict[str, tuple[list[Instructions], list[str]]] = {
+        "query": ([Instructions()] * len(told), gathered.queries),
+        "instruction": ([Instructions(task=text) for text in told], gathered.queries),
+        "joined": ([Instructions()] * len(told), joined),
+    }
+    rows: list[Following] = []
+    before: list[float] = []
+    for asked, (steers, queries) in ways.items():
+        ndcg, mrr = _metrics(model, gathered, library, ratio, steers, queries)
+        before = before or ndcg
+        lowest: dict[str, float] = {}
+        for query, value in zip(gathered.queries, ndcg, strict=True):
+            lowest[query] = min(value, lowest.get(query, value))
+        rows.append(
+            Following(
+                name=gathered.what.name,
+                asked=asked,
+                queries=len(lowest),
+                instructions=len(told),
+                ndcg_10=mean(ndcg),
+                mrr_10=mean(mrr),
+                robustness_10=mean(list(lowest.values())),
+                over_query=compare(ndcg, before) if asked != "query" else None,
+            )
+        )
+    return rows
+
+
+def _metrics(
+    model: Backbone,
+    gathered: Gathered,
+    library: Library,
+    ratio: int,
+    steer: Instructions | Sequence[Instructions],
+    queries: Sequence[str] | None = None,
+) -> tuple[list[float], list[float]]:
+    """nDCG@10 and reciprocal rank at 10 of each query."""
+    measures = load_measures()
+    scores, _ = score_candidates(model, gathered, library, ratio, steer, queries)
+    orders = best_first(gathered.rows, scores)
+    ndcg, mrr = query_metrics(gathered.found, orders, [measures.nDCG @ 10, measures.RR @ 10])
+    return ndcg, mrr

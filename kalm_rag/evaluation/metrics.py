@@ -1,0 +1,203 @@
+"""Numbers: metrics a query, paired comparisons with interval and p value, calibration. Knows no model and no file.
+
+Rank metrics come from ir-measures, the paired test from scipy (both in the extra ``eval``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kalm_rag.beir import Collection
+from kalm_rag.errors import MissingDependencyError
+
+RESAMPLES = 2000
+"""Bootstrap draws behind an interval."""
+
+BINS = 15
+"""Bins of the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What one ranking has over another on the same queries.
+
+    Attributes:
+        mean: Mean difference; positive is better.
+        low: Lower end of its 95% interval (paired bootstrap over queries).
+        high: Upper end.
+        p: Two-sided p value of a paired t test, which agrees with randomisation tests on such data (Smucker, Allan
+            and Carterette, CIKM 2007); None where it isn't one set of queries.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How far P(yes) can be taken at its word, over all scored pairs of a query and a candidate.
+
+    A candidate without a judgement counts as irrelevant.
+
+    Attributes:
+        ece: Expected calibration error: mean distance between P(yes) and the share of relevant ones, over 15 bins of
+            equal mass (Nixon et al. 2019, arXiv 1904.01685: with equal width, nearly all irrelevant pairs share one).
+        brier: Mean squared distance between P(yes) and 1 or 0; lower is better.
+        kept: Share of relevant candidates with P(yes) >= 0.5; None if there are none.
+        dropped: Share of irrelevant candidates with P(yes) < 0.5; None if there are none.
+        pairs: How many pairs.
+    """
+
+    ece: float
+    brier: float
+    kept: float | None
+    dropped: float | None
+    pairs: int
+
+
+def compare(after: Sequence[float], before: Sequence[float]) -> Change:
+    """Compare two rankings query by query.
+
+    Args:
+        after: Metric of each query.
+        before: Metric of the same queries under the other ranking.
+
+    Example:
+        >>> compare([1.0, 0.5], [0.5, 0.0])
+        Change(mean=0.5, low=0.5, high=0.5, p=0.0)
+    """
+    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    low, high = paired_interval(change)
+    return Change(mean=float(change.mean()), low=low, high=high, p=_paired_p(change))
+
+
+def paired_interval(*differences: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95% interval of a mean difference, by bootstrap over queries.
+
+    Args:
+        differences: One number a query: metric after minus metric before. Several sets: the interval of the mean of
+            their means, queries drawn within each set.
+        seed: Fixes the draws.
+
+    Returns:
+        Lower and upper end.
+
+    Example:
+        >>> paired_interval([0.5, 0.5, 0.5])
+        (0.5, 0.5)
+    """
+    draw = np.random.default_rng(seed)
+    means = np.zeros(RESAMPLES)
+    for one in differences:
+        values = np.asarray(one, dtype=np.float64)
+        means += values[draw.integers(0, len(values), (RESAMPLES, len(values)))].mean(1) / len(differences)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def calibration(probabilities: Tensor, relevant: Tensor) -> Calibration:
+    """Compare P(yes) with what was relevant.
+
+    Args:
+        probabilities: P(yes) of each pair, ``(P,)``, at least one.
+        relevant: 1 or 0 of each, ``(P,)``.
+
+    Example:
+        >>> calibration(torch.tensor([0.9, 0.6, 0.2]), torch.tensor([1.0, 0.0, 0.0])).dropped
+        0.5
+    """
+    order = probabilities.argsort(stable=True)
+    guessed = probabilities.double().numpy()[order.numpy()]
+    true = relevant.double().numpy()[order.numpy()]
+    bins = [rows for rows in np.array_split(np.arange(len(true)), BINS) if len(rows)]
+    error = math.fsum(len(rows) * abs(guessed[rows].mean() - true[rows].mean()) for rows in bins)
+    yes = guessed >= 0.5
+    return Calibration(
+        ece=error / len(true),
+        brier=float(((guessed - true) ** 2).mean()),
+        kept=float(yes[true > 0].mean()) if bool((true > 0).any()) else None,
+        dropped=float(1 - yes[true == 0].mean()) if bool((true == 0).any()) else None,
+        pairs=len(true),
+    )
+
+
+def load_measures() -> ModuleType:
+    """Import ir-measures.
+
+    Raises:
+        MissingDependencyError: If it is not installed.
+    """
+    try:
+        return importlib.import_module("ir_measures")
+    except ImportError as err:
+        raise MissingDependencyError(
+            "evaluating needs the module ir_measures, which is not installed. Install the extra 'eval': "
+            "pip install 'kalm-rag[eval]' (or pip install ir-measures)."
+        ) from err
+
+
+def query_metrics(found: Collection, orders: Sequence[Tensor], wanted: Sequence[Any]) -> list[list[float]]:
+    """Work out metrics for each query.
+
+    Args:
+        found: The collection with its judgements.
+        orders: Passage rows of each query, best first.
+        wanted: Measures of ir-measures.
+
+    Returns:
+        One list a measure, one value a query, in the collection's order.
+    """
+    ranked = {  # a rank is scored as minus itself, so that no tie is broken anew
+        query_id: {found.doc_ids[row]: -float(rank) for rank, row in enumerate(rows.tolist())}
+        for query_id, rows in zip(found.queries, orders, strict=True)
+    }
+    values: dict[str, dict[str, float]] = {str(measure): dict.fromkeys(found.queries, 0.0) for measure in wanted}
+    for metric in load_measures().iter_calc(list(wanted), found.qrels, ranked):
+        values[str(metric.measure)][metric.query_id] = metric.value
+    return [list(values[str(measure)].values()) for measure in wanted]
+
+
+def query_ndcg(found: Collection, orders: Sequence[Tensor]) -> list[float]:
+    """nDCG@10 of each query; see `query_metrics`."""
+    return query_metrics(found, orders, [load_measures().nDCG @ 10])[0]
+
+
+def best_first(rows: Sequence[Tensor], scores: Sequence[Tensor]) -> list[Tensor]:
+    """Order each query's candidates by falling score; ties keep the order they came in."""
+    return [one[own.sort(descending=True, stable=True).indices] for one, own in zip(rows, scores, strict=True)]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean, summed exactly."""
+    return math.fsum(values) / len(values)
+
+
+def is_relevant(found: Collection, rows: Sequence[Tensor]) -> Tensor:
+    """1 for each candidate of each query with a positive grade, else 0, all in one row ``(P,)``."""
+    flags = [
+        float(found.qrels[query_id].get(found.doc_ids[row], 0) > 0)
+        for query_id, own in zip(found.queries, rows, strict=True)
+        for row in own.tolist()
+    ]
+    return torch.tensor(flags)
+
+
+def _paired_p(change: np.ndarray) -> float | None:
+    """Paired t test; None for a single query, where there is nothing to estimate a deviation from."""
+    if len(change) < 2:
+        return None
+    if np.ptp(change) == 0:  # no deviation: either nothing moved, or all moved alike
+        return 1.0 if change[0] == 0 else 0.0
+    stats = importlib.import_module("scipy.stats")  # ir-measures brings it along
+    return float(stats.ttest_1samp(change, 0.0).pvalue)
