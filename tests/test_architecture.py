@@ -39,6 +39,7 @@ RANKS = {
     "training": 8,
     "bench": 8,
     "demo": 9,
+    "cli_train": 9,
     "cli": 10,
 }
 CHROMA = {"database", "index", "store", "langchain", "llama_index"}

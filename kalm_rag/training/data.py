@@ -139,16 +139,21 @@ class Lists:
 
     def teacher(self) -> Tensor:
         """Mean of both scores, each standardised over the retrieved part of its list, ``(queries, C)``."""
-        parts = []
-        for scores in (self.dense, self.bm25):
-            top = scores[:, : self.depth]
-            parts.append((scores - top.mean(1, keepdim=True)) / (top.std(1, keepdim=True) + 1e-6))
-        return (parts[0] + parts[1]) / 2
+        return fuse(self.dense, self.bm25, self.depth)
 
     @property
     def depth(self) -> int:
         """How many of the candidates come from retrieval."""
         return self.candidates.shape[1] - RANDOMS
+
+
+def fuse(dense: Tensor, bm25: Tensor, depth: int) -> Tensor:
+    """Mean of two scores ``(L, C)``, each standardised over the first `depth` candidates of its list."""
+    parts = []
+    for scores in (dense, bm25):
+        top = scores[:, :depth]
+        parts.append((scores - top.mean(1, keepdim=True)) / (top.std(1, keepdim=True) + 1e-6))
+    return (parts[0] + parts[1]) / 2
 
 
 def read_texts(encoder: MiniLMEncoder, texts: Sequence[str], *, limit: int, what: str, fast: bool) -> TokenStates:
@@ -215,7 +220,7 @@ def load_source(
     """
     rng = random.Random(f"{seed}-{source.name}-{source.split}")
     found = load_collection(data / source.name, source.split)
-    apart = _read_instructions(data / source.name)
+    apart = read_instructions(data / source.name)
     query_ids = sorted(found.queries)
     rng.shuffle(query_ids)
     held, used = query_ids[: source.held_out], query_ids[source.held_out :][: source.queries]
@@ -223,7 +228,7 @@ def load_source(
     where = {found.doc_ids[doc]: row for row, doc in enumerate(kept)}
     texts = [found.passages[doc] for doc in kept]
     passages = read_texts(encoder, texts, limit=256, what=f"{source.name} passages", fast=fast)
-    matcher = _Bm25(texts)
+    matcher = Bm25(texts)
     out: list[Lists | None] = []
     for chosen, spans in ((used, source.spans), (held, 0)):
         asked = _Asked()
@@ -253,7 +258,7 @@ def _kept_docs(
     return sorted(keep + rng.sample(rest, max(0, min(len(rest), source.docs - len(keep)))))
 
 
-def _read_instructions(folder: Path) -> dict[str, tuple[str, str]]:
+def read_instructions(folder: Path) -> dict[str, tuple[str, str]]:
     """Instruction and query apart, where a folder has ``instructions.jsonl``."""
     path = folder / "instructions.jsonl"
     if not path.is_file():
@@ -270,7 +275,7 @@ def _span(text: str, rng: random.Random) -> str | None:
     return rng.choice(sentences) if sentences else None
 
 
-class _Bm25:
+class Bm25:
     """BM25 (lucene, k1 0.9, b 0.4) over one collection."""
 
     def __init__(self, texts: list[str]) -> None:
@@ -298,7 +303,7 @@ def _lists(
     name: str,
     asked: _Asked,
     passages: TokenStates,
-    matcher: _Bm25,
+    matcher: Bm25,
     encoder: MiniLMEncoder,
     rng: random.Random,
     fast: bool,
