@@ -49,9 +49,7 @@ class Learner:
         self._random = random.Random(config.seed)
         self._sizes = [len(one.queries) for one in lists] if mined is None else [len(one) for one in mined]
         model = backbone.model.requires_grad_(True)
-        homes = {
-            name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in _names(model)
-        }
+        homes = _homes(model)
         if config.lora:
             add_lora(model, config.lora)
         if config.checkpointing:
