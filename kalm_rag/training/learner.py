@@ -107,27 +107,31 @@ class Learner:
         which = self._random.choices(range(len(self._lists)), [size**0.5 for size in self._sizes])[0]
         rows = [self._random.randrange(self._sizes[which]) for _ in range(config.lists)]
         picks = [self._draw(which, row) for row in rows]
-        size, total = -(-len(rows) // config.accumulate), 0.0
         self._solver.zero_grad(set_to_none=True)
         try:
-            for at in range(0, len(rows), size):
-                part = slice(at, at + size)
-                with torch.autocast(self._backbone.device.type, torch.bfloat16, enabled=self._bf16):
-                    margins = self._margins(self._lists[which], rows[part], picks[part], ratio)
-                loss = self._loss(self._lists[which], rows[part], picks[part], margins) * len(rows[part]) / len(rows)
-                loss.backward()
-                total += float(loss.detach())
+            loss = self._backward(self._lists[which], rows, picks, ratio)
+            if not math.isfinite(loss):
+                raise KalmRagError(f"the loss is {loss}; nothing was written. Lower the learning rate.")
+            torch.nn.utils.clip_grad_norm_(self._free, 1.0)
+            self._solver.step()
         except torch.OutOfMemoryError as err:
             raise KalmRagError(
-                f"the device ran out of memory at {size} lists of {config.candidates} passages. Raise accumulate, turn "
-                f"checkpointing on, lower max_tokens ({config.max_tokens}), or train with lora."
+                f"the device ran out of memory at {-(-config.lists // config.accumulate)} lists of {config.candidates} "
+                f"passages; nothing was written. Raise accumulate, turn checkpointing on, lower max_tokens "
+                f"({config.max_tokens}), or train with lora."
             ) from err
-        if not math.isfinite(total):
-            raise KalmRagError(
-                f"the loss is {total}; nothing was written. Lower the learning rate, or use dtype='fp32'."
-            )
-        torch.nn.utils.clip_grad_norm_(self._free, 1.0)
-        self._solver.step()
+        return loss
+
+    def _backward(self, lists: TextLists, rows: Sequence[int], picks: Sequence[Sequence[int]], ratio: int) -> float:
+        """Add up the gradient of a batch, part by part; give its loss."""
+        size, total = -(-len(rows) // self._config.accumulate), 0.0
+        for at in range(0, len(rows), size):
+            part = slice(at, at + size)
+            with torch.autocast(self._backbone.device.type, torch.bfloat16, enabled=self._bf16):
+                margins = self._margins(lists, rows[part], picks[part], ratio)
+            loss = self._loss(lists, rows[part], picks[part], margins) * len(rows[part]) / len(rows)
+            loss.backward()
+            total += float(loss.detach())
         return total
 
     def _margins(self, lists: TextLists, rows: Sequence[int], picks: Sequence[Sequence[int]], ratio: int) -> Tensor:
@@ -153,7 +157,7 @@ class Learner:
         """Columns of one list: up to two relevant ones, mined negatives if there are, the rest over the ranks."""
         lists, size = self._lists[which], min(self._config.candidates, self._lists[which].candidates.shape[1])
         golden = lists.gold[row].nonzero().flatten().tolist()
-        chosen = self._random.sample(golden, min(2, len(golden)))
+        chosen = self._random.sample(golden, min(2, len(golden), size - 1))
         barred = set(golden)
         if self._mined is not None:
             mined = self._mined[which][row]
@@ -163,8 +167,7 @@ class Learner:
         chosen += self._random.sample(randoms, min(max(1, size // 8), len(randoms), size - len(chosen)))
         left = [c for c in range(lists.candidates.shape[1]) if c not in barred and c not in chosen]
         while len(chosen) < size and left:  # rank log-uniform: near misses often, far ones too
-            place = int(len(left) ** self._random.random()) - 1
-            chosen.append(left.pop(max(0, min(place, len(left) - 1))))
+            chosen.append(left.pop(int((len(left) + 1) ** self._random.random()) - 1))
         again = [c for c in chosen if c not in golden] or chosen  # a small collection: some negatives twice
         return chosen + [self._random.choice(again) for _ in range(size - len(chosen))]
 
