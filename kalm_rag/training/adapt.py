@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalm_rag.errors import InputError
+from kalm_rag.errors import InputError, KalmRagError
 from kalm_rag.models.registry import PICO, find_checkpoint, parse_device, parse_dtype
 from kalm_rag.models.t5gemma2 import T5Gemma2Backbone, read_config
 from kalm_rag.reranker import Reranker
@@ -215,7 +215,13 @@ class _Run:
         config, curve = self.config, dict[int, float]()
 
         def check(step: int) -> None:
-            rows, _ = self._measure(held, [config.usual_ratio])
+            try:
+                rows, _ = self._measure(held, [config.usual_ratio])
+            except KalmRagError as err:  # weights ran away
+                raise KalmRagError(
+                    f"after {step} steps the model gives margins that are not finite; nothing was written. Lower the "
+                    f"learning rate ({config.peak})."
+                ) from err
             curve[step] = sum(row.after for row in rows) / len(rows)
             logger.info("step %d: mean dev nDCG@10 %.4f", step, curve[step])
 

@@ -24,6 +24,8 @@ from kalm_rag.models.t5gemma2 import KEY_MAPPING
 _COPIED = (".json", ".model", ".txt", ".jinja")
 """Files kept beside the weights. A model card is not: it describes the base."""
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
 REPORT = "train.json"
 
 
@@ -72,10 +74,10 @@ def save_checkpoint(base: Path, folder: Path, weights: Mapping[str, Tensor]) -> 
 
 def stored_dtypes(base: Path) -> Callable[[str], torch.dtype | None]:
     """How the base stores a tensor, by the name `T5Gemma2TextReranker` gives it; None if it doesn't."""
-    found: dict[str, torch.dtype] = {}
+    found: dict[str, torch.dtype | None] = {}
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            found |= {our_name(name): tensors.get_slice(name)[:0].dtype for name in tensors.keys()}
+            found |= {our_name(name): _DTYPES.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}
     return found.get
 
 

@@ -53,7 +53,8 @@ class Learner:
         if config.lora:
             add_lora(model, config.lora)
         if config.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # old name
+            enable({"use_reentrant": False})
         self._homes = {name: home for name, home in homes.items() if getattr(*home).requires_grad}
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._free = [p for _, p in named]
@@ -111,7 +112,7 @@ class Learner:
         try:
             loss = self._backward(self._lists[which], rows, picks, ratio)
             if not math.isfinite(loss):
-                raise KalmRagError(f"the loss is {loss}; nothing was written. Lower the learning rate.")
+                raise KalmRagError(f"the loss is {loss}; nothing was written. Lower the learning rate ({config.peak}).")
             torch.nn.utils.clip_grad_norm_(self._free, 1.0)
             self._solver.step()
         except torch.OutOfMemoryError as err:

@@ -75,8 +75,8 @@ def margins_of(
 def mine(lists: TextLists, margins: Tensor, slack: float) -> list[Mined]:
     """Pick each list's hard negatives, without those that look like unlabelled positives.
 
-    Dropped are candidates whose margin is above ``best relevant margin - slack`` and near-copies of a relevant
-    passage.
+    Dropped are retrieved candidates whose margin is above ``best relevant margin - slack`` and near-copies of a
+    relevant passage. A random passage with such a margin is kept: it is the model's error, hardly a missing label.
 
     Args:
         lists: The lists.
@@ -95,7 +95,7 @@ def _mine_one(lists: TextLists, row: int, margins: Tensor, slack: float) -> Mine
     for column in margins.argsort(descending=True, stable=True).tolist():
         if bool(gold[column]):
             continue
-        if float(margins[column]) > ceiling:
+        if float(margins[column]) > ceiling and column < lists.depth:
             dropped.add(column)
         elif len(hard) < HARDEST:
             words = _words(lists.texts(row, [column])[0])
