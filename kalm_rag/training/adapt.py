@@ -137,7 +137,7 @@ class _Run:
         losses, curve = self._learn(learnt, held, mined, limit)
         self._round()
         clock.lap("learn")
-        after, margins = self._measure(held, config.ratios)
+        after, margins = self._measure_learnt(held, config.ratios, len(losses))
         clock.lap("measure")
         report = AdaptReport(
             folder=out,
@@ -179,6 +179,17 @@ class _Run:
             kept.append(found[self.config.usual_ratio].flatten())
         return rows, torch.cat(kept)
 
+    def _measure_learnt(
+        self, held: Sequence[TextLists], ratios: Sequence[int], steps: int
+    ) -> tuple[list[DevRow], Tensor]:
+        try:
+            return self._measure(held, ratios)
+        except KalmRagError as err:  # weights ran away
+            raise KalmRagError(
+                f"after {steps} steps the model gives margins that are not finite; nothing was written. Lower the "
+                f"learning rate ({self.config.peak})."
+            ) from err
+
     def _mine(self, learnt: Sequence[TextLists]) -> list[list[Mined]]:
         """Hard negatives of as many lists as are met about twice, at the ratio that is used by default."""
         share = -(-self.config.steps * self.config.lists // (2 * len(learnt)))
@@ -215,13 +226,7 @@ class _Run:
         config, curve = self.config, dict[int, float]()
 
         def check(step: int) -> None:
-            try:
-                rows, _ = self._measure(held, [config.usual_ratio])
-            except KalmRagError as err:  # weights ran away
-                raise KalmRagError(
-                    f"after {step} steps the model gives margins that are not finite; nothing was written. Lower the "
-                    f"learning rate ({config.peak})."
-                ) from err
+            rows, _ = self._measure_learnt(held, [config.usual_ratio], step)
             curve[step] = sum(row.after for row in rows) / len(rows)
             logger.info("step %d: mean dev nDCG@10 %.4f", step, curve[step])
 
