@@ -219,7 +219,15 @@ def test_all_stages_are_the_stages_one_after_another(base, toy, tmp_path):
 def test_distillation_follows_the_teacher(base, toy, tmp_path, learnt):
     """A teacher that knows the topic is learnt from without one label."""
     settings = config(
-        stage="distil", distil=1.0, anchor=0, steps=40, lists=4, snapshots=2, teacher=str(learnt.folder), ratios=(4,)
+        stage="distil",
+        distil=1.0,
+        anchor=0,
+        steps=40,
+        lists=4,
+        snapshots=2,
+        dev_queries=4,
+        teacher=str(learnt.folder),
+        ratios=(4,),
     )
     (report,) = adapt(base, toy, tmp_path / "out", config=settings, device="cpu")
     assert sum(report.losses[-10:]) < 0.3 * sum(report.losses[:10])
