@@ -46,6 +46,7 @@ RANKS = {
     "terminal": 9,
     "cli_eval": 9,
     "mteb": 8,
+    "cli_train": 9,
     "cli": 10,
 }
 CHROMA = {"database", "index", "store", "langchain", "llama_index"}

@@ -290,12 +290,12 @@ def test_growth(folder: Path, tmp_path: Path) -> None:
         "nano.prompt": [40, 80],
     }
     assert any("index of 60" in line for line in told)
-    pytest.importorskip("matplotlib", reason="drawing is in the extra 'bench'")
+    pytest.importorskip("matplotlib", reason="drawing is in the extra 'plot'")
     assert [path.name for path in plots.draw(tmp_path, report.laws)][-1] == "growth.png"
 
 
 def test_plots_are_written(report: Report, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="drawing is in the extra 'bench'")
+    pytest.importorskip("matplotlib", reason="drawing is in the extra 'plot'")
     paths = plots.draw(tmp_path / "new" / "folder", report.laws)
     assert [path.name for path in paths] == ["bytes_by_ratio.png", "latency_by_candidates.png"]
     for path in paths:
@@ -306,7 +306,7 @@ def test_drawing_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run = CliRunner().invoke(app, ["bench", "--plot", str(tmp_path)])
     assert run.exit_code == 1
-    assert "pip install 'kalm-rag[bench]'" in " ".join(run.stderr.split())
+    assert "pip install 'kalm-rag[plot]'" in " ".join(run.stderr.split())
     with pytest.raises(MissingDependencyError, match="needs the module matplotlib"):
         plots.check_plots(tmp_path)
 

@@ -119,6 +119,6 @@ def _figures() -> Any:  # noqa: ANN401
         return import_module("matplotlib.figure").Figure
     except ImportError as err:
         raise MissingDependencyError(
-            "drawing needs the module matplotlib, which is not installed. Install the extra 'bench': "
-            "pip install 'kalm-rag[bench]' (or pip install matplotlib)."
+            "drawing needs the module matplotlib, which is not installed. Install the extra 'plot': "
+            "pip install 'kalm-rag[plot]' (or pip install matplotlib)."
         ) from err

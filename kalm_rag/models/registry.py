@@ -193,15 +193,33 @@ def _load(
         return PicoBackbone.load(device=device, dtype=dtype, weights=_identity(name))
     from kalm_rag.models.t5gemma2 import T5Gemma2Backbone  # transformers' model code is slow to import
 
+    folder, commit, weights = find_checkpoint(name, revision)
+    return T5Gemma2Backbone.load(
+        folder,
+        name=_identity(name),
+        revision=commit,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        decoder_weights=decoder_weights,
+    )
+
+
+def find_checkpoint(name: str, revision: str | None = None) -> tuple[Path, str, str | None]:
+    """Find the folder of a T5Gemma 2 checkpoint, fetching it if it is not at hand.
+
+    Args:
+        name: ``nano``, ``small``, ``large``, a repository id, or a folder.
+        revision: As `acquire` takes it.
+
+    Returns:
+        Folder, commit (``"local"`` for a folder) and what pins the weights (None for a folder: its files do).
+
+    Raises:
+        ModelError: If the name is unknown, or the checkpoint can't be fetched.
+    """
     if name not in CHECKPOINTS and Path(name).is_dir():
-        return T5Gemma2Backbone.load(
-            Path(name),
-            name=_identity(name),
-            revision="local",
-            device=device,
-            dtype=dtype,
-            decoder_weights=decoder_weights,
-        )
+        return Path(name), "local", None
     checkpoint = CHECKPOINTS.get(name)
     if checkpoint is None:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -212,16 +230,7 @@ def _load(
             )
         checkpoint = Checkpoint(name, None)
     folder, commit = _fetch(checkpoint.repository, revision if revision is not None else checkpoint.revision)
-    weights = f"{checkpoint.repository}@{commit}"
-    return T5Gemma2Backbone.load(
-        folder,
-        name=name,
-        revision=commit,
-        device=device,
-        dtype=dtype,
-        weights=weights,
-        decoder_weights=decoder_weights,
-    )
+    return folder, commit, f"{checkpoint.repository}@{commit}"
 
 
 def _fetch(repository: str, revision: str | None) -> tuple[Path, str]:

@@ -48,7 +48,7 @@ MAX_QUERY_TOKENS = 512
 
 
 # Checkpoints come with both spellings of the encoder's names, depending on the transformers release that saved them.
-_KEY_MAPPING = {r"^model\.encoder\.(layers|norm|embed_tokens)\.": r"model.encoder.text_model.\1."}
+KEY_MAPPING = {r"^model\.encoder\.(layers|norm|embed_tokens)\.": r"model.encoder.text_model.\1."}
 
 
 class _TextEncoder(T5Gemma2PreTrainedModel):
@@ -212,8 +212,7 @@ class T5Gemma2Backbone:
         self._lean = _lean_decoder(self._model.model.decoder, decoder_weights)
         self.prefix_cache = PrefixCache(CPU_CACHE_BYTES if self.device.type == "cpu" else 0)
         self._softcap = model.config.decoder.final_logit_softcapping
-        rows = torch.tensor([tokens.yes_id, tokens.no_id], device=model.device)
-        self._answers = model.lm_head.out_proj.weight.detach()[rows].clone()  # (2, H)
+        self._answer_ids = torch.tensor([tokens.yes_id, tokens.no_id], device=model.device)
 
     @property
     def decode_budget(self) -> int:
@@ -256,7 +255,7 @@ class T5Gemma2Backbone:
             raise InputError(f"dtype is {dtype}; T5Gemma 2 overflows float16. Use torch.bfloat16 or torch.float32.")
         if decoder_weights is not None:
             check_weights(decoder_weights, device)
-        config = _read_config(folder)
+        config = read_config(folder)
         tokens = TextTokens(AutoTokenizer.from_pretrained(folder))
         try:
             model, report = T5Gemma2TextReranker.from_pretrained(
@@ -264,7 +263,7 @@ class T5Gemma2Backbone:
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
-                key_mapping=_KEY_MAPPING,
+                key_mapping=KEY_MAPPING,
                 output_loading_info=True,
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as err:
@@ -288,6 +287,11 @@ class T5Gemma2Backbone:
         )
         return cls(model.to(device), tokens, info, decoder_weights=decoder_weights)
 
+    @property
+    def model(self) -> T5Gemma2TextReranker:
+        """Encoder, decoder and head; training changes them in place."""
+        return self._model
+
     def tokenize(self, passages: Sequence[str]) -> list[TokenizedPassage]:
         """Turn passages into encoder input; see `Backbone.tokenize`."""
         encoded = self._tokens.ids_many([PASSAGE_TEMPLATE.format(passage=text) for text in passages])
@@ -296,6 +300,10 @@ class T5Gemma2Backbone:
     @torch.inference_mode()
     def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Read passages once; see `Backbone.encode`."""
+        return self.read(ids)
+
+    def read(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Do what `encode` does, under autograd: for training."""
         tokens, mask = self._pad(ids)
         states = self._model.model.encoder.text_model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         return states, mask
@@ -313,12 +321,20 @@ class T5Gemma2Backbone:
         """Score each passage under its prompt; see `Backbone.decode`."""
         states = states.to(self._model.dtype)
         if self._lean is None:
-            at_last = self._decode_plainly(prompts, states, counts > 0)
-        elif self.prefix_cache.enabled:
-            at_last = self._decode_cached(self._lean, prompts, states, counts > 0)
-        else:
-            at_last = self._lean(self._batch(prompts, states, counts > 0))
-        logits = nn.functional.linear(at_last, self._answers)  # (B, 2)
+            return self._judge(self._decode_plainly(prompts, states, counts > 0))
+        if self.prefix_cache.enabled:
+            return self._judge(self._decode_cached(self._lean, prompts, states, counts > 0))
+        return self._judge(self._lean(self._batch(prompts, states, counts > 0)))
+
+    def judge(self, prompts: Sequence[Prompt], states: Tensor, counts: Tensor) -> Tensor:
+        """Do what `decode` does, under autograd and by transformers' own forward: for training."""
+        return self._judge(self._decode_plainly(prompts, states.to(self._model.dtype), counts > 0))
+
+    def _judge(self, at_last: Tensor) -> Tensor:
+        """Margins of the decoder's last positions ``(B, H)``."""
+        answers = self._model.lm_head.out_proj.weight[self._answer_ids]  # (2, H), afresh: training changes them
+        with torch.autocast(self.device.type, enabled=False):  # bf16 logits would round a margin of 10 to 1/16
+            logits = nn.functional.linear(at_last.to(answers.dtype), answers)  # (B, 2)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         yes_no = logits.float()
@@ -462,7 +478,12 @@ def digest_files(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read_config(folder: Path) -> T5Gemma2Config:
+def read_config(folder: Path) -> T5Gemma2Config:
+    """Read a checkpoint folder's config.
+
+    Raises:
+        ModelError: If the folder is no T5Gemma 2 checkpoint, or has no safetensors.
+    """
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder} has no .safetensors file. Save the checkpoint with save_pretrained(); pickles are refused."

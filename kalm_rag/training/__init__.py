@@ -1,1 +1,1 @@
-"""The recipe that makes pico: data, losses, schedule. Needs the extra 'eval'."""
+"""The recipe that makes pico, and the one that adapts a T5Gemma 2 checkpoint. Needs the extra 'eval'."""

@@ -1,0 +1,257 @@
+"""Adapting a T5Gemma 2 checkpoint (KaLM-Reranker-V1) to a user's own text, in the paper's stages.
+
+``general``: labels, candidates spread over the retrieval ranks. ``hard``: labels, negatives mined by the model itself
+and denoised. ``distil``: soft labels, and the labels beside them. Every batch draws a pooling ratio; every stage ends
+in an average of checkpoints and gives a whole checkpoint, which the next stage starts from. Source: arXiv 2606.22807.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalm_rag.errors import InputError, KalmRagError
+from kalm_rag.fusion import fuse
+from kalm_rag.models.registry import PICO, find_checkpoint, parse_device, parse_dtype
+from kalm_rag.models.t5gemma2 import T5Gemma2Backbone, read_config
+from kalm_rag.reranker import Reranker
+from kalm_rag.training.checkpoint import REPORT, check_out, save_checkpoint, stored_dtypes, whole_folder
+from kalm_rag.training.dev import mean_ndcg
+from kalm_rag.training.learner import Learner
+from kalm_rag.training.lists import TextLists, bundled_retriever, load_lists
+from kalm_rag.training.losses import calibrate
+from kalm_rag.training.mining import Mined, margins_of, mine
+from kalm_rag.training.stages import FUSION, OWN, AdaptConfig, AdaptReport, DevRow, Stage, peak_memory
+
+logger = logging.getLogger(__name__)
+
+
+def adapt(
+    base: str | Path,
+    data: Path,
+    out: Path,
+    *,
+    config: AdaptConfig | None = None,
+    minutes: float | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> list[AdaptReport]:
+    """Train a T5Gemma 2 checkpoint on labelled queries.
+
+    Args:
+        base: Folder of a checkpoint (an earlier stage's `out` too), a repository id, or a name (``nano``).
+        data: One BEIR folder, or a folder of them.
+        out: A new folder for the checkpoint. Under stage ``"all"`` the first two stages' checkpoints lie beside it, as
+            ``out.general`` and ``out.hard``.
+        config: The recipe; None takes the defaults.
+        minutes: Stop each stage's learning after this many minutes; None takes all steps.
+        device: As `Reranker.from_pretrained` takes it.
+        dtype: ``"bf16"`` or ``"fp32"`` to compute in; None is bf16 on CUDA, fp32 elsewhere. Weights and optimiser are
+            float32 either way.
+
+    Returns:
+        One report a stage.
+
+    Raises:
+        InputError: If the data has no labelled queries, `out` holds something, or an argument is out of range.
+        ModelError: If the base can't be found or is no T5Gemma 2.
+        MissingDependencyError: If bm25s is not installed.
+        KalmRagError: If the loss is not finite or memory runs out; nothing is written then.
+    """
+    config = config if config is not None else AdaptConfig()
+    where = parse_device(device)
+    bf16 = parse_dtype(dtype, where) is torch.bfloat16
+    stages = [Stage.GENERAL, Stage.HARD, Stage.DISTIL] if config.stage is Stage.ALL else [Stage(config.stage)]
+    out = Path(out).absolute()
+    outs = [check_out(out if one is stages[-1] else out.with_name(f"{out.name}.{one.value}")) for one in stages]
+    if base == PICO:
+        raise InputError("base is 'pico', which is no T5Gemma 2. Leave base out to train pico.")
+    folder = find_checkpoint(str(base))[0]
+    read_config(folder)  # a bad base fails before the data is read
+    began = time.perf_counter()
+    dense = bundled_retriever(where)
+    learnt, held = load_lists(
+        data,
+        split=config.split,
+        dev_split=config.dev_split,
+        dev_queries=config.dev_queries,
+        queries=config.steps * config.lists,
+        instructions=config.instructions,
+        dense=dense,
+        seed=config.seed,
+    )
+    if dense is not None:
+        dense.close()
+    seconds = {"read": time.perf_counter() - began}
+    reports = []
+    for stage, target in zip(stages, outs, strict=True):
+        run = _Run(folder, replace(config, stage=stage), where, bf16)
+        with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            reports.append(run.train(learnt, held, target, None if minutes is None else minutes * 60, seconds))
+        folder, seconds = target, {}
+        del run
+        gc.collect()  # the next stage's model finds the room of this one's
+    return reports
+
+
+class _Run:
+    """One stage over one loaded model."""
+
+    def __init__(self, base: Path, config: AdaptConfig, device: torch.device, bf16: bool) -> None:
+        self.base, self.config, self.device, self.bf16 = base, config, device, bf16
+        self.backbone = T5Gemma2Backbone.load(
+            base, name=str(base), revision="local", device=device, dtype=torch.float32, weights="in training"
+        )
+        self.engine = Reranker(self.backbone, ratio=1)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def train(
+        self,
+        learnt: Sequence[TextLists],
+        held: Sequence[TextLists],
+        out: Path,
+        limit: float | None,
+        seconds: dict[str, float],
+    ) -> AdaptReport:
+        """Measure, prepare, learn, measure again, save."""
+        config, clock = self.config, _Clock(seconds)
+        before, _ = self._measure(held, config.ratios)
+        clock.lap("measure")
+        for row in before:
+            logger.info("before: %s r=%d nDCG@10 %.4f (retrieval %.4f)", row.name, row.ratio, row.after, row.retrieval)
+        mined = self._mine(learnt) if config.stage is Stage.HARD else None
+        learnt = self._teach(learnt) if config.stage is Stage.DISTIL else learnt
+        clock.lap("prepare")
+        losses, curve = self._learn(learnt, held, mined, limit)
+        self._round()
+        clock.lap("learn")
+        after, margins = self._measure_learnt(held, config.ratios, len(losses))
+        clock.lap("measure")
+        report = AdaptReport(
+            folder=out,
+            base=str(self.base),
+            stage=Stage(config.stage).value,
+            steps=len(losses),
+            losses=losses,
+            dev=[replace(new, before=old.after) for old, new in zip(before, after, strict=True)],
+            curve=curve,
+            calibration=calibrate(margins, torch.cat([one.gold.flatten() for one in held])),
+            mined=_counts(mined),
+            seconds=clock.seconds,
+            peak_bytes=peak_memory(self.device),
+            settings={**asdict(config), "device": str(self.device), "bf16": self.bf16},
+        )
+        with whole_folder(out) as scratch:
+            save_checkpoint(self.base, scratch, self.backbone.model.state_dict())
+            (scratch / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        logger.info("stage %s: %d steps; checkpoint in %s", report.stage, report.steps, out)
+        return report
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _measure(self, held: Sequence[TextLists], ratios: Sequence[int]) -> tuple[list[DevRow], Tensor]:
+        """Figures (in `after`) at each ratio, and all margins at the ratio of states that is used by default."""
+        self.backbone.model.eval()
+        rows, kept = [], []
+        for lists in held:
+            with self._autocast():
+                found = margins_of(self.engine, lists, ratios, what=f"measure {lists.name}")
+            width = lists.gold.shape[1]
+            own = mean_ndcg(-torch.arange(width).expand(len(lists.queries), -1).float(), lists.gold, lists.relevant)
+            for ratio, margins in found.items():
+                score = mean_ndcg(margins, lists.gold, lists.relevant)
+                rows.append(
+                    DevRow(name=lists.name, ratio=ratio, queries=len(margins), retrieval=own, before=score, after=score)
+                )
+            kept.append(found[self.config.usual_ratio].flatten())
+        return rows, torch.cat(kept)
+
+    def _measure_learnt(
+        self, held: Sequence[TextLists], ratios: Sequence[int], steps: int
+    ) -> tuple[list[DevRow], Tensor]:
+        try:
+            return self._measure(held, ratios)
+        except KalmRagError as err:  # weights ran away
+            raise KalmRagError(
+                f"after {steps} steps the model gives margins that are not finite; nothing was written. Lower the "
+                f"learning rate ({self.config.peak})."
+            ) from err
+
+    def _mine(self, learnt: Sequence[TextLists]) -> list[list[Mined]]:
+        """Hard negatives of as many lists as are met about twice, at the ratio that is used by default."""
+        share = -(-self.config.steps * self.config.lists // (2 * len(learnt)))
+        mined = []
+        for lists in learnt:
+            count, ratio = min(share, len(lists.queries)), self.config.usual_ratio
+            with self._autocast():
+                margins = margins_of(self.engine, lists, [ratio], what=f"mine {lists.name}", rows=count)[ratio]
+            mined.append(mine(lists, margins, self.config.slack))
+        return mined
+
+    def _teach(self, learnt: Sequence[TextLists]) -> Sequence[TextLists]:
+        """Lists with the chosen teacher's soft labels."""
+        name = self.config.teacher
+        if name == FUSION:
+            return learnt
+        teacher = self.engine if name == OWN else Reranker.from_pretrained(name, device=self.device)
+        taught = []
+        for lists in learnt:
+            with self._autocast():
+                margins = margins_of(teacher, lists, [1], what=f"soft labels {lists.name}")[1]
+            taught.append(replace(lists, teacher=fuse(margins, margins, lists.depth)))
+        if name != OWN:
+            teacher.close()
+        return taught
+
+    def _learn(
+        self,
+        learnt: Sequence[TextLists],
+        held: Sequence[TextLists],
+        mined: Sequence[Sequence[Mined]] | None,
+        limit: float | None,
+    ) -> tuple[list[float], dict[int, float]]:
+        config, curve = self.config, dict[int, float]()
+
+        def check(step: int) -> None:
+            rows, _ = self._measure_learnt(held, [config.usual_ratio], step)
+            curve[step] = sum(row.after for row in rows) / len(rows)
+            logger.info("step %d: mean dev nDCG@10 %.4f", step, curve[step])
+
+        return Learner(self.backbone, learnt, mined, config, bf16=self.bf16).run(limit, check), curve
+
+    def _round(self) -> None:
+        """Give the weights the precision they are saved in, so that what is measured is what is saved."""
+        dtype_of = stored_dtypes(self.base)
+        with torch.no_grad():
+            for name, parameter in self.backbone.model.named_parameters():
+                parameter.copy_(parameter.to(dtype_of(name) or parameter.dtype))
+
+
+class _Clock:
+    """Seconds by part."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self._last = dict(seconds), time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+
+def _counts(mined: Sequence[Sequence[Mined]] | None) -> dict[str, int]:
+    every = [one for lists in mined or [] for one in lists]
+    return {"hard": sum(len(one.hard) for one in every), "dropped": sum(len(one.dropped) for one in every)}

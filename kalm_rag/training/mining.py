@@ -1,0 +1,108 @@
+"""A model's own margins over candidate lists: for dev figures, for soft labels, and to mine hard negatives.
+
+Letters: L lists, C candidates of a list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kalm_rag.reranker import Reranker
+from kalm_rag.training.lists import TextLists
+
+HARDEST = 20
+"""Most mined negatives kept of a list."""
+
+ALIKE = 0.8
+"""Share of common words (Jaccard) from which a passage counts as a copy of a relevant one."""
+
+_WINDOW = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mined:
+    """What a model makes of one list.
+
+    Attributes:
+        hard: Columns of negatives, the one it takes for most relevant first.
+        dropped: Columns that may be relevant without a label: never drawn as negatives.
+    """
+
+    hard: list[int]
+    dropped: set[int]
+
+
+def margins_of(
+    engine: Reranker, lists: TextLists, ratios: Sequence[int], *, what: str, rows: int | None = None
+) -> dict[int, Tensor]:
+    """Score lists as a user's query would be: encode, pool, decode.
+
+    Args:
+        engine: Over the model as it is now.
+        lists: Their first `rows` are scored; None is all.
+        ratios: Each a multiple of the smallest.
+        what: Name on the progress bar.
+        rows: How many lists.
+
+    Returns:
+        Float32 margins ``(rows, C)`` by ratio.
+    """
+    engine = engine.at(min(ratios))
+    total = len(lists.queries) if rows is None else rows
+    out: dict[int, list[list[float]]] = {ratio: [] for ratio in ratios}
+    with tqdm(total=total, desc=what, unit="query", mininterval=2.0) as bar:
+        for at in range(0, total, _WINDOW):
+            window = range(at, min(total, at + _WINDOW))
+            wanted = torch.unique(lists.candidates[at : window.stop]).tolist()
+            states = dict(
+                zip(wanted, engine.encode([lists.passages[i] for i in wanted], show_progress=False), strict=True)
+            )
+            for row in window:
+                own = [states[int(i)] for i in lists.candidates[row]]
+                for ratio in ratios:
+                    scored = engine.score(lists.queries[row], own, instructions=lists.instructions[row], ratio=ratio)
+                    out[ratio].append([one.margin for one in scored])
+                bar.update()
+    return {ratio: torch.tensor(rows) for ratio, rows in out.items()}
+
+
+def mine(lists: TextLists, margins: Tensor, slack: float) -> list[Mined]:
+    """Pick each list's hard negatives, without those that look like unlabelled positives.
+
+    Dropped are retrieved candidates whose margin is above ``best relevant margin - slack`` and near-copies of a
+    relevant passage. A random passage with such a margin is kept: it is the model's error, hardly a missing label.
+
+    Args:
+        lists: The lists.
+        margins: The model's, ``(L, C)``; L may be fewer than there are lists.
+        slack: In units of the margin, >= 0.
+    """
+    return [_mine_one(lists, row, margins[row], slack) for row in range(len(margins))]
+
+
+def _mine_one(lists: TextLists, row: int, margins: Tensor, slack: float) -> Mined:
+    gold = lists.gold[row] > 0
+    ceiling = float(margins[gold].max()) - slack
+    golden = [_words(text) for text in lists.texts(row, gold.nonzero().flatten().tolist())]
+    hard: list[int] = []
+    dropped: set[int] = set()
+    for column in margins.argsort(descending=True, stable=True).tolist():
+        if bool(gold[column]):
+            continue
+        if float(margins[column]) > ceiling and column < lists.depth:
+            dropped.add(column)
+        elif len(hard) < HARDEST:
+            words = _words(lists.texts(row, [column])[0])
+            copy = any(len(words & one) >= ALIKE * max(1, len(words | one)) for one in golden)
+            dropped.add(column) if copy else hard.append(column)
+    return Mined(hard=hard, dropped=dropped)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
