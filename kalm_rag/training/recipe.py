@@ -31,7 +31,7 @@ from kalm_rag.training.dev import DevScore, calibrate_on, score_dev
 from kalm_rag.training.gates import settle_gates
 from kalm_rag.training.instruct import generic, split_query
 from kalm_rag.training.losses import distillation_loss, listwise_loss
-from kalm_rag.training.mining import mine, narrow_lists
+from kalm_rag.training.hard_lists import mine, narrow_lists
 
 logger = logging.getLogger(__name__)
 
