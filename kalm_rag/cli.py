@@ -280,6 +280,23 @@ def train(
         out.print(f"{report.steps} steps in {report.seconds['total']:.0f} s; weights in {report.folder}")
 
 
+@app.command("collect-text")
+def collect_text(
+    packages: Annotated[Path, typer.Argument(help="Folder with a folder a package: dpkg -x NAME.deb FOLDER/NAME.")],
+    to: Annotated[Path, typer.Option("--out", help="Where the BEIR folders go.")],
+    descriptions: Annotated[
+        Path | None, typer.Option(help="Debian's Translation-en, unpacked to text.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Fixes what is drawn.")] = 0,
+) -> None:
+    """Make training collections of Debian's documentation: headings and sections, package descriptions."""
+    with _errors():
+        from kalm_rag.training.documentation import collect_text as collect
+
+        for folder in collect(packages, to, descriptions=descriptions, seed=seed):
+            out.print(f"wrote {folder}")
+
+
 @app.command()
 def demo(
     db: Annotated[Path, typer.Option("--db", help="Where to keep the demo's database.")] = Path(".kalm-demo"),

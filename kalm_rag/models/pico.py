@@ -28,7 +28,7 @@ from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
 from kalm_rag.models.pico_decoder import DecoderConfig, PicoDecoder, Prepared
 from kalm_rag.models.pico_encoder import HIDDEN_SIZE, MAX_TOKENS, MiniLMEncoder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the weights folder: ``pico.safetensors`` and ``config.json``."""
 
 MAX_QUERY_TOKENS = 128

@@ -2,8 +2,8 @@
 
 A module and its config; knows no tokenizer, no text and no file. All prompt-only work is in `prepare`, done once a
 query; `forward` is what runs per passage.
-Letters: U distinct prompts, B passages, Q prompt tokens, N pooled states, H 384, X lexical width, K views, M pair
-features, D width.
+Letters: U distinct prompts, B passages, Q prompt tokens, N pooled states, W windows, H 384, X lexical width, K views,
+M pair features, D width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kalm_rag.errors import ModelError
+
+
+WINDOW = 48
+"""Tokens of the windows whose nearest counts: a sentence or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,28 @@ def _pad_tokens(tensor: Tensor, width: int) -> Tensor:
     return functional.pad(tensor, [0, 0] * (tensor.ndim - 2) + [0, missing]) if missing else tensor
 
 
+def _neighbours(words: Tensor) -> tuple[Tensor, Tensor]:
+    """How well the token before, and after, matches the same state or the one before, or after; ``(B, Q, N)`` each."""
+    before = torch.maximum(words, functional.pad(words[:, :, :-1], (1, 0)))
+    after = torch.maximum(words, functional.pad(words[:, :, 1:], (0, 1)))
+    return functional.pad(before[:, :-1], (0, 0, 1, 0)), functional.pad(after[:, 1:], (0, 0, 0, 1))
+
+
+def _best_window(prompt: Prepared, sums: Tensor, counts: Tensor) -> Tensor:
+    """Cosine of the prompt with the nearest window of about `WINDOW` tokens, ``(B,)``: one apt sentence is enough.
+
+    Windows start at fixed tokens and padding adds nothing to them, so a passage's windows don't depend on its batch.
+    """
+    size = max(1, round(WINDOW / float(counts.max())))  # states; one alone is the same at any size
+    step = max(1, size // 2)
+    missing = max(0, size - counts.shape[1])
+    sums, counts = functional.pad(sums, (0, 0, 0, missing)), functional.pad(counts, (0, missing))
+    windows = functional.avg_pool1d(sums.transpose(1, 2), size, step, ceil_mode=True)  # (B, H, W)
+    held = functional.max_pool1d(counts[:, None], size, step, ceil_mode=True).squeeze(1) > 0  # (B, W)
+    cosines = functional.normalize(windows, dim=1).transpose(1, 2) @ prompt.vector[..., None]
+    return cosines.squeeze(-1).masked_fill(~held, -1.0).amax(1)
+
+
 class Mixer(nn.Module):
     """One pre-norm transformer layer over prompt tokens."""
 
@@ -131,9 +157,10 @@ class Mixer(nn.Module):
 class PicoDecoder(nn.Module):
     """Scores passages from their pooled states: similarity features, product fusion, mixing, and the cosine.
 
-    ``margin = cosine_scale * cos + shallow + deep``: `shallow` is a weighted mean over prompt tokens of features of
-    their similarities to all states (word codes tell the exact word, views the meaning); `deep` adds what the token
-    attends to, fused by product, and mixes tokens. Before training both are 0, so the order is the retriever's.
+    ``margin = cosine_scale * cos + window_scale * best + shallow + deep``: `best` is the cosine of the nearest window of
+    the passage; `shallow` is a weighted mean over prompt tokens of features of their similarities to all states (word
+    codes tell the exact word, views the meaning, neighbours the phrase); `deep` adds what the token attends to, fused by
+    product, and mixes tokens. Before training all but the first are 0, so the order is the retriever's.
     """
 
     idf: Tensor
@@ -149,7 +176,7 @@ class PicoDecoder(nn.Module):
         self.look = nn.Linear(c.hidden, c.views * c.hidden, bias=False)
         self.sharpness = nn.Parameter(torch.full((c.views,), 8.0))
         self.word_sharpness = nn.Parameter(torch.linspace(0.0, 4.0, c.views))
-        self.pair = nn.Linear(c.views + 2, c.pairs)
+        self.pair = nn.Linear(c.views + 5, c.pairs)
         features = 2 * c.pairs + 1
         self.enter = nn.Linear(c.hidden + 4, c.width)
         self.fuse = nn.Linear(3 * c.views * c.hidden, c.width)
@@ -161,6 +188,7 @@ class PicoDecoder(nn.Module):
         self.token_out = nn.Linear(c.width, 2)
         self.head = nn.Sequential(nn.Linear(c.width, c.width // 2), nn.GELU(), nn.Linear(c.width // 2, 1))
         self.cosine_scale = nn.Parameter(torch.tensor(12.0))
+        self.window_scale = nn.Parameter(torch.tensor(0.0))
         self.segment = nn.Embedding(2, c.width)
         self.gate = nn.Sequential(nn.Linear(3 * c.hidden, 64), nn.GELU(), nn.Linear(64, 1))
         self._initialise()
@@ -226,13 +254,13 @@ class PicoDecoder(nn.Module):
         real = counts > 0
         states = torch.where(real[..., None], states, 0.0)
         hidden = states[..., : self.config.hidden]
-        vector = functional.normalize((hidden * counts[..., None]).sum(1), dim=-1)  # (B, H)
-        cosine = (vector * prompt.vector).sum(-1)
+        sums = hidden * counts[..., None]  # (B, N, H): of the tokens behind each state
+        cosine = (functional.normalize(sums.sum(1), dim=-1) * prompt.vector).sum(-1)
         keys, seen, words = self._similarities(prompt, states, counts)
         features = self._pair_features(seen, words, counts)  # (B, Q, 2M + 1)
         shallow = (self.shallow(features).squeeze(-1) * prompt.weights).sum(1)
         deep = self._deep(prompt, keys, seen, words, real, features)
-        base = self.cosine_scale * cosine + shallow.float()
+        base = self.cosine_scale * cosine + self.window_scale * _best_window(prompt, sums, counts) + shallow.float()
         return base + deep, base
 
     def attention(self, prompt: Prepared, states: Tensor, counts: Tensor) -> Tensor:
@@ -256,9 +284,15 @@ class PicoDecoder(nn.Module):
         return logits.masked_fill(~real[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
 
     def _pair_features(self, seen: Tensor, words: Tensor, counts: Tensor) -> Tensor:
-        """Pool features of every (token, state) pair over the states: their maximum and their log-sum."""
+        """Pool features of every (token, state) pair over the states: their maximum and their log-sum.
+
+        A pair is what the views and the word say, whether the tokens before and after are here too (a phrase, or the
+        pieces of one word), how many tokens the state stands for, and how near the passage's start it is.
+        """
         size = (counts.clamp(min=1).log2() / 5.0)[:, None].expand_as(words)
-        pairs = torch.cat([seen, words[:, :, None], size[:, :, None]], 2).transpose(2, 3)  # (B, Q, N, K + 2)
+        lead = (1.0 / (1.0 + (counts.cumsum(1) - counts) / 16.0))[:, None].expand_as(words)
+        more = torch.stack([words, *_neighbours(words), size, lead], 2)
+        pairs = torch.cat([seen, more], 2).transpose(2, 3)  # (B, Q, N, K + 5)
         pairs = torch.relu(self.pair(pairs)) * (counts > 0)[:, None, :, None]  # relu >= 0: 0 is the floor of both
         length = counts.sum(1).log()[:, None, None].expand(-1, words.shape[1], 1) / 6.0
         return torch.cat([pairs.amax(2), torch.log1p(pairs.sum(2)), length], -1)

@@ -63,8 +63,10 @@ SOURCES = (
     Source(name="pubmedqa-l", split="test", spans=600),
     Source(name="covid-faq", split="train", spans=150),
     Source(name="instructir-seed", split="test", queries=3000, spans=400),
+    Source(name="debian-packages", split="train", queries=3000, held_out=150, spans=300),
+    Source(name="debian-docs", split="train", queries=4000, held_out=150, spans=600),
 )
-"""What pico is trained on: sets marked "train" in the data folder's README, and nothing else."""
+"""What pico is trained on: sets marked "train" in the data folder's README, free documentation, and nothing else."""
 
 DEV_ONLY = (Source(name="medquad", split="train", queries=0, held_out=300, docs=4000),)
 """A domain and style held out as a whole, to choose by."""
@@ -125,6 +127,10 @@ class Lists:
         bm25: BM25 score of each, ``(queries, C)``.
         gold: Grade of each as 0 or 1, ``(queries, C)``; all 0 where the query has no label.
         relevant: Relevant passages of each query in the whole collection.
+        randoms: How many of the candidates, at the end, are random passages.
+        chances: How likely each retrieved candidate is drawn into a batch, ``(queries, depth)``; None falls with the
+            retrieval rank as 1 / rank, so that ranks are drawn log-uniformly.
+        soft: A model's margins for the candidates, ``(queries, C)``, to learn from besides `teacher`.
     """
 
     name: str
@@ -137,6 +143,9 @@ class Lists:
     bm25: Tensor
     gold: Tensor
     relevant: list[int] = field(default_factory=list)
+    randoms: int = RANDOMS
+    chances: Tensor | None = None
+    soft: Tensor | None = None
 
     def teacher(self) -> Tensor:
         """Mean of both scores, each standardised over the retrieved part of its list, ``(queries, C)``."""
@@ -145,7 +154,32 @@ class Lists:
     @property
     def depth(self) -> int:
         """How many of the candidates come from retrieval."""
-        return self.candidates.shape[1] - RANDOMS
+        return self.candidates.shape[1] - self.randoms
+
+    def narrow(self, rows: Tensor, columns: Tensor, randoms: int) -> Lists:
+        """Give some queries with some of their candidates.
+
+        Args:
+            rows: Which queries, ``(R,)``.
+            columns: Which candidates of each, ``(R, C')``, the random passages at the end.
+            randoms: How many those are.
+        """
+        texts, lengths = self.queries, self.queries.starts.diff()
+        picked = torch.cat([torch.arange(int(texts.starts[r]), int(texts.starts[r + 1])) for r in rows.tolist()])
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths[rows].cumsum(0)])
+        return Lists(
+            name=self.name,
+            passages=self.passages,
+            queries=TokenStates(states=texts.states[picked], ids=texts.ids[picked], starts=starts),
+            texts=[self.texts[row] for row in rows.tolist()],
+            instructions=[self.instructions[row] for row in rows.tolist()],
+            candidates=self.candidates[rows].gather(1, columns),
+            dense=self.dense[rows].gather(1, columns),
+            bm25=self.bm25[rows].gather(1, columns),
+            gold=self.gold[rows].gather(1, columns),
+            relevant=[self.relevant[row] for row in rows.tolist()],
+            randoms=randoms,
+        )
 
 
 def read_texts(encoder: MiniLMEncoder, texts: Sequence[str], *, limit: int, what: str, fast: bool) -> TokenStates:

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from kalm_rag.errors import InputError
@@ -30,10 +31,42 @@ from kalm_rag.training.dev import DevScore, calibrate_on, score_dev
 from kalm_rag.training.gates import settle_gates
 from kalm_rag.training.instruct import generic, split_query
 from kalm_rag.training.losses import distillation_loss, listwise_loss
+from kalm_rag.training.hard_lists import mine, narrow_lists
 
 logger = logging.getLogger(__name__)
 
+STAGES = ("general", "hard", "distil")
+"""The stages of a run, in order (as the paper has them: arXiv 2606.22807)."""
+
 _Tensors: TypeAlias = "tuple[Tensor, ...] | list[Tensor]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a run: what its batches teach.
+
+    Attributes:
+        name: ``"general"``: candidates by the retriever's ranks. ``"hard"``: by the model's own ranks, without those
+            that look like unlabelled positives. ``"distil"``: as hard, and soft labels that models of the earlier
+            stages gave when they read unpooled states.
+        steps: Batches learnt from.
+        learning_rate: Peak of the schedule (warm-up, then cosine to 0).
+        teacher: Share of the BM25 + retriever fusion in the loss, 0 to 1.
+        soft: Share of the soft labels; what is left is the labels' share.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float
+    teacher: float
+    soft: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in STAGES or self.steps < 1 or not 0 <= self.teacher <= self.teacher + self.soft <= 1:
+            raise InputError(
+                f"stage {self.name!r} has steps={self.steps}, teacher={self.teacher}, soft={self.soft}; wanted one of "
+                f"{', '.join(STAGES)}, steps >= 1, and shares from 0 that are 1 together at most."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +75,11 @@ class TrainConfig:
 
     Attributes:
         seed: Fixes data draws, initial weights and batches.
-        steps: Batches learnt from.
+        stages: What is learnt, in order.
         lists: L, lists of a batch (a quarter of it at ratio 1, half at ratio 2).
         candidates: C, candidates of a list.
-        learning_rate: Peak of the schedule (warm-up, then cosine to 0).
-        distil: Share of the teacher in the loss, 0 to 1.
+        mined: Queries that the model scores the candidates of, before each stage but the first.
+        mined_candidates: Candidates of each of those.
         ratios: Pooling ratios drawn from, one a batch, and how often.
         gate_pairs: Generic and specific instructions, of each so many, that the gate learns from at the end.
         fast: Compute in bfloat16 where the CPU has it.
@@ -55,11 +88,15 @@ class TrainConfig:
     """
 
     seed: int = 0
-    steps: int = 900
+    stages: tuple[Stage, ...] = (
+        Stage(name="general", steps=900, learning_rate=1e-3, teacher=0.6),
+        Stage(name="hard", steps=250, learning_rate=3e-4, teacher=0.5),
+        Stage(name="distil", steps=350, learning_rate=3e-4, teacher=0.3, soft=0.4),
+    )
     lists: int = 12
     candidates: int = 16
-    learning_rate: float = 1e-3
-    distil: float = 0.6
+    mined: int = 6000
+    mined_candidates: int = 36
     ratios: tuple[tuple[int, float], ...] = ((1, 0.1), (2, 0.15), (4, 0.25), (8, 0.2), (16, 0.15), (32, 0.15))
     gate_pairs: int = 3000
     fast: bool = field(default_factory=lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
@@ -67,10 +104,10 @@ class TrainConfig:
     dev_only: tuple[Source, ...] = DEV_ONLY
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lists < 1 or self.candidates < 3 or not 0 <= self.distil <= 1:
+        if self.lists < 1 or self.candidates < 3 or self.mined < 1 or self.mined_candidates < 3:
             raise InputError(
-                f"steps={self.steps}, lists={self.lists}, candidates={self.candidates}, distil={self.distil}; "
-                f"wanted steps and lists >= 1, candidates >= 3, distil from 0 to 1."
+                f"lists={self.lists}, candidates={self.candidates}, mined={self.mined}, "
+                f"mined_candidates={self.mined_candidates}; wanted lists and mined >= 1, both candidates >= 3."
             )
 
 
@@ -80,38 +117,50 @@ class TrainReport:
 
     Attributes:
         folder: Where the weights are.
-        steps: Batches learnt from (fewer than asked if the time ran out).
-        seconds: Wall-clock of each stage.
-        losses: Loss of every batch.
+        seed: What fixed the draws.
+        seconds: Wall-clock: reading text, each stage, settling gates, and all of it.
+        peak_bytes: Most memory that was resident.
+        losses: Loss of every batch, by stage.
         dev: Scores on held-out queries, nDCG@10 of the retriever and of the result.
     """
 
     folder: Path
-    steps: int
+    seed: int
     seconds: dict[str, float]
-    losses: list[float]
+    peak_bytes: int
+    losses: dict[str, list[float]]
     dev: list[DevScore]
+
+    @property
+    def steps(self) -> int:
+        """Batches learnt from (fewer than asked if the time ran out)."""
+        return sum(len(losses) for losses in self.losses.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-able."""
-        return {**asdict(self), "folder": str(self.folder)}
+        return {**asdict(self), "folder": str(self.folder), "steps": self.steps}
 
 
 def train(
-    data: Path,
+    data: Path | Sequence[Path],
     out: Path,
     *,
     seed: int = 0,
+    stage: str = "all",
+    base: Path | None = None,
     minutes: float | None = None,
     config: TrainConfig | None = None,
     encoder: Path | str | None = None,
 ) -> TrainReport:
-    """Make pico's weights from scratch.
+    """Make pico's weights, from scratch or from the weights of an earlier stage.
 
     Args:
-        data: Folder with the BEIR folders named in ``config.sources``.
-        out: Where ``pico.safetensors``, ``config.json`` and ``train.json`` go.
+        data: Folder with the BEIR folders named in ``config.sources``, or several such folders.
+        out: Where ``pico.safetensors``, ``config.json`` and ``train.json`` go; with ``stage="all"`` the weights after
+            each stage are kept below it.
         seed: Fixes every draw; ignored if `config` is given.
+        stage: ``"general"``, ``"hard"``, ``"distil"``, or ``"all"`` of them.
+        base: Weights to begin with; None begins untrained, which only the first stage can.
         minutes: Stop learning after this many minutes (the result then depends on the machine); None runs all steps.
         config: The whole recipe; None takes the shipped one.
         encoder: As `PicoBackbone.load` takes it.
@@ -120,37 +169,90 @@ def train(
         What was done, and scores on the held-out queries.
 
     Raises:
-        InputError: If a folder or split is missing.
+        InputError: If a folder, a split or the stage is missing, or a later stage has no `base`.
+        ModelError: If `base` can't be read.
         MissingDependencyError: If bm25s or the encoder's package is not installed.
     """
     config = config if config is not None else TrainConfig(seed=seed)
+    stages = _pick_stages(config, stage, base)
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config.seed)
         reader = MiniLMEncoder.load(encoder)
-        train_lists, dev_lists = load_all(data, reader, config)
+        lists, dev_lists = load_all([data] if isinstance(data, str | Path) else data, reader, config)
         seconds = {"read": time.perf_counter() - began}
-        backbone = new_backbone(reader, [one.passages for one in train_lists])
-    trainer = Trainer(backbone, train_lists, config)
-    losses = trainer.run(None if minutes is None else minutes * 60)
-    settle_gates(backbone, train_lists, seed=config.seed, pairs=config.gate_pairs)
-    seconds["learn"] = time.perf_counter() - began - seconds["read"]
+        if base is None:
+            backbone = new_backbone(reader, [one.passages for one in lists])
+        else:
+            backbone = PicoBackbone.load(weights=base, encoder=encoder)
+    losses = _learn(backbone, lists, config, stages, out, seconds, minutes)
+    started = time.perf_counter()
+    settle_gates(backbone, lists, seed=config.seed, pairs=config.gate_pairs)
+    seconds["gates"] = time.perf_counter() - started
     if dev_lists:
         calibrate_on(backbone, dev_lists)
     dev = [score for one in dev_lists for score in score_dev(backbone, one)]
     backbone.save(out)
     seconds["total"] = time.perf_counter() - began
-    report = TrainReport(folder=out, steps=len(losses), seconds=seconds, losses=losses, dev=dev)
+    report = TrainReport(
+        folder=out, seed=config.seed, seconds=seconds, peak_bytes=peak_resident_bytes(), losses=losses, dev=dev
+    )
     (out / "train.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    logger.info("trained %d steps in %.0f s; weights in %s", len(losses), seconds["total"], out)
+    logger.info("trained %d steps in %.0f s; weights in %s", report.steps, seconds["total"], out)
     return report
 
 
-def load_all(data: Path, reader: MiniLMEncoder, config: TrainConfig) -> tuple[list[Lists], list[Lists]]:
-    """Read every source: lists to learn from, and held-out lists."""
+def _pick_stages(config: TrainConfig, stage: str, base: Path | None) -> list[Stage]:
+    stages = [one for one in config.stages if stage in ("all", one.name)]
+    if not stages:
+        raise InputError(f"stage is {stage!r}; wanted all, or one of {', '.join(one.name for one in config.stages)}.")
+    if base is None and stages[0].name != "general":
+        raise InputError(f"stage {stage!r} goes on from an earlier one's weights. Pass their folder as base.")
+    return stages
+
+
+def _learn(
+    backbone: PicoBackbone,
+    lists: Sequence[Lists],
+    config: TrainConfig,
+    stages: Sequence[Stage],
+    out: Path,
+    seconds: dict[str, float],
+    minutes: float | None,
+) -> dict[str, list[float]]:
+    """Run stages; the last two end as one average of their weights. Gives the losses of each."""
+    losses: dict[str, list[float]] = {}
+    weights: list[dict[str, Tensor]] = []
+    mined: list[Lists] = []
+    margins: list[list[Tensor]] = []
+    for stage in stages:
+        began = time.perf_counter()
+        if stage.name != "general":
+            if not mined:
+                draw = torch.Generator().manual_seed(config.seed)
+                mined = narrow_lists(lists, queries=config.mined, candidates=config.mined_candidates, generator=draw)
+                margins = [[] for _ in mined]
+            mine(backbone, mined, margins)
+        share = stage.steps / sum(one.steps for one in stages)
+        trainer = Trainer(backbone, mined or lists, config, stage)
+        losses[stage.name] = trainer.run(None if minutes is None else minutes * 60 * share)
+        weights.append({name: value.clone() for name, value in backbone.decoder.state_dict().items()})
+        seconds[stage.name] = time.perf_counter() - began
+        if len(stages) > 1:
+            backbone.save(out / stage.name)
+    last = weights[-2:] if len(stages) > 2 else weights[-1:]
+    backbone.decoder.load_state_dict({name: torch.stack([one[name] for one in last]).mean(0) for name in last[0]})
+    return losses
+
+
+def load_all(
+    folders: Sequence[Path], reader: MiniLMEncoder, config: TrainConfig
+) -> tuple[list[Lists], list[Lists]]:
+    """Read every source from the first folder that has it: lists to learn from, and held-out lists."""
     learnt, held = [], []
     for source in config.sources + config.dev_only:
-        used, dev = load_source(Path(data), source, reader, seed=config.seed, fast=config.fast)
+        home = next((one for one in folders if (Path(one) / source.name).is_dir()), folders[0])
+        used, dev = load_source(Path(home), source, reader, seed=config.seed, fast=config.fast)
         learnt += [used] if used is not None else []
         held += [dev] if dev is not None else []
     if not learnt:
@@ -178,33 +280,34 @@ def new_backbone(reader: MiniLMEncoder, texts: Sequence[TokenStates]) -> PicoBac
 class Trainer:
     """Draws batches and takes steps. The learnt weights are an average over the last steps."""
 
-    def __init__(self, backbone: PicoBackbone, lists: Sequence[Lists], config: TrainConfig) -> None:
+    def __init__(self, backbone: PicoBackbone, lists: Sequence[Lists], config: TrainConfig, stage: Stage) -> None:
         """Take the model and what it learns from.
 
         Args:
             backbone: The model; its decoder is changed in place.
             lists: What to draw batches from.
             config: The recipe.
+            stage: Which part of it.
         """
-        self.backbone, self.config, self.lists = backbone, config, list(lists)
+        self.backbone, self.config, self.stage, self.lists = backbone, config, stage, list(lists)
         self.decoder = backbone.decoder.requires_grad_(True)
-        self.random = random.Random(config.seed)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.random = random.Random(f"{config.seed}-{stage.name}")
+        self.generator = torch.Generator().manual_seed(self.random.getrandbits(32))
         self.teachers = [one.teacher() for one in self.lists]
         self.shares = [len(one.texts) ** 0.5 for one in self.lists]
         plain = [p for n, p in self.decoder.named_parameters() if p.ndim >= 2 and "segment" not in n]
         other = [p for n, p in self.decoder.named_parameters() if p.ndim < 2 or "segment" in n]
         groups = [{"params": plain, "weight_decay": 0.02}, {"params": other, "weight_decay": 0.0}]
-        self.solver = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+        self.solver = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98))
         self.average = torch.optim.swa_utils.AveragedModel(self.decoder, multi_avg_fn=_running_average)
 
     def run(self, seconds: float | None = None) -> list[float]:
         """Take all steps (or as many as fit), put the averaged weights in place, give the losses."""
         began, losses = time.perf_counter(), []
         self.decoder.train()
-        with tqdm(total=self.config.steps, desc="learn", unit="step", mininterval=2.0) as bar:
-            for step in range(self.config.steps):
-                share = step / self.config.steps
+        with tqdm(total=self.stage.steps, desc=self.stage.name, unit="step", mininterval=2.0) as bar:
+            for step in range(self.stage.steps):
+                share = step / self.stage.steps
                 if seconds is not None:
                     share = max(share, (time.perf_counter() - began) / max(seconds, 1e-9))
                 if share >= 1:
@@ -219,11 +322,12 @@ class Trainer:
     def step(self, warmth: float) -> float:
         """Learn from one batch at `warmth` times the peak rate; give its loss."""
         for group in self.solver.param_groups:
-            group["lr"] = self.config.learning_rate * warmth
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.fast):
-            loss = self._loss()
+            group["lr"] = self.stage.learning_rate * warmth
         self.solver.zero_grad()
-        loss.backward()
+        with sdpa_kernel(SDPBackend.MATH):  # on a CPU, the backward pass of the fused kernel is slower than plain matmuls
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.fast):
+                loss = self._loss()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
         self.solver.step()
         self.average.update_parameters(self.decoder)
@@ -234,7 +338,7 @@ class Trainer:
         which = self.random.choices(range(len(self.lists)), self.shares)[0]
         source = self.lists[which]
         size = max(1, {1: self.config.lists // 4, 2: self.config.lists // 2}.get(ratio, self.config.lists))
-        rows = torch.randint(len(source.texts), (size,), generator=self.generator)
+        rows = self._rows(source, size)
         picks = torch.stack([self._draw(source, int(row)) for row in rows])  # (L, C)
         states, counts = self._passages(source, rows, picks, ratio)
         owner = torch.arange(size).repeat_interleave(picks.shape[1])
@@ -250,12 +354,21 @@ class Trainer:
                 penalty = (spread - spread.mean(1, keepdim=True)).pow(2).mean() + 0.1 * gate.mean()
         gold = source.gold[rows].gather(1, picks)
         teacher = self.teachers[which][rows].gather(1, picks)
-        loss = self._mixed(full.view(size, -1), gold, teacher) + penalty
-        return loss + 0.3 * self._mixed(base.view(size, -1), gold, teacher) if extra is None else loss
+        soft = None if source.soft is None else source.soft[rows].gather(1, picks)
+        loss = self._mixed(full.view(size, -1), gold, teacher, soft) + penalty
+        return loss + 0.3 * self._mixed(base.view(size, -1), gold, teacher, soft) if extra is None else loss
 
-    def _mixed(self, margins: Tensor, gold: Tensor, teacher: Tensor) -> Tensor:
-        share = self.config.distil
-        return (1 - share) * listwise_loss(margins, gold) + share * distillation_loss(margins, teacher)
+    def _mixed(self, margins: Tensor, gold: Tensor, teacher: Tensor, soft: Tensor | None) -> Tensor:
+        shares = self.stage.teacher, 0.0 if soft is None else self.stage.soft
+        loss = (1 - sum(shares)) * listwise_loss(margins, gold) + shares[0] * distillation_loss(margins, teacher)
+        return loss if soft is None else loss + shares[1] * distillation_loss(margins, soft, sharpness=1.0)
+
+    def _rows(self, source: Lists, size: int) -> Tensor:
+        """Queries of a batch, of like length so that little of it is padding; each is as likely as the other."""
+        drawn = torch.randint(len(source.texts), (4 * size,), generator=self.generator)
+        drawn = drawn[source.queries.starts.diff()[drawn].argsort(stable=True)]
+        start = self.random.randrange(4) * size
+        return drawn[start : start + size]
 
     def _draw(self, source: Lists, row: int) -> Tensor:
         """Columns of one list: up to two gold ones, a few random passages, the rest spread over the ranks."""
@@ -263,10 +376,10 @@ class Trainer:
         gold = source.gold[row].nonzero().squeeze(1).tolist()
         chosen = self.random.sample(gold, min(2, len(gold)))
         chosen += [c for c in self.random.sample(range(source.depth, total), min(3, size - 2)) if c not in chosen]
-        left = [c for c in range(source.depth) if c not in chosen]
-        weights = torch.tensor([1.0 / (c + 1) for c in left])  # index log-uniform over the ranks
-        more = torch.multinomial(weights, min(size - len(chosen), len(left)), generator=self.generator)
-        chosen += [left[int(c)] for c in more]
+        chances = 1.0 / torch.arange(1, source.depth + 1) if source.chances is None else source.chances[row].clone()
+        chances[[c for c in chosen if c < source.depth]] = 0.0
+        free = min(size - len(chosen), int((chances > 0).sum()))
+        chosen += torch.multinomial(chances, free, generator=self.generator).tolist() if free else []
         rest = [c for c in range(total) if c not in set(chosen)]
         return torch.tensor((chosen + rest)[:size])
 
@@ -309,3 +422,10 @@ def _running_average(average: _Tensors, current: _Tensors, count: Tensor | int) 
     keep = min(0.99, (1.0 + int(count)) / (10.0 + int(count)))
     for mean, now in zip(average, current, strict=True):
         mean.lerp_(now.to(mean.dtype), 1.0 - keep)
+
+
+def peak_resident_bytes() -> int:
+    """Most memory this process has had resident, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
