@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from kalm_rag import cli_eval
-from kalm_rag.cli_train import given, option, run_adapt
+from kalm_rag import cli_eval, cli_train
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
 from kalm_rag.terminal import AsJson, Model, System, Task, err, out
@@ -33,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(cli_eval.app)
+app.add_typer(cli_train.app)
 
 Database = Annotated[Path, typer.Option("--db", help="Folder of the Chroma database.")]
 Name = Annotated[str, typer.Option("--collection", help="Name of the collection.")]
@@ -229,72 +228,6 @@ def bench(
             out.print(part)
         for path in drawn:
             out.print(f"drawn: {path}")
-
-
-@app.command()
-def train(
-    data: Annotated[Path, typer.Option(help="Folder of BEIR folders (pico: see the model card for which), or one.")],
-    to: Annotated[Path, typer.Option("--out", help="Where the weights go.")],
-    seed: Annotated[int, typer.Option(help="Fixes every draw.")] = 0,
-    minutes: Annotated[float | None, typer.Option(help="Stop learning after so many.", show_default=False)] = None,
-    base: Annotated[str | None, option("Checkpoint folder, repository id or name (nano); without it, pico.")] = None,
-    stage: Annotated[str | None, option("general, hard, distil, or all one after another (all).")] = None,
-    split: Annotated[str | None, option("Labelled queries to learn from (train).")] = None,
-    dev_split: Annotated[str | None, option("Labelled queries to measure on (a held-out tenth of the split).")] = None,
-    steps: Annotated[int | None, option("Batches a stage (1000).")] = None,
-    lists: Annotated[int | None, option("Queries a batch (8).")] = None,
-    candidates: Annotated[int | None, option("Passages a query (8).")] = None,
-    learning_rate: Annotated[float | None, option("Peak (1e-5; 1e-4 with --lora).")] = None,
-    teacher: Annotated[str | None, option("Soft labels of stage distil: fusion, self, or a model (fusion).")] = None,
-    lora: Annotated[int | None, option("Rank of low-rank updates; 0 learns all weights (0).")] = None,
-    accumulate: Annotated[int | None, option("Parts a batch is computed in: less memory, same result (1).")] = None,
-    checkpointing: Annotated[bool | None, option("Compute layers twice instead of keeping them.")] = None,
-    max_tokens: Annotated[int | None, option("Where passages are cut while learning (1024).")] = None,
-    system: Annotated[str | None, option("System instruction that queries are asked under.")] = None,
-    task: Annotated[str | None, option("Task that queries are asked under.")] = None,
-    device: Annotated[str | None, option("cpu, cuda or cuda:N (cuda where there is one).")] = None,
-    dtype: Annotated[str | None, option("bf16 or fp32 (bf16 on cuda).")] = None,
-) -> None:
-    """Train pico's decoder from scratch (a quarter of an hour on 2 cores, 9 GB), or adapt a T5Gemma 2 with --base.
-
-    With --base, a checkpoint such as KaLM-Reranker-V1-Nano learns from your own labelled queries, in stages. general:
-    labels over candidates of all retrieval ranks. hard: negatives the model finds itself, without those that are likely
-    relevant. distil: a teacher's soft labels. Each stage gives a whole checkpoint, which the next one takes as --base.
-    """
-    settings = given(locals())
-    with _errors():
-        logging.getLogger("kalm_rag").setLevel(logging.INFO)
-        if base is not None:
-            run_adapt(out, base, data, to, {**settings, "seed": seed}, minutes=minutes)
-            return
-        if settings:
-            raise InputError(f"{', '.join(settings)} given without --base; pico's recipe has its own.")
-        from kalm_rag.training.recipe import train as run
-
-        report = run(data, to, seed=seed, minutes=minutes)
-        table = Table("held out, nDCG@10", "ratio", "retrieval", "BM25 + retrieval", "reranked")
-        for score in report.dev:
-            figures = [f"{value:.4f}" for value in (score.retrieval, score.fusion, score.reranked)]
-            table.add_row(score.name, str(score.ratio), *figures)
-        out.print(table)
-        out.print(f"{report.steps} steps in {report.seconds['total']:.0f} s; weights in {report.folder}")
-
-
-@app.command("collect-text")
-def collect_text(
-    packages: Annotated[Path, typer.Argument(help="Folder with a folder a package: dpkg -x NAME.deb FOLDER/NAME.")],
-    to: Annotated[Path, typer.Option("--out", help="Where the BEIR folders go.")],
-    descriptions: Annotated[
-        Path | None, typer.Option(help="Debian's Translation-en, unpacked to text.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Fixes what is drawn.")] = 0,
-) -> None:
-    """Make training collections of Debian's documentation: headings and sections, package descriptions."""
-    with _errors():
-        from kalm_rag.training.documentation import collect_text as collect
-
-        for folder in collect(packages, to, descriptions=descriptions, seed=seed):
-            out.print(f"wrote {folder}")
 
 
 @app.command()

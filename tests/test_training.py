@@ -225,7 +225,9 @@ def test_documentation_becomes_collections(tmp_path):
         path.write_text(text)
     long = "\n ".join(["It shows a clock, and rings a bell on every full hour of the day and of the night."] * 2)
     listing = tmp_path / "Translation-en"
-    listing.write_text(f"Package: clock\nDescription-en: small desk clock\n {long}\n\nPackage: x\nDescription-en: y\n z\n")
+    listing.write_text(
+        f"Package: clock\nDescription-en: small desk clock\n {long}\n\nPackage: x\nDescription-en: y\n z\n"
+    )
     folders = collect_text(tmp_path / "packages", tmp_path / "out", descriptions=listing)
     docs, packages = (load_collection(folder, "train") for folder in folders)
     assert sorted(docs.queries.values()) == ["Emptying the basket", "What is a basket?"]

@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from kalm_rag.errors import ModelError
 
-
 WINDOW = 48
 """Tokens of the windows whose nearest counts: a sentence or two."""
 
@@ -157,10 +156,10 @@ class Mixer(nn.Module):
 class PicoDecoder(nn.Module):
     """Scores passages from their pooled states: similarity features, product fusion, mixing, and the cosine.
 
-    ``margin = cosine_scale * cos + window_scale * best + shallow + deep``: `best` is the cosine of the nearest window of
-    the passage; `shallow` is a weighted mean over prompt tokens of features of their similarities to all states (word
-    codes tell the exact word, views the meaning, neighbours the phrase); `deep` adds what the token attends to, fused by
-    product, and mixes tokens. Before training all but the first are 0, so the order is the retriever's.
+    ``margin = cosine_scale * cos + window_scale * best + shallow + deep``: `best` is the cosine of the nearest window
+    of the passage; `shallow` is a weighted mean over prompt tokens of features of their similarities to all states
+    (word codes tell the exact word, views the meaning, neighbours the phrase); `deep` adds what the token attends to,
+    fused by product, and mixes tokens. Before training all but the first are 0, so the order is the retriever's.
     """
 
     idf: Tensor

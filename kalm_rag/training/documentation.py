@@ -69,7 +69,10 @@ def _draw_descriptions(text: str, rng: random.Random, most: int = 6000) -> list[
         found = re.search(r"^Description(?:-en)?: (.*)\n((?: .*\n?)*)", block, re.M)
         if name is None or found is None or (_MINOR.search(name[1]) and rng.random() < 0.8):
             continue
-        short, words = found[1].strip(), [w for line in found[2].split("\n") if line.strip() != "." for w in line.split()]
+        short, words = (
+            found[1].strip(),
+            [w for line in found[2].split("\n") if line.strip() != "." for w in line.split()],
+        )
         if len(words) < 20 or len(short.split()) < 3 or {short, " ".join(words[:12])} & seen:
             continue
         seen |= {short, " ".join(words[:12])}
@@ -137,7 +140,9 @@ def _pod_sections(path: Path) -> Iterator[tuple[str, str]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     for part in re.split(r"^=head[1-4] ", text, flags=re.M)[1:]:
         heading, _, rest = part.partition("\n")
-        lines = [line for line in rest.split("\n") if not line.startswith((" ", "\t", "="))]  # neither code nor commands
+        lines = [
+            line for line in rest.split("\n") if not line.startswith((" ", "\t", "="))
+        ]  # neither code nor commands
         yield _plain_pod(heading), _plain_pod(" ".join(lines))
 
 

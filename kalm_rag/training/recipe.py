@@ -29,9 +29,9 @@ from kalm_rag.pooling import mean_groups
 from kalm_rag.training.data import DEV_ONLY, SOURCES, Lists, Source, TokenStates, load_source
 from kalm_rag.training.dev import DevScore, calibrate_on, score_dev
 from kalm_rag.training.gates import settle_gates
+from kalm_rag.training.hard_lists import mine, narrow_lists
 from kalm_rag.training.instruct import generic, split_query
 from kalm_rag.training.losses import distillation_loss, listwise_loss
-from kalm_rag.training.hard_lists import mine, narrow_lists
 
 logger = logging.getLogger(__name__)
 
@@ -245,9 +245,7 @@ def _learn(
     return losses
 
 
-def load_all(
-    folders: Sequence[Path], reader: MiniLMEncoder, config: TrainConfig
-) -> tuple[list[Lists], list[Lists]]:
+def load_all(folders: Sequence[Path], reader: MiniLMEncoder, config: TrainConfig) -> tuple[list[Lists], list[Lists]]:
     """Read every source from the first folder that has it: lists to learn from, and held-out lists."""
     learnt, held = [], []
     for source in config.sources + config.dev_only:
@@ -324,7 +322,9 @@ class Trainer:
         for group in self.solver.param_groups:
             group["lr"] = self.stage.learning_rate * warmth
         self.solver.zero_grad()
-        with sdpa_kernel(SDPBackend.MATH):  # on a CPU, the backward pass of the fused kernel is slower than plain matmuls
+        with sdpa_kernel(
+            SDPBackend.MATH
+        ):  # on a CPU, the backward pass of the fused kernel is slower than plain matmuls
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.fast):
                 loss = self._loss()
             loss.backward()
