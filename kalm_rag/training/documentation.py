@@ -69,10 +69,8 @@ def _draw_descriptions(text: str, rng: random.Random, most: int = 6000) -> list[
         found = re.search(r"^Description(?:-en)?: (.*)\n((?: .*\n?)*)", block, re.M)
         if name is None or found is None or (_MINOR.search(name[1]) and rng.random() < 0.8):
             continue
-        short, words = (
-            found[1].strip(),
-            [w for line in found[2].split("\n") if line.strip() != "." for w in line.split()],
-        )
+        lines = [line for line in found[2].split("\n") if line.strip() != "."]
+        short, words = found[1].strip(), " ".join(lines).split()
         if len(words) < 20 or len(short.split()) < 3 or {short, " ".join(words[:12])} & seen:
             continue
         seen |= {short, " ".join(words[:12])}
@@ -125,7 +123,7 @@ def _html_sections(path: Path) -> Iterator[tuple[str, str]]:
     soup = BeautifulSoup(path.read_text(encoding="utf-8", errors="replace"), "html.parser")
     for tag in soup(["script", "style", "nav", "pre", "table", "form", "sup"]):
         tag.decompose()
-    heading, body = "", []
+    heading, body = "", list[str]()
     for tag in soup.find_all(["h1", "h2", "h3", "h4", "p", "li", "dt", "dd"]):
         text = " ".join(tag.get_text(" ").split())
         if tag.name.startswith("h"):
@@ -140,9 +138,7 @@ def _pod_sections(path: Path) -> Iterator[tuple[str, str]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     for part in re.split(r"^=head[1-4] ", text, flags=re.M)[1:]:
         heading, _, rest = part.partition("\n")
-        lines = [
-            line for line in rest.split("\n") if not line.startswith((" ", "\t", "="))
-        ]  # neither code nor commands
+        lines = [line for line in rest.split("\n") if not line.startswith((" ", "\t", "="))]  # no code, no commands
         yield _plain_pod(heading), _plain_pod(" ".join(lines))
 
 

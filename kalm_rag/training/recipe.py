@@ -32,6 +32,7 @@ from kalm_rag.training.gates import settle_gates
 from kalm_rag.training.hard_lists import mine, narrow_lists
 from kalm_rag.training.instruct import generic, split_query
 from kalm_rag.training.losses import distillation_loss, listwise_loss
+from kalm_rag.training.stages import peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,12 @@ def train(
     backbone.save(out)
     seconds["total"] = time.perf_counter() - began
     report = TrainReport(
-        folder=out, seed=config.seed, seconds=seconds, peak_bytes=peak_resident_bytes(), losses=losses, dev=dev
+        folder=out,
+        seed=config.seed,
+        seconds=seconds,
+        peak_bytes=peak_memory(torch.device("cpu")),
+        losses=losses,
+        dev=dev,
     )
     (out / "train.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     logger.info("trained %d steps in %.0f s; weights in %s", report.steps, seconds["total"], out)
@@ -422,10 +428,3 @@ def _running_average(average: _Tensors, current: _Tensors, count: Tensor | int) 
     keep = min(0.99, (1.0 + int(count)) / (10.0 + int(count)))
     for mean, now in zip(average, current, strict=True):
         mean.lerp_(now.to(mean.dtype), 1.0 - keep)
-
-
-def peak_resident_bytes() -> int:
-    """Most memory this process has had resident, in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
