@@ -391,13 +391,21 @@ def test_threads_and_concurrent_queries_agree_with_one_by_one(chroma: KaLMChroma
     retriever = KaLMRetriever(vectorstore=chroma, k=3)
     queries = [f"{QUERY} {i}" for i in range(50)]
     wanted = [retriever.invoke(q) for q in queries]
+
+    def check(found: list[list[Document]]) -> None:
+        """Queries that share a decoder pass differ from those asked alone by no more than rounding."""
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert [d.page_content for d in ours] == [d.page_content for d in theirs]
+            scores = [[d.metadata["relevance_score"] for d in one] for one in (ours, theirs)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(retriever.invoke, queries)) == wanted
+        check(list(pool.map(retriever.invoke, queries)))
 
     async def together() -> list[list[Document]]:
         return await asyncio.gather(*(retriever.ainvoke(q) for q in queries))
 
-    assert asyncio.run(together()) == wanted
+    check(asyncio.run(together()))
 
 
 # --- instructions

@@ -561,8 +561,8 @@ class TestConcurrency:
         with ThreadPoolExecutor(8) as pool:
             threaded = [got(r.source_nodes) for r in pool.map(app.query, queries)]
         together = [got(r.source_nodes) for r in asyncio.run(all_at_once())]
-        assert threaded == alone
-        assert together == alone
+        for found, wanted in zip([*threaded, *together], alone * 2, strict=True):
+            same(found, wanted)  # queries that share a decoder pass differ by no more than rounding
 
     def test_one_engine_and_one_store_for_all_threads(self, tiny_folder: Path, tmp_path: Path) -> None:
         posts = [KaLMNodePostprocessor(model=str(tiny_folder), device="cpu", store=tmp_path) for _ in range(8)]
