@@ -1,9 +1,8 @@
 """Decoder weights as int8 on a CPU: linear layers that read the same input become one integer product.
 
 Weights are rounded once, a scale per output; inputs as they come, a scale per token, so that no passage's score depends
-on the batch it is in. The product is oneDNN's, through the operator that torch's own compiler lowers to. torchao's
-dynamic int8 computes the same (a test compares), but leaves the scales to separate passes over int32 results, which
-cost more than the product saves in eager mode.
+on the batch it is in (torch's own `quantize_dynamic` has one scale a batch). The product is oneDNN's, through the
+operator that torch's compiler lowers to, and comes with the weights' scales applied.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ class T5Gemma2Backbone:
 
     @property
     def decode_budget(self) -> int:
-        """See `Backbone.decode_budget`: what stays in the cache of a CPU core or fills a GPU."""
+        """See `Backbone.decode_budget`: on a CPU, few enough that a layer's results stay in its cache."""
         return 65536 if self.device.type == "cuda" else 1536
 
     def decode_width(self, prompt: Prompt, states: int) -> int:
