@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kalm_rag.batching import DecodeLog, DecodeStats, cut_batches, decode_all
 from kalm_rag.encoding import encode_texts
 from kalm_rag.errors import ClosedError, InputError, KalmRagError, StateMismatchError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.backbone import Backbone, BackboneInfo, TokenizedPassage
+from kalm_rag.models.backbone import Backbone, BackboneInfo, CachingBackbone, TokenizedPassage
+from kalm_rag.models.prefix_cache import check_bytes
 from kalm_rag.models.registry import acquire, parse_devices, parse_dtype
 from kalm_rag.pooling import check_ratio, repool_factor
 from kalm_rag.ranking import (
@@ -45,7 +47,6 @@ DEFAULT_RATIO = 4
 _LONG = 512
 """Passages from which `encode` shows a progress bar by itself (on a terminal)."""
 _ENCODE_TOKENS = {"cpu": 4096, "cuda": 65536}
-_DECODE_STATES = {"cpu": 2048, "cuda": 65536}
 
 
 class Reranker:
@@ -88,6 +89,7 @@ class Reranker:
                 raise InputError(f"helper is {helper.info}; wanted the same model as {backbone.info}.")
         self._backbone: Backbone | None = backbone
         self._helpers = tuple(helpers)
+        self._decoded = DecodeLog()
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._parent: Reranker | None = None
 
@@ -101,6 +103,8 @@ class Reranker:
         dtype: str | torch.dtype | None = None,
         ratio: int | None = DEFAULT_RATIO,
         batch_size: int = 64,
+        decoder_weights: str | None = None,
+        prefix_cache_bytes: int | None = None,
     ) -> Reranker:
         """Load a model by name, or share it if this process has it already.
 
@@ -113,6 +117,11 @@ class Reranker:
             dtype: ``bf16`` or ``fp32``; None takes bf16 on CUDA, fp32 on the CPU. float16 is refused.
             ratio: Tokens a state stands for, >= 1; None is 1 (no pooling).
             batch_size: Most passages in one pass.
+            decoder_weights: ``"int8"`` scores KaLM checkpoints with rounded decoder weights, on the CPU: faster, a
+                little less exact; states and stores are not touched. None takes them as they are.
+            prefix_cache_bytes: Most bytes of decoder work that a KaLM checkpoint keeps in memory, so that passages
+                seen before under the same instructions are scored faster; 0 keeps nothing. All engines of one loaded
+                model share it, and the last number given holds. None leaves it: 512 MiB on the CPU, 0 on a GPU.
 
         Raises:
             ModelError: If the name is unknown or the checkpoint can't be fetched or loaded.
@@ -123,13 +132,18 @@ class Reranker:
         if not isinstance(name, str) or not name:
             raise InputError(f"name is {name!r}; wanted a model name, repository id or folder.")
         check_ratio(ratio)
+        if prefix_cache_bytes is not None:
+            check_bytes(prefix_cache_bytes)
         computing = parse_dtype(dtype, devices[0])
         with ExitStack() as leases:
             loaded = []
             for where in devices:
-                lease = acquire(name, revision=revision, device=where, dtype=computing)
+                weights = decoder_weights if where == devices[0] else None  # the decoder runs on the first
+                lease = acquire(name, revision=revision, device=where, dtype=computing, decoder_weights=weights)
                 leases.callback(lease.release)
                 loaded.append(lease.backbone)
+            if prefix_cache_bytes is not None and isinstance(loaded[0], CachingBackbone):
+                loaded[0].prefix_cache.resize(prefix_cache_bytes)
             engine = cls(loaded[0], ratio=ratio, batch_size=batch_size, helpers=loaded[1:])
             engine._finalizer = weakref.finalize(engine, leases.pop_all().close)
         return engine
@@ -154,6 +168,11 @@ class Reranker:
     def devices(self) -> list[torch.device]:
         """Where `encode` runs; the decoder runs on the first."""
         return [backbone.device for backbone in (self.backbone, *self._helpers)]
+
+    @property
+    def stats(self) -> DecodeStats:
+        """What this engine's decoder was given since it was made: passes, passages, padding."""
+        return self._decoded.total
 
     def at(self, ratio: int | None) -> Reranker:
         """Give an engine over the same loaded model that makes states at another ratio.
@@ -385,45 +404,14 @@ class Reranker:
     def _margins(
         self, prompts: Sequence[Any], states: StateBatch, ratio: int | None, batch_size: int | None = None
     ) -> list[float]:
-        """Decode in batches of like prompts and lengths; one transfer back at the end."""
+        """Margins in input order; see `decode_all`."""
         backbone = self.backbone
-        lengths = states.lengths.tolist()
-        first_seen: dict[int, int] = {}
-        for prompt in prompts:
-            first_seen.setdefault(id(prompt), len(first_seen))
-        order = sorted(range(len(prompts)), key=lambda i: (first_seen[id(prompts[i])], -lengths[i]))
-        budget = _DECODE_STATES.get(backbone.device.type, _DECODE_STATES["cpu"])
         size = batch_size if batch_size is not None else self.batch_size
-        parts = []
-        for rows in cut_batches(order, lengths, size, budget):
-            vectors, counts = states.select(rows).on(backbone.device, torch.float32, ratio)
-            parts.append(backbone.decode([prompts[i] for i in rows], vectors, counts))
-        sorted_margins = torch.cat(parts).float().cpu() if parts else torch.empty(0)
-        if not bool(torch.isfinite(sorted_margins).all()):
+        margins, stats = decode_all(backbone, prompts, states, ratio, size)
+        self._decoded.add(stats)
+        if not bool(torch.isfinite(margins).all()):
             raise KalmRagError(
                 f"{backbone.info.name} gave non-finite margins in {backbone.info.dtype}. Use dtype='fp32', and check "
                 f"that the checkpoint is a reranker."
             )
-        margins = torch.empty_like(sorted_margins)
-        margins[torch.tensor(order, dtype=torch.long)] = sorted_margins
         return cast("list[float]", margins.tolist())
-
-
-def cut_batches(order: Sequence[int], lengths: Sequence[int], size: int, budget: int) -> Iterator[list[int]]:
-    """Cut an order into runs of at most `size` rows and `budget` padded elements (one row always fits).
-
-    Example:
-        >>> list(cut_batches([2, 0, 1], [4, 3, 9], size=2, budget=10))
-        [[2], [0, 1]]
-    """
-    rows: list[int] = []
-    width = 0
-    for row in order:
-        wider = max(width, lengths[row])
-        if rows and (len(rows) == size or wider * (len(rows) + 1) > budget):
-            yield rows
-            rows, wider = [], lengths[row]
-        rows.append(row)
-        width = wider
-    if rows:
-        yield rows

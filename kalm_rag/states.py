@@ -140,13 +140,18 @@ class StateBatch:
         """States per passage, int64 ``(B,)``."""
         return (self.tokens + self.ratio - 1) // self.ratio
 
-    def select(self, rows: Sequence[int]) -> StateBatch:
-        """Give the rows asked for, in that order, cut to the longest of them."""
+    def select(self, rows: Sequence[int], *, pin: bool = False) -> StateBatch:
+        """Give the rows asked for, in that order, cut to the longest of them.
+
+        Args:
+            rows: Which, and in which order.
+            pin: Copy the vectors straight into page-locked memory, from where a GPU takes them while work goes on.
+        """
         index = torch.as_tensor(rows, dtype=torch.long)
         width = int(self.lengths[index].max()) if len(rows) else 0
         return replace(
             self,
-            vectors=self.vectors[index, :width],
+            vectors=_pinned_rows(self.vectors[:, :width], index) if pin else self.vectors[index, :width],
             scales=None if self.scales is None else self.scales[index, :width],
             tokens=self.tokens[index],
             found=self.found[index],
@@ -175,6 +180,11 @@ class StateBatch:
             vectors, counts = mean_groups(vectors, counts, factor)
         # a masked key still meets its value (0 x NaN is NaN), so padding is zeroed whatever it held
         return torch.where(counts[..., None] > 0, vectors.to(dtype), 0.0), counts
+
+
+def _pinned_rows(block: Tensor, index: Tensor) -> Tensor:
+    rows = torch.empty(len(index), *block.shape[1:], dtype=block.dtype, pin_memory=True)
+    return torch.index_select(block, 0, index, out=rows)
 
 
 def passage_key(text: str) -> str:

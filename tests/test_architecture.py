@@ -23,6 +23,7 @@ RANKS = {
     "models": 3,
     "scheduler": 3,
     "encoding": 4,
+    "batching": 4,
     "store": 4,
     "results": 4,
     "reranker": 4,

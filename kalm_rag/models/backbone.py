@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kalm_rag.instructions import Instructions
+from kalm_rag.models.prefix_cache import PrefixCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,15 @@ class Backbone(Protocol):
     device: torch.device
     state_dtype: torch.dtype
 
+    @property
+    def decode_budget(self) -> int:
+        """Most padded `decode_width` of one `decode`, over all its rows, that this device does best with."""
+        ...
+
+    def decode_width(self, prompt: Any, states: int) -> int:  # noqa: ANN401 - as `prompt`
+        """What one row of `decode` costs, in elements that rows are padded to: states, prompt tokens or both."""
+        ...
+
     def tokenize(self, passages: Sequence[str]) -> list[TokenizedPassage]:
         """Turn passages into encoder input, cut at the limit. Special tokens inside the text are inert."""
         ...
@@ -143,3 +153,10 @@ class EmbeddingBackbone(Backbone, Protocol):
     def embed_query(self, query: str) -> Tensor:
         """Give the query's retrieval vector: unit length, float32 ``(embedding_size,)`` on the CPU."""
         ...
+
+
+@runtime_checkable
+class CachingBackbone(Protocol):
+    """A backbone that keeps decoder work per passage (KaLM checkpoints)."""
+
+    prefix_cache: PrefixCache

@@ -197,6 +197,15 @@ class PicoBackbone:
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    @property
+    def decode_budget(self) -> int:
+        """See `Backbone.decode_budget`."""
+        return 65536 if self.device.type == "cuda" else 2048
+
+    def decode_width(self, prompt: Any, states: int) -> int:  # noqa: ANN401
+        """States of a row; see `Backbone.decode_width`."""
+        return states
+
     def tokenize(self, passages: Sequence[str]) -> list[TokenizedPassage]:
         """Turn passages into encoder input, cut at 256 tokens. Special tokens inside the text are inert."""
         return [TokenizedPassage(ids=ids, found=found) for ids, found in self.encoder.tokenize(passages)]

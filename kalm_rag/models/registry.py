@@ -55,7 +55,7 @@ class _Slot:
     users: int = 0
 
 
-_slots: dict[tuple[str, str | None, str, str], _Slot] = {}
+_slots: dict[tuple[str | None, ...], _Slot] = {}
 _slots_lock = threading.Lock()
 
 
@@ -121,7 +121,9 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     return parsed
 
 
-def acquire(name: str, *, revision: str | None, device: torch.device, dtype: torch.dtype) -> Lease:
+def acquire(
+    name: str, *, revision: str | None, device: torch.device, dtype: torch.dtype, decoder_weights: str | None = None
+) -> Lease:
     """Load a model, or share the one already loaded in this process.
 
     Args:
@@ -129,20 +131,21 @@ def acquire(name: str, *, revision: str | None, device: torch.device, dtype: tor
         revision: Commit, tag or branch of a repository; None takes the pinned one (or main, resolved to its commit).
         device: Where to compute.
         dtype: float32 or bfloat16.
+        decoder_weights: ``"int8"``, or None for `dtype`; see `T5Gemma2Backbone.load`.
 
     Raises:
         ModelError: If the name is unknown, or the checkpoint can't be found, fetched or loaded.
         InputError: If `revision` is given where it means nothing.
         MissingDependencyError: If the model needs a package that is not installed.
     """
-    key = (_identity(name), revision, str(device), str(dtype))
+    key = (_identity(name), revision, str(device), str(dtype), decoder_weights)
     with _slots_lock:
         slot = _slots.setdefault(key, _Slot())
         slot.users += 1
     try:
         with slot.lock:  # the second asker waits for the first one's load instead of loading again
             if slot.backbone is None:
-                slot.backbone = _load(name, revision, device, dtype)
+                slot.backbone = _load(name, revision, device, dtype, decoder_weights)
             backbone = slot.backbone
     except BaseException:
         _give_back(key, slot)
@@ -157,7 +160,7 @@ def acquire(name: str, *, revision: str | None, device: torch.device, dtype: tor
     return Lease(backbone, release)
 
 
-def _give_back(key: tuple[str, str | None, str, str], slot: _Slot) -> None:
+def _give_back(key: tuple[str | None, ...], slot: _Slot) -> None:
     with _slots_lock:
         slot.users -= 1
         if slot.users == 0 and _slots.get(key) is slot:
@@ -168,8 +171,14 @@ def _identity(name: str) -> str:
     return str(Path(name).resolve()) if name not in {PICO, *CHECKPOINTS} and Path(name).is_dir() else name
 
 
-def _load(name: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Backbone:
+def _load(
+    name: str, revision: str | None, device: torch.device, dtype: torch.dtype, decoder_weights: str | None
+) -> Backbone:
     if name == PICO:
+        if decoder_weights is not None:
+            raise InputError(
+                f"decoder_weights={decoder_weights!r} is for KaLM checkpoints; 'pico' is small. Leave it out."
+            )
         if revision is not None:
             raise InputError(
                 f"revision {revision!r} was given for 'pico', which ships with this package; leave it out."
@@ -180,7 +189,14 @@ def _load(name: str, revision: str | None, device: torch.device, dtype: torch.dt
     from kalm_rag.models.t5gemma2 import T5Gemma2Backbone  # transformers' model code is slow to import
 
     if name not in CHECKPOINTS and Path(name).is_dir():
-        return T5Gemma2Backbone.load(Path(name), name=_identity(name), revision="local", device=device, dtype=dtype)
+        return T5Gemma2Backbone.load(
+            Path(name),
+            name=_identity(name),
+            revision="local",
+            device=device,
+            dtype=dtype,
+            decoder_weights=decoder_weights,
+        )
     checkpoint = CHECKPOINTS.get(name)
     if checkpoint is None:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -192,7 +208,15 @@ def _load(name: str, revision: str | None, device: torch.device, dtype: torch.dt
         checkpoint = Checkpoint(name, None)
     folder, commit = _fetch(checkpoint.repository, revision if revision is not None else checkpoint.revision)
     weights = f"{checkpoint.repository}@{commit}"
-    return T5Gemma2Backbone.load(folder, name=name, revision=commit, device=device, dtype=dtype, weights=weights)
+    return T5Gemma2Backbone.load(
+        folder,
+        name=name,
+        revision=commit,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        decoder_weights=decoder_weights,
+    )
 
 
 def _fetch(repository: str, revision: str | None) -> tuple[Path, str]:

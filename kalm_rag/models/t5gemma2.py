@@ -34,6 +34,7 @@ from kalm_rag.errors import InputError, ModelError
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
 from kalm_rag.models.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
+from kalm_rag.models.quantize import Int8Projection, check_weights
 from kalm_rag.models.t5gemma2_decoder import DecoderInput, LeanDecoder, unknown_parts
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,9 @@ class TextTokens:
 class T5Gemma2Backbone:
     """A loaded KaLM checkpoint. See `kalm_rag.models.backbone.Backbone` for the contract."""
 
-    def __init__(self, model: T5Gemma2TextReranker, tokens: TextTokens, info: BackboneInfo) -> None:
+    def __init__(
+        self, model: T5Gemma2TextReranker, tokens: TextTokens, info: BackboneInfo, *, decoder_weights: str | None = None
+    ) -> None:
         self.info = info
         self.state_dtype = model.dtype
         self.device = model.device
@@ -206,11 +209,20 @@ class T5Gemma2Backbone:
         self._eager: T5Gemma2Decoder | None = None
         self._lock = threading.Lock()
         self._tokens = tokens
-        self._lean = _lean_decoder(self._model.model.decoder)
+        self._lean = _lean_decoder(self._model.model.decoder, decoder_weights)
         self.prefix_cache = PrefixCache(CPU_CACHE_BYTES if self.device.type == "cpu" else 0)
         self._softcap = model.config.decoder.final_logit_softcapping
         rows = torch.tensor([tokens.yes_id, tokens.no_id], device=model.device)
         self._answers = model.lm_head.out_proj.weight.detach()[rows].clone()  # (2, H)
+
+    @property
+    def decode_budget(self) -> int:
+        """See `Backbone.decode_budget`: on a CPU, few enough that a layer's results stay in its cache."""
+        return 65536 if self.device.type == "cuda" else 1536
+
+    def decode_width(self, prompt: Prompt, states: int) -> int:
+        """Tokens and states of one row; see `Backbone.decode_width`."""
+        return len(prompt.ids) + states
 
     @classmethod
     def load(
@@ -222,6 +234,7 @@ class T5Gemma2Backbone:
         device: torch.device,
         dtype: torch.dtype,
         weights: str | None = None,
+        decoder_weights: str | None = None,
     ) -> T5Gemma2Backbone:
         """Load a checkpoint folder in the Hugging Face format (one safetensors shard or several).
 
@@ -232,13 +245,17 @@ class T5Gemma2Backbone:
             device: Where to compute.
             dtype: float32 or bfloat16.
             weights: Digest that pins the weights; None reads and hashes the files.
+            decoder_weights: ``"int8"`` scores with rounded decoder weights (CPU only); None with the checkpoint's.
+                States are the same either way. The checkpoint's own stay loaded: explanations read them.
 
         Raises:
-            InputError: For float16, whose range this model overflows.
+            InputError: For float16, whose range this model overflows, or `decoder_weights` that can't be had.
             ModelError: If the folder is no T5Gemma 2 checkpoint, has no safetensors, or misses weights.
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"dtype is {dtype}; T5Gemma 2 overflows float16. Use torch.bfloat16 or torch.float32.")
+        if decoder_weights is not None:
+            check_weights(decoder_weights, device)
         config = _read_config(folder)
         tokens = TextTokens(AutoTokenizer.from_pretrained(folder))
         try:
@@ -269,7 +286,7 @@ class T5Gemma2Backbone:
             dtype=str(dtype).removeprefix("torch."),
             state_dtype=str(dtype).removeprefix("torch."),
         )
-        return cls(model.to(device), tokens, info)
+        return cls(model.to(device), tokens, info, decoder_weights=decoder_weights)
 
     def tokenize(self, passages: Sequence[str]) -> list[TokenizedPassage]:
         """Turn passages into encoder input; see `Backbone.tokenize`."""
@@ -424,11 +441,13 @@ class T5Gemma2Backbone:
         return torch.tensor(padded, device=self.device), mask
 
 
-def _lean_decoder(decoder: T5Gemma2Decoder) -> LeanDecoder | None:
+def _lean_decoder(decoder: T5Gemma2Decoder, weights: str | None) -> LeanDecoder | None:
     """Our own forward over the decoder, or None where it is of a kind that only transformers knows."""
     unknown = unknown_parts(decoder)
     if unknown is None:
-        return LeanDecoder(decoder)
+        return LeanDecoder(decoder) if weights is None else LeanDecoder(decoder, Int8Projection)
+    if weights is not None:
+        raise ModelError(f"decoder_weights={weights!r} can't be had for a decoder with {unknown}. Leave it out.")
     logger.warning("this checkpoint's decoder has %s; it runs in transformers' own code, more slowly.", unknown)
     return None
 

@@ -1,0 +1,61 @@
+"""Decoder weights as int8 on a CPU: linear layers that read the same input become one integer product.
+
+Weights are rounded once, a scale per output; inputs as they come, a scale per token, so that no passage's score depends
+on the batch it is in (torch's own `quantize_dynamic` has one scale a batch). The product is oneDNN's, through the
+operator that torch's compiler lowers to, and comes with the weights' scales applied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kalm_rag.errors import InputError
+
+
+class Int8Projection:
+    """Linear layers of one input, fused; see `kalm_rag.models.t5gemma2_decoder.Projection`.
+
+    Args:
+        layers: Their weights are copied as int8, an eighth to a quarter of what they take as they are.
+    """
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        weight = torch.cat([layer.weight.detach() for layer in layers]).float()  # (out, in)
+        self._widths = [layer.out_features for layer in layers]
+        biases = [layer.bias for layer in layers]
+        self._bias = None if biases[0] is None else torch.cat([bias.detach().float() for bias in biases])
+        rows, self._scales = _round_rows(weight)
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._packed: Tensor = torch.ops.onednn.qlinear_prepack(rows, None)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Map ``(..., in)`` to one ``(..., out)`` per layer, in the dtype of `x`."""
+        rows, scales = _round_rows(x.flatten(0, -2))
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rows, 1.0, 0, self._packed, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        product.mul_(scales[:, None])
+        if self._bias is not None:
+            product += self._bias
+        return list(product.to(x.dtype).unflatten(0, x.shape[:-1]).split(self._widths, -1))
+
+
+def check_weights(weights: str, device: torch.device) -> None:
+    """Refuse rounded weights that there aren't, or can't be had here.
+
+    Raises:
+        InputError: If they aren't ``"int8"``, on a GPU, or where this torch was built without oneDNN.
+    """
+    if weights != "int8":
+        raise InputError(f"decoder_weights is {weights!r}; wanted 'int8', or None for the checkpoint's own.")
+    if device.type != "cpu":
+        raise InputError(f"decoder_weights='int8' runs on the CPU only, not on {device}. Use dtype='bf16' there.")
+    if not torch.backends.mkldnn.is_available():
+        raise InputError("decoder_weights='int8' needs a torch with oneDNN, which this one isn't. Leave it out.")
+
+
+def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``(M, E)`` as int8 with a scale each: ``scale = max|row| / 127``, ``q = round(row / scale)``."""
+    scales = x.abs().amax(-1).float().clamp_(min=1e-12).div_(127)
+    return (x / scales[:, None]).round_().to(torch.int8), scales
