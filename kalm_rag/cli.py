@@ -191,6 +191,7 @@ def bench(
     clients: Annotated[int, typer.Option(help="Clients that ask at once.")] = 8,
     nano: Annotated[bool, typer.Option(help="Measure KaLM-Nano's shape too (random weights, 5 GB).")] = True,
     full: Annotated[bool, typer.Option(help="Published protocol over all candidates, not one batch of 32.")] = False,
+    clock: Annotated[str, typer.Option(help="What ratios go by: wall, or cpu on a busy machine.")] = "wall",
     growth: Annotated[bool, typer.Option(help="How cost grows instead (up to a quarter of an hour).")] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for pictures.", show_default=False)] = None,
     as_json: AsJson = False,
@@ -215,6 +216,7 @@ def bench(
             clients=clients,
             nano=nano,
             full=full,
+            clock=clock,
             growth=growth,
             curves=plot is not None,
         )

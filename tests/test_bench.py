@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,16 +178,21 @@ def test_reference_is_told_apart_from_anything_else(folder: Path) -> None:
     assert (wanted - wanted.roll(1)).abs().max() > 1e-4
 
 
+NANO_KEYS = ["nano.fp32.one_phase", "nano.fp32.encode"] + [
+    f"nano.fp32.{way}.{stage}" for way in ("stored", "prefix") for stage in ("fetch", "score", "total")
+]
+
+
 def test_nano_rows(folder: Path) -> None:
     rows, checks = bench_nano(folder, "fp32", CPU, NanoCase(candidates=6, tokens=20, prompt=60, batch=4, repeats=2))
     by_key = {row.key: row for row in rows}
-    assert list(by_key) == [f"nano.fp32.{name}" for name in ("one_phase", "encode", "fetch", "score", "total")]
+    assert list(by_key) == NANO_KEYS
     assert by_key["nano.fp32.one_phase"].passages == 4
     assert "6 take" in by_key["nano.fp32.one_phase"].note
-    assert by_key["nano.fp32.total"].passages == 6
-    assert by_key["nano.fp32.total"].runs == 2
-    assert by_key["nano.fp32.total"].bytes_per_passage == 5 * 16 * 4  # ceil(20 / 4) states of 16 float32
-    assert [check.passed for check in checks] == [True]
+    assert by_key["nano.fp32.stored.total"].passages == 6
+    assert by_key["nano.fp32.stored.total"].runs == 2
+    assert by_key["nano.fp32.stored.total"].bytes_per_passage == 5 * 16 * 4  # ceil(20 / 4) states of 16 float32
+    assert [check.passed for check in checks] == [True, True]
 
 
 def test_nano_full_takes_every_candidate(folder: Path) -> None:
@@ -207,9 +213,9 @@ def test_loading_tells_why_it_failed(tmp_path: Path) -> None:
 def test_every_part_is_there(report: Report) -> None:
     keys = [row.key for row in report.rows]
     assert len(keys) == len(set(keys))
-    parts = ["one_phase", "encode", "fetch", "score", "total"]
-    assert {f"nano.{dtype}.{part}" for dtype in ("fp32", "bf16") for part in parts} <= set(keys)
-    assert {f"pico.{part}" for part in ["cross_encoder", *parts[1:], "task.score", "task.total"]} <= set(keys)
+    assert {*NANO_KEYS, *(key.replace("fp32", "bf16") for key in NANO_KEYS)} <= set(keys)
+    ways = [f"pico.{way}.{stage}" for way in ("stored", "task") for stage in ("fetch", "score", "total")]
+    assert {"pico.cross_encoder", "pico.encode", *ways} <= set(keys)
     assert {f"query.{stage}" for stage in ("embed", "search", "fetch", "score", "rest", "total")} <= set(keys)
     assert {"index.encode", "index.upsert", "serve.one", "serve.many"} <= set(keys)
     assert all(check.passed for check in report.checks)
@@ -219,7 +225,7 @@ def test_every_part_is_there(report: Report) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process's memory")
 def test_memory_of_loading(report: Report) -> None:
     whole, text = (row for row in report.rows if row.stage == "load")
-    assert (whole.key, text.key) == ("nano.load.bf16.whole", "nano.load.bf16.text")
+    assert (whole.key, text.key) == ("nano.load.fp32.whole", "nano.load.fp32.text")
     assert whole.peak_bytes is not None
     assert whole.peak_bytes > 100_000_000  # a process with torch in it
     assert text.baseline == whole.key
@@ -228,7 +234,12 @@ def test_memory_of_loading(report: Report) -> None:
 def test_ratios_are_of_time_a_passage(report: Report) -> None:
     rows = {row.key: row for row in report.rows}
     compared = [row for row in report.rows if row.baseline is not None]
-    assert {row.key for row in compared} >= {"nano.fp32.total", "pico.total", "index.upsert", "serve.many"}
+    assert {row.key for row in compared} >= {
+        "nano.fp32.stored.total",
+        "pico.stored.total",
+        "index.upsert",
+        "serve.many",
+    }
     for row in compared:
         base = rows[str(row.baseline)]
         if row.p50 is None:
@@ -243,18 +254,21 @@ def test_compare_counts_passages_not_runs() -> None:
     mine = Row(key="mine", group="g", what="mine", stage="score", passages=100, runs=1, p50=2.0, baseline="base")
     assert compare([base, mine])[1].times == pytest.approx(5.0)
     assert compare([mine])[0].times is None  # its baseline was not run
+    assert compare([base, mine], "cpu")[1].times is None  # no CPU seconds were taken
+    rows = compare([replace(base, cpu=6.4), replace(mine, cpu=2.0)], "cpu")
+    assert rows[1].times == pytest.approx(10.0)
 
 
 def test_json_has_stable_keys(report: Report) -> None:
     told = json.loads(json.dumps(report.to_dict()))
     assert set(told) == {"format", "machine", "settings", "seconds", "rows", "checks", "laws"}
     assert set(told["rows"][0]) == {
-        "key", "group", "what", "stage", "passages", "runs", "p50", "p95", "peak_bytes", "bytes_per_passage",
+        "key", "group", "what", "stage", "passages", "runs", "p50", "p95", "cpu", "peak_bytes", "bytes_per_passage",
         "baseline", "times", "note", "per_second",
     }  # fmt: skip
     assert set(told["checks"][0]) == {"key", "what", "worst", "allowed", "passed"}
     assert set(told["laws"][0]) == {
-        "key", "what", "variable", "points", "kind", "a", "b", "formula_ms", "exponent", "local_exponents", "departs",
+        "key", "what", "variable", "clock", "points", "kind", "a", "b", "formula_ms", "exponent", "local_exponents", "departs",
         "note",
     }  # fmt: skip
     assert told["machine"]["device"] == "cpu"
@@ -323,6 +337,7 @@ def test_plot_folder_may_not_be_a_file(tmp_path: Path) -> None:
     [
         (["--candidates", "0"], "candidates is 0; wanted a whole number >= 1"),
         (["--dtype", "fp16"], "dtype is 'fp16'; wanted one of fp32, bf16"),
+        (["--clock", "sun"], "clock is 'sun'; wanted wall or cpu"),
         (["--device", "abacus"], "device is 'abacus'; wanted 'cpu', 'cuda' or 'cuda:N'"),
     ],
 )

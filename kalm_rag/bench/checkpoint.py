@@ -95,17 +95,18 @@ def passage_of(tokens: int, seed: int) -> str:
     return random_text(max(1, tokens - len(PASSAGE_TEMPLATE.format(passage="").split())), seed)
 
 
-def prompt_of(tokens: int, *, prefix: int = 58) -> tuple[str, Instructions]:
+def prompt_of(tokens: int, *, prefix: int = 58, seed: int = 1) -> tuple[str, Instructions]:
     """Give a query and instructions whose prompt has so many tokens.
 
     Args:
         tokens: Of the whole prompt, at least 40 (the protocol's own words take most of that).
         prefix: Of them, those in front of the query: turn markers, system text and task. Fewer where `tokens` is small.
+        seed: Of the query; the instructions are the same for all.
     """
     system = len(Instructions().system_text.split())
     task = max(1, min(prefix - system - _BEFORE, tokens - system - _BEFORE - _AFTER - 1))
     query = max(1, tokens - system - task - _BEFORE - _AFTER)
-    return random_text(query, seed=1), Instructions(task=random_text(task, seed=2))
+    return random_text(query, seed), Instructions(task=random_text(task, seed=2))
 
 
 class Reference:

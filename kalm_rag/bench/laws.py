@@ -23,6 +23,7 @@ class Law:
         what: What was timed.
         variable: What grows, with its unit.
         points: Pairs of variable and median seconds, ascending.
+        clock: Which seconds: ``"wall"``, or ``"cpu"`` of all threads.
         kind: ``"linear"`` a + b n, ``"logarithmic"`` a + b ln n, or ``"power"`` a n^b.
         a: First coefficient, in seconds.
         b: Second one.
@@ -40,6 +41,7 @@ class Law:
     b: float
     exponent: float
     local: tuple[float, ...]
+    clock: str = "wall"
     note: str = ""
 
     def predict(self, n: float) -> float:
@@ -71,6 +73,7 @@ class Law:
             "key": self.key,
             "what": self.what,
             "variable": self.variable,
+            "clock": self.clock,
             "points": [{"n": n, "seconds": seconds} for n, seconds in self.points],
             "kind": self.kind,
             "a": self.a,
@@ -83,7 +86,9 @@ class Law:
         }
 
 
-def fit_law(key: str, what: str, variable: str, points: Sequence[tuple[float, float]], *, note: str = "") -> Law:
+def fit_law(
+    key: str, what: str, variable: str, points: Sequence[tuple[float, float]], *, clock: str = "wall", note: str = ""
+) -> Law:
     """Find the law that a series follows: of the three kinds, the one with the least relative error.
 
     Errors are relative, so that small values count like large ones. A linear or logarithmic law with a negative
@@ -94,6 +99,7 @@ def fit_law(key: str, what: str, variable: str, points: Sequence[tuple[float, fl
         what: What was timed.
         variable: What grows.
         points: Pairs of variable (> 0) and seconds (> 0), at least two with different values.
+        clock: Which seconds they are.
         note: Shapes.
 
     Raises:
@@ -128,6 +134,7 @@ def fit_law(key: str, what: str, variable: str, points: Sequence[tuple[float, fl
         b=fits[kind][1],
         exponent=float(slope),
         local=tuple(steps.tolist()),
+        clock=clock,
         note=note,
     )
 

@@ -37,8 +37,9 @@ def bench_loading(folder: Path, dtype: str) -> list[Row]:
         KalmRagError: If a process fails; its last words are in the message.
     """
     rows = []
+    mapped = "; weights of the file's own dtype are mapped, and count once they are used" if dtype == "bf16" else ""
     long = str(parse_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
-    for way, what in (("whole", "by transformers: whole"), ("text", "by Reranker: text only")):
+    for way, what in (("whole", "whole, by transformers"), ("text", "text, by Reranker")):
         code = _REPORT.format(load=_LOADERS[way])
         run = subprocess.run(
             [sys.executable, "-c", code, str(folder), long], capture_output=True, text=True, check=False
@@ -56,7 +57,7 @@ def bench_loading(folder: Path, dtype: str) -> list[Row]:
                 stage="load",
                 peak_bytes=int(held),
                 baseline=f"nano.load.{dtype}.whole" if way == "text" else None,
-                note=f"at most {int(peak) / 1e6:,.0f} MB while loading",
+                note=f"at most {int(peak) / 1e6:,.0f} MB while loading{mapped}",
             )
         )
     return rows

@@ -41,12 +41,15 @@ class Spread:
     """Wall-clock of several runs of one thing.
 
     Attributes:
-        seconds: One entry a run, in order.
+        seconds: Wall-clock, one entry a run, in order.
+        cpu: CPU seconds of all threads of this process likewise, which other jobs on the machine disturb far less;
+            empty where they were not taken.
         peak_bytes: Most memory held meanwhile: of the CUDA device, else resident in this process, the loaded model
             included; None where it can't be told.
     """
 
     seconds: tuple[float, ...]
+    cpu: tuple[float, ...] = ()
     peak_bytes: int | None = None
 
     def quantile(self, share: float) -> float:
@@ -57,6 +60,15 @@ class Spread:
     def p50(self) -> float:
         """Median seconds of a run."""
         return self.quantile(0.5)
+
+    @property
+    def cpu50(self) -> float | None:
+        """Median CPU seconds of a run."""
+        return float(np.median(self.cpu)) if self.cpu else None
+
+    def cost(self, clock: str) -> float:
+        """Median seconds by a clock, ``"wall"`` or ``"cpu"``."""
+        return self.cpu50 if clock == "cpu" and self.cpu50 is not None else self.p50
 
 
 def measure(
@@ -73,13 +85,14 @@ def measure(
     (warm_up if warm_up is not None else run)()
     _wait(device)
     _reset_peak(device)
-    seconds = []
+    seconds, cpu = [], []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         run()
         _wait(device)
         seconds.append(time.perf_counter() - started)
-    return Spread(seconds=tuple(seconds), peak_bytes=_peak(device))
+        cpu.append(time.process_time() - worked)
+    return Spread(seconds=tuple(seconds), cpu=tuple(cpu), peak_bytes=_peak(device))
 
 
 def measure_stages(run: Callable[[], Mapping[str, float]], repeats: int, device: torch.device) -> dict[str, Spread]:

@@ -45,7 +45,7 @@ def bench_pico(device: torch.device, *, candidates: int = 50, repeats: int = 7, 
         rows.append(row_of("pico.encode", group, "encode", "encode", encode, passages=candidates))
         with tempfile.TemporaryDirectory() as home, open_store(home, engine.layout()) as store:
             store.put_many(stretch_states(states, texts))
-            ways = (("pico", "stored states", Instructions()), ("pico.task", "with a task", TASK))
+            ways = (("pico.stored", "stored", Instructions()), ("pico.task", "with a task", TASK))
             for key, what, told in ways:
                 query = Query(engine, store, texts, (QUERY, told))
                 rows += query_rows(key, group, what, query, repeats, size, baseline="pico.cross_encoder")
@@ -79,16 +79,17 @@ def bench_indexing(device: torch.device, *, passages: int = 100) -> list[Row]:
         size = index.store.stats().payload_bytes / (passages + 1)
     group = f"indexing with pico: {passages} new passages of 20 to 240 words"
     return [
-        row_of("index.encode", group, "sentence-transformers: encode only", "index", encode, passages=passages),
+        row_of("index.encode", group, "sentence-transformers", "index", encode, passages=passages),
         row_of(
             "index.upsert",
             group,
-            "ChromaIndex.upsert: states, vectors and text kept",
+            "ChromaIndex.upsert",
             "index",
             spread,
             passages=passages,
             bytes_per_passage=size,
             baseline="index.encode",
+            note="vectors, states and text are kept; sentence-transformers' encode keeps nothing",
         ),
     ]
 
@@ -101,9 +102,8 @@ def _cross_encoder(device: torch.device, group: str, pairs: int, tokens: int) ->
     ids = torch.randint(1000, 30000, (pairs, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         spread = measure(lambda: [model(ids[at : at + 32]).logits for at in range(0, pairs, 32)], 2, device)
-    what = f"cross-encoder of the same size, pairs of {tokens} tokens"
-    note = "its tokenising is not counted"
-    return row_of("pico.cross_encoder", group, what, "end to end", spread, passages=pairs, note=note)
+    note = f"MiniLM-L6 shape, pairs of {tokens} tokens; its tokenising is not counted"
+    return row_of("pico.cross_encoder", group, "cross-encoder", "end to end", spread, passages=pairs, note=note)
 
 
 def _sentence_transformer(device: torch.device) -> Any:  # noqa: ANN401 - its class is imported here only

@@ -33,6 +33,10 @@ class Query:
         )
         return timings.seconds
 
+    def after(self, prompt: tuple[str, Instructions]) -> None:
+        """Ask another one first."""
+        Query(self.engine, self.store, self.texts, prompt)()
+
     def probabilities(self) -> torch.Tensor:
         """P(yes) of the last asking, in input order."""
         out = torch.zeros(len(self.texts), dtype=torch.float64)
@@ -62,7 +66,7 @@ def query_rows(key: str, group: str, what: str, query: Query, repeats: int, size
         row_of(
             f"{key}.total",
             group,
-            f"{what}: end to end",
+            f"{what}: all",
             "end to end",
             stages["total"],
             passages=count,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -31,10 +32,12 @@ class Row:
         runs: Timed runs.
         p50: Median seconds of a run; None for rows about memory.
         p95: Seconds that 95% of the runs stayed within.
+        cpu: Median CPU seconds of a run, over all threads; None where they were not taken.
         peak_bytes: Most memory held meanwhile, model included.
         bytes_per_passage: What is stored for one passage.
         baseline: Key of the row this one is compared with.
-        times: How many times less time a passage takes here than in the baseline (bytes, for rows about memory).
+        times: How many times less time (by the clock of the run) a passage takes here than in the baseline; bytes, for
+            rows about memory.
         note: What else has to be said.
     """
 
@@ -46,6 +49,7 @@ class Row:
     runs: int = 0
     p50: float | None = None
     p95: float | None = None
+    cpu: float | None = None
     peak_bytes: int | None = None
     bytes_per_passage: float | None = None
     baseline: str | None = None
@@ -69,6 +73,7 @@ def row_of(key: str, group: str, what: str, stage: str, spread: Spread, *, passa
         runs=len(spread.seconds),
         p50=spread.p50,
         p95=spread.quantile(0.95),
+        cpu=spread.cpu50,
         peak_bytes=spread.peak_bytes,
         **more,
     )
@@ -129,21 +134,27 @@ class Report:
         }
 
 
-def compare(rows: Sequence[Row]) -> list[Row]:
-    """Fill in `Row.times` wherever the baseline is there: seconds a passage, or bytes for rows without seconds."""
+def compare(rows: Sequence[Row], clock: str = "wall") -> list[Row]:
+    """Fill in `Row.times` wherever the baseline is there: seconds a passage, or bytes for rows without seconds.
+
+    Args:
+        rows: Rows of one run.
+        clock: ``"wall"``, or ``"cpu"`` for CPU seconds.
+    """
     known = {row.key: row for row in rows}
     out = []
     for row in rows:
         other = known.get(row.baseline) if row.baseline is not None else None
-        mine, theirs = _cost(row), _cost(other) if other is not None else None
+        mine, theirs = _cost(row, clock), _cost(other, clock) if other is not None else None
         out.append(replace(row, times=theirs / mine) if mine and theirs else row)
     return out
 
 
-def _cost(row: Row) -> float | None:
+def _cost(row: Row, clock: str) -> float | None:
     if row.p50 is None:
         return row.peak_bytes
-    return row.p50 / max(row.passages, 1)
+    seconds = row.p50 if clock == "wall" else row.cpu
+    return None if seconds is None else seconds / max(row.passages, 1)
 
 
 def tables(report: Report) -> list[RenderableType]:
@@ -159,42 +170,45 @@ def tables(report: Report) -> list[RenderableType]:
 
 def _row_table(group: str, rows: Sequence[Row]) -> Table:
     names = {row.key: row.what for row in rows}
-    against = {row.baseline for row in rows}
-    caption = [f"compared with: {names[key]}" for key in names if key in against] + [
-        f"{r.what}: {r.note}" for r in rows if r.note
-    ]
+    against = [names[key] for key in names if key in {row.baseline for row in rows}]
+    notes = [f"{row.what}: {row.note}" for row in rows if row.note]
+    caption = [f"times: how many times less than {', '.join(against)}"] if against else []
     table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         title=escape(group),
-        caption=escape("\n".join(caption)),
+        caption=escape("\n".join(caption + notes)),
         title_justify="left",
         caption_justify="left",
         title_style="bold",
         caption_style="dim",
     )
-    better = "times less" if all(row.stage == "load" for row in rows) else "times as fast"
-    unit = "queries/s" if all(row.stage == "serve" for row in rows) else "passages/s"
-    table.add_column("", overflow="fold")
-    for name in (unit, "p50 ms", "p95 ms", "peak MB", "kB a passage", better):
+    counted = "queries/s" if all(row.stage == "serve" for row in rows) else "passages/s"
+    columns = {
+        counted: [_number(row.per_second, 1) for row in rows],
+        "p50 ms": [_number(row.p50, 1000) for row in rows],
+        "p95 ms": [_number(row.p95, 1000) for row in rows],
+        "CPU ms": [_number(row.cpu, 1000) for row in rows],
+        "peak MB": [_number(row.peak_bytes, 1e-6) for row in rows],
+        "kB each": [_number(row.bytes_per_passage, 1e-3) for row in rows],
+        "times": ["" if row.times is None else f"{row.times:.{1 if row.times >= 2 else 2}f}x" for row in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    table.add_column("")
+    for name in shown:
         table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            escape(row.what),
-            _number(row.per_second, 1),
-            _number(row.p50, 1000),
-            _number(row.p95, 1000),
-            _number(row.peak_bytes, 1e-6),
-            _number(row.bytes_per_passage, 1e-3),
-            "" if row.times is None else f"{row.times:.1f}x" if row.times >= 2 else f"{row.times:.2f}x",
-        )
+    for row, *cells in zip(rows, *shown.values(), strict=True):
+        table.add_row(escape(row.what), *cells)
     return table
 
 
 def _law_table(laws: Sequence[Law]) -> Table:
-    table = Table("what (n: what grows)", "n: ms", "law, ms", "exponent", "departs from it", show_lines=True)
+    clock = "CPU ms" if laws[0].clock == "cpu" else "ms"
+    table = Table("what (n: what grows)", f"n: {clock}", f"law, {clock}", "exponent", "departs by", box=SIMPLE_HEAD)
     for law in laws:
         points = "\n".join(f"{n:,.0f}: {_number(seconds, 1000)}" for n, seconds in law.points)
         what = escape(f"{law.what} (n: {law.variable}; {law.note})")
-        table.add_row(what, points, law.formula, f"{law.exponent:.2f}", law.departures)
+        table.add_row(what, points, law.formula, f"{law.exponent:.2f}", law.departures, end_section=True)
     return table
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from kalm_rag.bench.measuring import Spread, Tell, measure_stages, random_text, 
 from kalm_rag.bench.pico import WORDS
 from kalm_rag.bench.report import Row, row_of
 from kalm_rag.index import ChromaIndex
-from kalm_rag.states import PassageStates
+from kalm_rag.states import PassageStates, passage_key
 from kalm_rag.store import Reference
 
 FETCH_K = 50
@@ -64,6 +66,18 @@ class Filled:
     def queries(self, count: int) -> list[str]:
         """Questions, all different."""
         return [random_text(8, 10**7 + seed) for seed in range(count)]
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """A vector search, a fetch and a whole query, each of another question at every call."""
+        asked = cycle(self.queries(_SEEDS))
+        vectors = cycle([self.index.embedder.query(text) for text in self.queries(_SEEDS)])
+        draw, count = random.Random(0), min(FETCH_K, len(self.index))
+        keys = [passage_key(random_text(self.words, seed)) for seed in range(len(self.index))]
+        return {
+            "search": lambda: self.index.collection.query(query_embeddings=[next(vectors)], n_results=count),
+            "fetch": lambda: self.index.store.get_many(draw.sample(keys, count)),
+            "total": lambda: self.index.query(next(asked), fetch_k=FETCH_K),
+        }
 
     def ask(self, queries: Sequence[str]) -> dict[str, Spread]:
         """Stages of asking each query once, after one to warm up."""
@@ -123,7 +137,7 @@ def bench_serving(
     ]
 
 
-def _serve(index: ChromaIndex, queries: Sequence[str], clients: int) -> tuple[float, Spread]:
+def _serve(index: ChromaIndex, queries: Sequence[str], clients: int) -> tuple[Spread, Spread]:
     """Seconds of answering all queries, and of each."""
 
     def ask(query: str) -> float:
@@ -132,12 +146,13 @@ def _serve(index: ChromaIndex, queries: Sequence[str], clients: int) -> tuple[fl
         return time.perf_counter() - started
 
     with ThreadPoolExecutor(clients) as pool:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         each = tuple(pool.map(ask, queries))
-        return time.perf_counter() - started, Spread(seconds=each)
+        whole = Spread(seconds=(time.perf_counter() - started,), cpu=(time.process_time() - worked,))
+        return whole, Spread(seconds=each)
 
 
-def _served(key: str, group: str, what: str, served: tuple[float, Spread], baseline: str | None = None) -> Row:
+def _served(key: str, group: str, what: str, served: tuple[Spread, Spread], baseline: str | None = None) -> Row:
     whole, each = served
     waits = [1000 * each.quantile(share) for share in (0.5, 0.95)]
     return Row(
@@ -147,7 +162,8 @@ def _served(key: str, group: str, what: str, served: tuple[float, Spread], basel
         stage="serve",
         passages=len(each.seconds),
         runs=1,
-        p50=whole,
+        p50=whole.p50,
+        cpu=whole.cpu50,
         baseline=baseline,
         note=f"a query takes {waits[0]:.0f} ms, {waits[1]:.0f} ms at p95",
     )

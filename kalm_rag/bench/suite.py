@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,13 +16,12 @@ from kalm_rag.bench.growth import GrowthCase, measure_growth, nano_candidates, p
 from kalm_rag.bench.laws import Law
 from kalm_rag.bench.loading import bench_loading
 from kalm_rag.bench.measuring import Tell, machine
-from kalm_rag.bench.nano import ALLOWED, NanoCase, bench_nano
+from kalm_rag.bench.nano import ALLOWED, NanoCase, bench_nano, open_nano
 from kalm_rag.bench.pico import bench_indexing, bench_pico
 from kalm_rag.bench.report import Check, Report, Row, compare
 from kalm_rag.bench.serving import bench_serving
 from kalm_rag.errors import InputError
 from kalm_rag.models.registry import parse_device
-from kalm_rag.reranker import Reranker
 
 PICO_CANDIDATES = 50
 """Most passages of a query with pico."""
@@ -43,6 +42,7 @@ class Settings:
         clients: Threads that ask at the same time.
         nano: Whether the Nano shape is measured (3 GB of memory, most of the time).
         full: Time the published protocol over all candidates instead of one batch.
+        clock: What ratios and laws go by: ``wall``, or ``cpu`` for CPU seconds, where the machine has other work.
         growth: Measure the laws of growth instead.
         curves: Measure latency against candidates too (for a picture).
 
@@ -58,6 +58,7 @@ class Settings:
     clients: int = 8
     nano: bool = True
     full: bool = False
+    clock: str = "wall"
     growth: bool = False
     curves: bool = False
 
@@ -67,6 +68,9 @@ class Settings:
                 raise InputError(f"{name} is {value}; wanted a whole number >= 1.")
         if self.dtype not in (None, *ALLOWED):
             raise InputError(f"dtype is {self.dtype!r}; wanted one of {', '.join(ALLOWED)}.")
+
+        if self.clock not in ("wall", "cpu"):
+            raise InputError(f"clock is {self.clock!r}; wanted wall or cpu.")
 
     @property
     def dtypes(self) -> list[str]:
@@ -101,7 +105,8 @@ def run(
     checks: list[Check] = []
     with _checkpoint(settings, checkpoint, tell) as folder:
         if settings.growth:
-            laws = measure_growth(folder, settings.dtypes[-1], device, case if case is not None else GrowthCase(), tell)
+            grow = case if case is not None else GrowthCase(clock=settings.clock)
+            laws = measure_growth(folder, settings.dtypes[-1], device, grow, tell)
         else:
             rows, checks = _time_nano(settings, folder, device, tell)
             rows += _time_pico(settings, device, tell)
@@ -109,7 +114,7 @@ def run(
     return Report(
         machine=told,
         settings=asdict(settings),
-        rows=compare(rows),
+        rows=compare(rows, settings.clock),
         checks=checks,
         laws=laws,
         seconds=time.perf_counter() - started,
@@ -140,7 +145,7 @@ def _time_nano(
         rows += timed
         checks += equal
     tell("Nano shape: memory after loading")
-    return rows + bench_loading(folder, settings.dtypes[-1]), checks
+    return rows + bench_loading(folder, settings.dtypes[0]), checks
 
 
 def _time_pico(settings: Settings, device: torch.device, tell: Tell) -> list[Row]:
@@ -158,9 +163,10 @@ def _time_pico(settings: Settings, device: torch.device, tell: Tell) -> list[Row
 def _curves(settings: Settings, folder: Path | None, device: torch.device, tell: Tell) -> list[Law]:
     if not settings.curves:
         return []
-    tell("pico: latency against candidates")
-    laws = [pico_candidates(device, (10, 25, 50, 100, 200), settings.repeats)]
+    case = GrowthCase(candidates=(10, 25, 50, 100, 200), repeats=settings.repeats, clock=settings.clock)
+    laws = [pico_candidates(device, case, tell)]
     if folder is not None:
-        with Reranker.from_pretrained(str(folder), device=device, dtype=settings.dtypes[-1]) as engine:
-            laws.append(nano_candidates(engine, (10, 25, 50, 100), 1, tell))
+        few = replace(case, candidates=(10, 25, 50, 100), repeats=1)
+        with open_nano(folder, settings.dtypes[-1], device) as engine:
+            laws.append(nano_candidates(engine, few, tell))
     return laws
