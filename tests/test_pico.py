@@ -12,6 +12,7 @@ from kalm_rag.errors import InputError, MissingDependencyError, ModelError, Stat
 from kalm_rag.instructions import DEFAULT_TASK, Instructions
 from kalm_rag.models import pico_encoder
 from kalm_rag.models.pico import PicoBackbone, read_weights
+from kalm_rag.models.pico_decoder import _neighbours
 from kalm_rag.models.pico_encoder import MiniLMEncoder
 from kalm_rag.pooling import mean_groups
 
@@ -42,6 +43,15 @@ def states_of(pico: PicoBackbone, passages: list[str], ratio: int = 4) -> tuple[
 def margins_of(pico: PicoBackbone, query: str, states: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     prompt = pico.prompt(query, Instructions())
     return pico.decode([prompt] * len(states), states, counts)
+
+
+def test_neighbours_of_a_match_by_hand():
+    # words[q, n]: token 0 stands in state 0, token 1 in state 1. For token 1 the one before it is found one state
+    # before: a phrase. For token 0 the one after it is found one state after. At the edges there is nobody.
+    words = torch.tensor([[[0.9, 0.0, 0.0], [0.0, 0.8, 0.0]]])
+    before, after = _neighbours(words)
+    assert torch.allclose(before, torch.tensor([[[0.0, 0.0, 0.0], [0.9, 0.9, 0.0]]]))
+    assert torch.allclose(after, torch.tensor([[[0.8, 0.8, 0.0], [0.0, 0.0, 0.0]]]))
 
 
 def test_puts_the_answer_first(pico):

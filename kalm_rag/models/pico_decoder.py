@@ -2,8 +2,8 @@
 
 A module and its config; knows no tokenizer, no text and no file. All prompt-only work is in `prepare`, done once a
 query; `forward` is what runs per passage.
-Letters: U distinct prompts, B passages, Q prompt tokens, N pooled states, W windows, H 384, X lexical width, K views,
-M pair features, D width.
+Letters: U distinct prompts, B passages, Q prompt tokens, N pooled states, H 384, X lexical width, K views, M pair
+features, D width.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kalm_rag.errors import ModelError
-
-WINDOW = 48
-"""Tokens of the windows whose nearest counts: a sentence or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,21 +113,6 @@ def _neighbours(words: Tensor) -> tuple[Tensor, Tensor]:
     return functional.pad(before[:, :-1], (0, 0, 1, 0)), functional.pad(after[:, 1:], (0, 0, 0, 1))
 
 
-def _best_window(prompt: Prepared, sums: Tensor, counts: Tensor) -> Tensor:
-    """Cosine of the prompt with the nearest window of about `WINDOW` tokens, ``(B,)``: one apt sentence is enough.
-
-    Windows start at fixed tokens and padding adds nothing to them, so a passage's windows don't depend on its batch.
-    """
-    size = max(1, round(WINDOW / float(counts.max())))  # states; one alone is the same at any size
-    step = max(1, size // 2)
-    missing = max(0, size - counts.shape[1])
-    sums, counts = functional.pad(sums, (0, 0, 0, missing)), functional.pad(counts, (0, missing))
-    windows = functional.avg_pool1d(sums.transpose(1, 2), size, step, ceil_mode=True)  # (B, H, W)
-    held = functional.max_pool1d(counts[:, None], size, step, ceil_mode=True).squeeze(1) > 0  # (B, W)
-    cosines = functional.normalize(windows, dim=1).transpose(1, 2) @ prompt.vector[..., None]
-    return cosines.squeeze(-1).masked_fill(~held, -1.0).amax(1)
-
-
 class Mixer(nn.Module):
     """One pre-norm transformer layer over prompt tokens."""
 
@@ -156,10 +138,10 @@ class Mixer(nn.Module):
 class PicoDecoder(nn.Module):
     """Scores passages from their pooled states: similarity features, product fusion, mixing, and the cosine.
 
-    ``margin = cosine_scale * cos + window_scale * best + shallow + deep``: `best` is the cosine of the nearest window
-    of the passage; `shallow` is a weighted mean over prompt tokens of features of their similarities to all states
-    (word codes tell the exact word, views the meaning, neighbours the phrase); `deep` adds what the token attends to,
-    fused by product, and mixes tokens. Before training all but the first are 0, so the order is the retriever's.
+    ``margin = cosine_scale * cos + shallow + deep``: `shallow` is a weighted mean over prompt tokens of features of
+    their similarities to all states (word codes tell the exact word, neighbours the phrase, views the meaning); `deep`
+    adds what the token attends to, fused by product, and mixes tokens. Before training both are 0, so the order is the
+    retriever's.
     """
 
     idf: Tensor
@@ -187,7 +169,6 @@ class PicoDecoder(nn.Module):
         self.token_out = nn.Linear(c.width, 2)
         self.head = nn.Sequential(nn.Linear(c.width, c.width // 2), nn.GELU(), nn.Linear(c.width // 2, 1))
         self.cosine_scale = nn.Parameter(torch.tensor(12.0))
-        self.window_scale = nn.Parameter(torch.tensor(0.0))
         self.segment = nn.Embedding(2, c.width)
         self.gate = nn.Sequential(nn.Linear(3 * c.hidden, 64), nn.GELU(), nn.Linear(64, 1))
         self._initialise()
@@ -253,13 +234,13 @@ class PicoDecoder(nn.Module):
         real = counts > 0
         states = torch.where(real[..., None], states, 0.0)
         hidden = states[..., : self.config.hidden]
-        sums = hidden * counts[..., None]  # (B, N, H): of the tokens behind each state
-        cosine = (functional.normalize(sums.sum(1), dim=-1) * prompt.vector).sum(-1)
+        vector = functional.normalize((hidden * counts[..., None]).sum(1), dim=-1)  # (B, H)
+        cosine = (vector * prompt.vector).sum(-1)
         keys, seen, words = self._similarities(prompt, states, counts)
         features = self._pair_features(seen, words, counts)  # (B, Q, 2M + 1)
         shallow = (self.shallow(features).squeeze(-1) * prompt.weights).sum(1)
         deep = self._deep(prompt, keys, seen, words, real, features)
-        base = self.cosine_scale * cosine + self.window_scale * _best_window(prompt, sums, counts) + shallow.float()
+        base = self.cosine_scale * cosine + shallow.float()
         return base + deep, base
 
     def attention(self, prompt: Prepared, states: Tensor, counts: Tensor) -> Tensor:

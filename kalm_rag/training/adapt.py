@@ -113,6 +113,7 @@ class _Run:
         self.backbone = T5Gemma2Backbone.load(
             base, name=str(base), revision="local", device=device, dtype=torch.float32, weights="in training"
         )
+        self.backbone.prefix_cache.resize(0)  # what it would keep is of the weights before the next step
         self.engine = Reranker(self.backbone, ratio=1)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
