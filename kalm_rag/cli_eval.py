@@ -222,12 +222,12 @@ def _print_report(report: EvalReport) -> None:
         f"{'judged' if report.pooled else 'by all-MiniLM-L6-v2'}, recall among them {report.rows[0].recall_k:.4f}"
         + (f"; task: {escape(report.task[:60])} ..." if report.task else "")
     )
-    table = _table("ranking", "r", "nDCG@10", "MRR@10", "R@10", "ECE", "Brier", "kept", "dropped", "ms")
+    table = _table("ranking", "r", "nDCG@10", "MRR@10", "R@10", "ECE", "ECE 1:1", "Brier", "kept", "dropped", "ms")
     for row in report.rows:
-        sure: list[str] = [""] * 5
+        sure: list[str] = [""] * 6
         if (one := row.calibration) is not None:
             shares = ["-" if share is None else f"{share:.1%}" for share in (one.kept, one.dropped)]
-            sure = [f"{one.ece:.4f}", f"{one.brier:.4f}", *shares, f"{row.milliseconds:.0f}"]
+            sure = [f"{one.ece:.4f}", _figure(one.balanced_ece), f"{one.brier:.4f}", *shares, f"{row.milliseconds:.0f}"]
         figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.recall_10)]
         table.add_row(_label(row), _ratio(row), *figures, *sure)
     out.print(table)
@@ -237,13 +237,17 @@ def _print_report(report: EvalReport) -> None:
 
 def _print_summary(rows: Sequence[Summary]) -> None:
     out.print(f"[bold]mean of {rows[0].sets} sets[/bold]")
-    table = _table("ranking", "r", "nDCG@10", "ECE", "worst gain", "where")
+    table = _table("ranking", "r", "nDCG@10", "ECE", "ECE 1:1", "worst gain", "where")
     for row in rows:
-        error = "" if row.ece is None else f"{row.ece:.4f}"
+        errors = [_figure(row.ece), _figure(row.balanced_ece)]
         worst = "" if row.worst_gain is None else f"{row.worst_gain:+.4f}"
-        table.add_row(_label(row), _ratio(row), f"{row.ndcg_10:.4f}", error, worst, escape(row.worst_set or ""))
+        table.add_row(_label(row), _ratio(row), f"{row.ndcg_10:.4f}", *errors, worst, escape(row.worst_set or ""))
     out.print(table)
     _print_changes(rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _print_changes(rows: Sequence[EvalRow] | Sequence[Summary]) -> None:

@@ -268,8 +268,8 @@ def test_json_has_stable_keys(report: Report) -> None:
     }  # fmt: skip
     assert set(told["checks"][0]) == {"key", "what", "worst", "allowed", "passed"}
     assert set(told["laws"][0]) == {
-        "key", "what", "variable", "clock", "points", "kind", "a", "b", "formula_ms", "exponent", "local_exponents", "departs",
-        "note",
+        "key", "what", "variable", "clock", "points", "kind", "a", "b", "formula_ms", "exponent",
+        "local_exponents", "departs", "note",
     }  # fmt: skip
     assert told["machine"]["device"] == "cpu"
     assert told["settings"]["candidates"] == 6

@@ -116,7 +116,7 @@ def test_metrics_by_hand(folder):
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["rows"][0]["ranking"] == "retrieval"
     assert set(plain["rows"][3]["over_fusion"]) == {"mean", "low", "high", "p"}
-    assert set(plain["rows"][3]["calibration"]) == {"ece", "brier", "kept", "dropped", "pairs"}
+    assert set(plain["rows"][3]["calibration"]) == {"ece", "balanced_ece", "brier", "kept", "dropped", "pairs"}
 
 
 def test_top_k_bounds_what_reranking_can_reach(folder):
@@ -249,6 +249,17 @@ def test_calibration_by_hand():
     assert found.brier == pytest.approx(0.073125)
     assert (found.kept, found.dropped, found.pairs) == (7 / 8, 1.0, 16)
     assert calibration(torch.tensor([0.5, 0.4]), torch.zeros(2)).kept is None
+
+
+def test_balanced_calibration_by_hand():
+    """One relevant pair of P 0.8 weighs 0.5, four irrelevant ones of P 0.3 weigh 0.125 each; each in a bin of its own.
+
+    0.5 * |0.8 - 1| + 4 * 0.125 * |0.3 - 0| = 0.1 + 0.15 = 0.25. Unweighted: (0.2 + 4 * 0.3) / 5 = 0.28.
+    """
+    found = calibration(torch.tensor([0.8, 0.3, 0.3, 0.3, 0.3]), torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]))
+    assert found.balanced_ece == pytest.approx(0.25)
+    assert found.ece == pytest.approx(0.28)
+    assert calibration(torch.tensor([0.5]), torch.ones(1)).balanced_ece is None
 
 
 def test_fusion_by_hand():

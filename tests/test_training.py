@@ -84,6 +84,9 @@ def test_calibration_recovers_the_rate():
     scale, shift = calibrate(margins, torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0]))
     assert shift == pytest.approx(-math.log(3), abs=1e-2)
     assert scale == pytest.approx(math.log(3), abs=1e-2)
+    # relevant pairs weigh 3 times as much: 3 in 6 and 9 in 10, logits 0 and log 9
+    scale, shift = calibrate(margins, gold := torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0]), 1 + 2 * gold)
+    assert (scale, shift) == (pytest.approx(math.log(9) / 2, abs=1e-2), pytest.approx(0.0, abs=1e-2))
 
 
 def test_mean_ndcg_by_hand():

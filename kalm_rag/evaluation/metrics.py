@@ -53,6 +53,8 @@ class Calibration:
     Attributes:
         ece: Expected calibration error: mean distance between P(yes) and the share of relevant ones, over 15 bins of
             equal mass (Nixon et al. 2019, arXiv 1904.01685: with equal width, nearly all irrelevant pairs share one).
+        balanced_ece: The same with relevant and irrelevant pairs weighing half each: what a model means whose P(yes)
+            doesn't count on how rare relevant candidates are. None if one kind is missing.
         brier: Mean squared distance between P(yes) and 1 or 0; lower is better.
         kept: Share of relevant candidates with P(yes) >= 0.5; None if there are none.
         dropped: Share of irrelevant candidates with P(yes) < 0.5; None if there are none.
@@ -60,6 +62,7 @@ class Calibration:
     """
 
     ece: float
+    balanced_ece: float | None
     brier: float
     kept: float | None
     dropped: float | None
@@ -120,16 +123,27 @@ def calibration(probabilities: Tensor, relevant: Tensor) -> Calibration:
     order = probabilities.argsort(stable=True)
     guessed = probabilities.double().numpy()[order.numpy()]
     true = relevant.double().numpy()[order.numpy()]
-    bins = [rows for rows in np.array_split(np.arange(len(true)), BINS) if len(rows)]
-    error = math.fsum(len(rows) * abs(guessed[rows].mean() - true[rows].mean()) for rows in bins)
-    yes = guessed >= 0.5
+    rows = np.arange(len(true))
+    bins = [part for part in np.array_split(rows, BINS) if len(part)]
+    yes, good = guessed >= 0.5, int((true > 0).sum())
+    balanced = None
+    if 0 < good < len(true):
+        weights = np.where(true > 0, 0.5 / good, 0.5 / (len(true) - good))
+        middles = np.minimum(BINS - 1, (BINS * (weights.cumsum() - weights / 2)).astype(int))
+        balanced = _gap(guessed, true, weights, [rows[middles == place] for place in range(BINS)])
     return Calibration(
-        ece=error / len(true),
+        ece=_gap(guessed, true, np.full(len(true), 1 / len(true)), bins),
+        balanced_ece=balanced,
         brier=float(((guessed - true) ** 2).mean()),
         kept=float(yes[true > 0].mean()) if bool((true > 0).any()) else None,
         dropped=float(1 - yes[true == 0].mean()) if bool((true == 0).any()) else None,
         pairs=len(true),
     )
+
+
+def _gap(guessed: np.ndarray, true: np.ndarray, weights: np.ndarray, bins: Sequence[np.ndarray]) -> float:
+    """Weighted mean over bins of the distance between what was guessed and what was true in each."""
+    return math.fsum(abs(float((weights[rows] * (guessed[rows] - true[rows])).sum())) for rows in bins)
 
 
 def load_measures() -> ModuleType:

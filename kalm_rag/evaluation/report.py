@@ -108,6 +108,7 @@ class Summary:
         worst_set: The set with the smallest gain over retrieval; None for retrieval.
         worst_gain: That gain.
         ece: Mean calibration error; None where there are no probabilities.
+        balanced_ece: Likewise, relevant and irrelevant pairs weighing half each.
     """
 
     ranking: str
@@ -121,6 +122,7 @@ class Summary:
     worst_set: str | None
     worst_gain: float | None
     ece: float | None
+    balanced_ece: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-able."""
@@ -151,7 +153,8 @@ def summarise(reports: Sequence[EvalReport]) -> list[Summary]:
 def _summary(sets: Sequence[tuple[EvalRow, ...]], place: int, names: Sequence[str]) -> Summary:
     rows = [one[place] for one in sets]
     gains = [row.over_retrieval.mean for row in rows if row.over_retrieval is not None]
-    errors = [row.calibration.ece for row in rows if row.calibration is not None]
+    sure = [row.calibration for row in rows if row.calibration is not None]
+    balanced = [one.balanced_ece for one in sure if one.balanced_ece is not None]
     first = rows[0]
     return Summary(
         ranking=first.ranking,
@@ -164,7 +167,8 @@ def _summary(sets: Sequence[tuple[EvalRow, ...]], place: int, names: Sequence[st
         over_first=_mean_change(sets, place, "reranked") if first.over_first else None,
         worst_set=names[gains.index(min(gains))] if gains else None,
         worst_gain=min(gains) if gains else None,
-        ece=mean(errors) if errors else None,
+        ece=mean([one.ece for one in sure]) if sure else None,
+        balanced_ece=mean(balanced) if balanced else None,
     )
 
 

@@ -71,10 +71,15 @@ def score_dev(backbone: PicoBackbone, lists: Lists, ratios: Sequence[int] = (4, 
 
 
 def calibrate_on(backbone: PicoBackbone, lists: Sequence[Lists], ratio: int = 4) -> None:
-    """Fit the scale and shift that make ``sigmoid(margin)`` a probability, over all held-out pairs."""
+    """Fit the scale and shift that make ``sigmoid(margin)`` a probability, over all held-out pairs.
+
+    In each set, relevant and irrelevant pairs weigh half each: of 50 candidates mostly one is relevant, and a P(yes)
+    that counts on this is hardly ever above 0.5.
+    """
     margins = [dev_margins(backbone, one, ratio).flatten() for one in lists]
     gold = [one.gold[:, : min(TOP_K, one.depth)].flatten() for one in lists]
-    scale, shift = calibrate(torch.cat(margins), torch.cat(gold))
+    weights = [torch.where(own > 0, 0.5 / own.sum().clamp(min=1), 0.5 / (1 - own).sum().clamp(min=1)) for own in gold]
+    scale, shift = calibrate(torch.cat(margins), torch.cat(gold), torch.cat(weights) * 1000)
     backbone.decoder.calibration.copy_(torch.tensor([scale, shift]))
 
 

@@ -47,12 +47,13 @@ def distillation_loss(margins: Tensor, teacher: Tensor, sharpness: float = 1.5) 
     return functional.kl_div(functional.log_softmax(margins, dim=1), wanted, log_target=True, reduction="batchmean")
 
 
-def calibrate(margins: Tensor, gold: Tensor, steps: int = 200) -> tuple[float, float]:
+def calibrate(margins: Tensor, gold: Tensor, weights: Tensor | None = None, steps: int = 200) -> tuple[float, float]:
     """Fit ``sigmoid(scale * margin + shift)`` to labels by maximum likelihood (Platt), scale > 0.
 
     Args:
         margins: Scores of held-out pairs, ``(P,)``.
         gold: 1 or 0, ``(P,)``.
+        weights: How much each pair counts, ``(P,)``; None is alike.
         steps: Newton-like steps of L-BFGS.
 
     Returns:
@@ -63,7 +64,7 @@ def calibrate(margins: Tensor, gold: Tensor, steps: int = 200) -> tuple[float, f
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = functional.binary_cross_entropy_with_logits(margins * free[0].exp() + free[1], gold)
+        loss = functional.binary_cross_entropy_with_logits(margins * free[0].exp() + free[1], gold, weights)
         loss.backward()
         return loss
 
