@@ -28,6 +28,29 @@ ALLOWED = {"fp32": 1e-5, "bf16": 1e-2}
 """Difference of P(yes) between stored states and the published protocol that is still rounding."""
 
 
+LEAST_CORRELATION = 0.97
+"""Spearman's correlation that int8 weights keep with the published protocol's scores, at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to decode: its key, its name for people, bytes of prompt beginnings kept, and weights."""
+
+    key: str
+    what: str
+    cache_bytes: int = 0
+    decoder_weights: str | None = None
+
+
+WAYS = (
+    Way(key="stored", what="stored"),
+    Way(key="prefix", what="prefix kept", cache_bytes=CPU_CACHE_BYTES),
+    Way(key="int8", what="int8 weights", decoder_weights="int8"),
+    Way(key="int8_prefix", what="int8, prefix kept", decoder_weights="int8", cache_bytes=CPU_CACHE_BYTES),
+)
+"""Ways to decode over stored states; int8 weights are for the CPU."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NanoCase:
     """What is timed.
@@ -68,11 +91,16 @@ class NanoCase:
         return self.texts if self.full else self.texts[: self.batch]
 
 
-def open_nano(folder: Path, dtype: str, device: torch.device, ratio: int = 4) -> Reranker:
-    """Load the checkpoint with its cache of prompt beginnings off, so that every query costs what a first one does."""
-    engine = Reranker.from_pretrained(str(folder), device=device, dtype=dtype, ratio=ratio)
-    cast("T5Gemma2Backbone", engine.backbone).prefix_cache.resize(0)
-    return engine
+def open_nano(folder: Path, dtype: str, device: torch.device, way: Way = WAYS[0], ratio: int = 4) -> Reranker:
+    """Load the checkpoint for one way to decode; by default nothing is kept, so that no query helps the next."""
+    return Reranker.from_pretrained(
+        str(folder),
+        device=device,
+        dtype=dtype,
+        ratio=ratio,
+        decoder_weights=way.decoder_weights,
+        prefix_cache_bytes=way.cache_bytes,
+    )
 
 
 def bench_nano(folder: Path, dtype: str, device: torch.device, case: NanoCase) -> tuple[list[Row], list[Check]]:
@@ -85,14 +113,22 @@ def bench_nano(folder: Path, dtype: str, device: torch.device, case: NanoCase) -
         case: Shapes.
     """
     published, wanted = _published(folder, dtype, device, case)
-    with open_nano(folder, dtype, device, case.ratio) as engine, tempfile.TemporaryDirectory() as home:
-        encode, made = _encode(engine, case)
-        with open_store(home, engine.layout()) as store:
+    with tempfile.TemporaryDirectory() as home:
+        with open_nano(folder, dtype, device, ratio=case.ratio) as engine:
+            encode, made = _encode(engine, case)
+            layout = engine.layout()
+        encoded = row_of(
+            f"nano.{dtype}.encode", case.group(dtype), "encode", "encode", encode, passages=len(case.sample)
+        )
+        rows, checks = [published, encoded], []
+        with open_store(home, layout) as store:
             store.put_many(stretch_states(made, case.texts))
-            query = Query(engine, store, case.texts, prompt_of(case.prompt))
-            rows, checks = _ways(query, dtype, case, made[0].tokens, wanted)
-    encoded = row_of(f"nano.{dtype}.encode", case.group(dtype), "encode", "encode", encode, passages=len(case.sample))
-    return [published, encoded, *rows], checks
+            for way in WAYS if device.type == "cpu" else WAYS[:2]:
+                with open_nano(folder, dtype, device, way, case.ratio) as engine:
+                    query = Query(engine, store, case.texts, prompt_of(case.prompt))
+                    rows += _way(query, way, dtype, case, layout.payload_bytes(made[0].tokens))
+                    checks.append(_check(query.probabilities()[: len(wanted)], wanted, way, dtype))
+    return rows, checks
 
 
 def _encode(engine: Reranker, case: NanoCase) -> tuple[Spread, list[PassageStates]]:
@@ -106,30 +142,25 @@ def _encode(engine: Reranker, case: NanoCase) -> tuple[Spread, list[PassageState
     return spread, made
 
 
-def _ways(query: Query, dtype: str, case: NanoCase, tokens: int, wanted: torch.Tensor) -> tuple[list[Row], list[Check]]:
-    """Rows and checks of each way to decode: as it comes, and behind prompt beginnings that were kept."""
-    rows: list[Row] = []
-    checks: list[Check] = []
-    cache = cast("T5Gemma2Backbone", query.engine.backbone).prefix_cache
-    size = query.engine.layout().payload_bytes(tokens)
-    for name, what, held in (("stored", "stored", 0), ("prefix", "prefix kept", CPU_CACHE_BYTES)):
-        cache.resize(held)
-        if held:
-            query.after(prompt_of(case.prompt, seed=5))  # another query under the same instructions came before
-        key = f"nano.{dtype}.{name}"
-        timed = query_rows(key, case.group(dtype), what, query, case.repeats, size, baseline=f"nano.{dtype}.one_phase")
-        if held:
-            seen = cache.stats
-            note = (
-                f"an earlier query left {seen.entries} prompt beginnings, {seen.bytes / seen.entries / 1e6:.2f} MB each"
-            )
-            timed[-1] = replace(timed[-1], note=note)
-        rows += timed
-        worst = float((query.probabilities()[: len(wanted)] - wanted).abs().max())
-        told = f"Nano shape, {dtype}: {what} and the published protocol, {len(wanted)} passages"
-        checks.append(Check(key=key, what=told, worst=worst, allowed=ALLOWED[dtype]))
-    cache.resize(0)
-    return rows, checks
+def _way(query: Query, way: Way, dtype: str, case: NanoCase, size: int) -> list[Row]:
+    if way.cache_bytes:
+        query.after(prompt_of(case.prompt, seed=5))  # another query under the same instructions came before
+    group, baseline = case.group(dtype), f"nano.{dtype}.one_phase"
+    rows = query_rows(f"nano.{dtype}.{way.key}", group, way.what, query, case.repeats, size, baseline=baseline)
+    if way.cache_bytes:
+        kept = cast("T5Gemma2Backbone", query.engine.backbone).prefix_cache.stats
+        each = kept.bytes / max(kept.entries, 1) / 1e6
+        rows[-1] = replace(rows[-1], note=f"an earlier query left {kept.entries} prompt beginnings of {each:.2f} MB")
+    return rows
+
+
+def _check(found: torch.Tensor, wanted: torch.Tensor, way: Way, dtype: str) -> Check:
+    key, what = f"nano.{dtype}.{way.key}", f"Nano shape, {dtype}, {way.what}: {len(wanted)} passages"
+    if way.decoder_weights is None:
+        return Check(key=key, what=what, worst=float((found - wanted).abs().max()), allowed=ALLOWED[dtype])
+    ranks = torch.stack([found, wanted]).argsort(1).argsort(1).double()
+    lost = 1.0 - float(torch.corrcoef(ranks)[0, 1])
+    return Check(key=key, what=what, worst=lost, allowed=1.0 - LEAST_CORRELATION, measure="1 - Spearman's correlation")
 
 
 def _published(folder: Path, dtype: str, device: torch.device, case: NanoCase) -> tuple[Row, torch.Tensor]:

@@ -86,14 +86,16 @@ class Check:
     Attributes:
         key: Stable name.
         what: Which two ways.
-        worst: Largest difference of P(yes).
+        worst: What they differ by at most.
         allowed: Largest that is still rounding.
+        measure: What `worst` is: the difference of P(yes), or for rounded weights what the order lost.
     """
 
     key: str
     what: str
     worst: float
     allowed: float
+    measure: str = "P(yes) differs by"
 
     @property
     def passed(self) -> bool:
@@ -213,8 +215,8 @@ def _law_table(laws: Sequence[Law]) -> Table:
 
 
 def _check_line(check: Check) -> str:
-    told = "equal" if check.passed else "[red]NOT EQUAL[/red]"
-    return f"{told}: {escape(check.what)}; P(yes) differs by {check.worst:.1e} at most (allowed {check.allowed:.0e})"
+    told = "as published" if check.passed else "[red]NOT AS PUBLISHED[/red]"
+    return f"{told}: {escape(check.what)}; {check.measure} {check.worst:.1e} (at most {check.allowed:.0e})"
 
 
 def _line(values: dict[str, Any]) -> str:
