@@ -32,8 +32,10 @@ class Int8Projection:
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Map ``(..., in)`` to one ``(..., out)`` per layer, in the dtype of `x`."""
         rows, scales = _round_rows(x.flatten(0, -2))
+        # as unsigned with 128 for zero: oneDNN's fast kernels take no signed input, and its slow ones are very slow
+        rows = (rows.to(torch.int16) + 128).to(torch.uint8)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, 0, self._packed, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            rows, 1.0, 128, self._packed, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         product.mul_(scales[:, None])
         if self._bias is not None:
