@@ -243,8 +243,8 @@ def test_damaged_weights_are_refused(pico, tmp_path):
     (tmp_path / "pico.safetensors").write_bytes(data)
     with pytest.raises(ModelError, match="its config says"):
         read_weights(tmp_path)
-    (tmp_path / "config.json").write_text(config.replace('"format": 1', '"format": 9'))
-    with pytest.raises(ModelError, match="format 9; this release reads 1"):
+    (tmp_path / "config.json").write_text(config.replace('"format": 2', '"format": 9'))
+    with pytest.raises(ModelError, match="format 9; this release reads 2"):
         read_weights(tmp_path)
 
 
