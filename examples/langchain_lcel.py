@@ -41,7 +41,7 @@ def main() -> None:
     # model = ChatOpenAI(model="gpt-4o-mini")  # a real model: from langchain_openai import ChatOpenAI
     chain = {"context": retriever | numbered, "question": RunnablePassthrough()} | PROMPT | model | StrOutputParser()
 
-    question = "How do bees stay warm in winter?"
+    question = "How do bees keep each other warm?"
     print(f"system: {retriever.instructions.system}\ntask:   {retriever.instructions.task}\n")
     for place, document in enumerate(retriever.invoke(question), start=1):
         was, score = document.metadata["retrieval_rank"], document.metadata["relevance_score"]

@@ -206,7 +206,7 @@ def test_nano_full_takes_every_candidate(folder: Path) -> None:
     case = NanoCase(candidates=6, tokens=20, prompt=60, batch=4, repeats=1, full=True)
     rows, _ = bench_nano(folder, "bf16", CPU, case)
     assert {row.passages for row in rows} == {6}
-    assert rows[0].note == ""
+    assert rows[0].note == "batches of 4"
 
 
 def test_loading_tells_why_it_failed(tmp_path: Path) -> None:
