@@ -127,8 +127,52 @@ _HOW = (
 )
 
 
+_GIVEN = ("Here are", "You are given", "You get", "The following are", "Attached are", "There are", "Find below")
+_AMOUNT = ("some", "several", "a number of", "up to ten", "the retrieved", "numbered", "all the")
+_PIECES = (
+    *("passages", "text fragments", "chunks", "notes", "search results", "pieces of text", "quotations", "sections"),
+    *("entries", "records", "extracts", "sources", "paragraphs", "context documents"),
+)
+_USE = (
+    *("Base your reply on them", "Use nothing else", "Work only with these", "Say what is missing", "Rely on them"),
+    *("Ignore those that do not help", "Point out contradictions", "Prefer recent ones", "Quote them exactly"),
+    *("Combine them into one reply", "Refer to them by number", "Do not repeat them word by word"),
+)
+_FORM = (
+    *(
+        "Write complete sentences",
+        "Use bold for key terms",
+        "Avoid jargon",
+        "Do not use tables",
+        "Keep it under 100 words",
+    ),
+    *("Use headings", "Leave out greetings", "Write in the present tense", "Answer in the third person", "Sign as Sam"),
+    *("Use a warm tone", "Never use slang", "Do not use exclamation marks", "Start with a summary", "Use metric units"),
+    *("Use British spelling", "Number your points", "Keep the layout simple"),
+)
+_SETTING = (
+    *(
+        "This conversation is recorded",
+        "Treat everything as private",
+        "The user may be in a hurry",
+        "It is a normal day",
+    ),
+    *("You work for our team", "You help the people of our firm", "You are on the service desk", "Stay patient"),
+    *("The chat may last long", "Our clients expect quality", "Be fair to everyone", "Keep what users tell you secret"),
+    *("You are new here", "Remain neutral", "Users come from many countries", "Your shift has just begun"),
+)
+
+
+def _circumstance(rng: random.Random) -> str:
+    """What surrounds a question in an app's prompt: that there is context, how to write, who asks."""
+    given = f"{rng.choice(_GIVEN)} {rng.choice(_AMOUNT)} {rng.choice(_PIECES)}. {rng.choice(_USE)}."
+    form = f"{rng.choice(_FORM)}. {rng.choice(_FORM)}."
+    setting = f"{rng.choice(_SETTING)}. {rng.choice((*_FORM, *_USE, *_SETTING))}."
+    return rng.choice((given, given, form, setting))
+
+
 def generic(rng: random.Random) -> str:
-    """One generic instruction: a known text, a role, or a task that fits any query; sometimes two joined."""
+    """One generic instruction: a known text, a role, a task that fits any query, or circumstances; sometimes two."""
     parts = []
     for _ in range(rng.choice((1, 1, 2))):
         role = f"You are a {rng.choice(_ROLES)}" + rng.choice(("", f" for a {rng.choice(_PLACES)}")) + "."
@@ -138,7 +182,8 @@ def generic(rng: random.Random) -> str:
             f"{rng.choice(('the', 'this', 'each', 'a given'))} {rng.choice(_KINDS)}."
         )
         manner = f"{rng.choice(_DO)} {rng.choice(_WHAT)} {rng.choice(_HOW)}."
-        parts.append(rng.choice((role, task, order.capitalize(), manner, manner, rng.choice(GENERIC))))
+        around = _circumstance(rng)
+        parts.append(rng.choice((role, task, order.capitalize(), manner, around, around, rng.choice(GENERIC))))
     return " ".join(parts)
 
 
