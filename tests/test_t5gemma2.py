@@ -121,7 +121,8 @@ def test_checkpoints_of_both_spellings_load(tmp_path: Path, tiny_folder: Path, t
     assert respelled.keys() != weights.keys()
     save_file(respelled, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with Reranker.from_pretrained(str(tmp_path), device="cpu") as engine:
-        assert engine.score("q", engine.encode(["p"])) == tiny.score("q", tiny.encode(["p"]))
+        (found,), (wanted,) = (one.score("q", one.encode(["p"])) for one in (engine, tiny))
+        assert found.margin == pytest.approx(wanted.margin, abs=1e-5)  # other addresses may mean other kernels
 
 
 def test_vision_tower_is_never_built(tiny: Reranker) -> None:
