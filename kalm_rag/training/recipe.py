@@ -253,6 +253,13 @@ def _learn(
 
 def load_all(folders: Sequence[Path], reader: MiniLMEncoder, config: TrainConfig) -> tuple[list[Lists], list[Lists]]:
     """Read every source from the first folder that has it: lists to learn from, and held-out lists."""
+    names = dict.fromkeys(source.name for source in config.sources + config.dev_only)
+    missing = [name for name in names if not any((Path(one) / name).is_dir() for one in folders)]
+    if missing:  # said before minutes of reading
+        raise InputError(
+            f"{', '.join(missing)} is not a folder below {', '.join(map(str, folders))}; wanted all collections of the "
+            f"recipe. Those named debian-* come from kalm-rag collect-text: give its --out as another --data."
+        )
     learnt, held = [], []
     for source in config.sources + config.dev_only:
         home = next((one for one in folders if (Path(one) / source.name).is_dir()), folders[0])
