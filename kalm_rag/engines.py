@@ -16,6 +16,7 @@ import torch
 from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.instructions import Instructions, check_text
 from kalm_rag.lookup import Missing, Placed, check_missing, rank_texts
+from kalm_rag.models.backbone import CachingBackbone
 from kalm_rag.pooling import check_ratio
 from kalm_rag.ranking import check_cut, check_query
 from kalm_rag.reranker import DEFAULT_RATIO, Reranker
@@ -50,6 +51,9 @@ class EngineSpec:
         dtype: ``bf16`` or ``fp32``; None takes what fits the device. A torch dtype becomes its name.
         ratio: Tokens a state stands for where the engine makes states; None is 4.
         batch_size: Most passages in one pass.
+        decoder_weights: ``int8`` or None; see `Reranker.from_pretrained`, as for the next two.
+        compiled: Whether the decoder is compiled.
+        prefix_cache_bytes: Most bytes of decoder work kept; None leaves the model's bound.
 
     Raises:
         InputError: If the model is no name, or a number is out of range. Devices are looked at when loading.
@@ -61,6 +65,9 @@ class EngineSpec:
     dtype: str | None = None
     ratio: int | None = None
     batch_size: int = 64
+    decoder_weights: str | None = None
+    compiled: bool = False
+    prefix_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -97,6 +104,9 @@ class EngineSpec:
             dtype=self.dtype,
             ratio=self.ratio if self.ratio is not None else DEFAULT_RATIO,
             batch_size=self.batch_size,
+            decoder_weights=self.decoder_weights,
+            compiled=self.compiled,
+            prefix_cache_bytes=self.prefix_cache_bytes,
         )
         with _lock:
             kept = _engines.get(self)
@@ -110,7 +120,14 @@ class EngineSpec:
 def settings_of(engine: Reranker) -> dict[str, Any]:
     """What an `EngineSpec` needs to load a ready engine again elsewhere, ratio aside."""
     info = engine.info
-    return {
+    ways: dict[str, Any] = {}
+    if isinstance(engine.backbone, CachingBackbone):
+        ways = {
+            "decoder_weights": engine.backbone.decoder_weights,
+            "compiled": engine.backbone.compiled,
+            "prefix_cache_bytes": engine.backbone.prefix_cache.stats.max_bytes,
+        }
+    return ways | {
         "model": info.name,
         "revision": None if info.family == "pico" or info.revision == "local" else info.revision,
         "device": ",".join(map(str, engine.devices)),

@@ -104,6 +104,7 @@ class Reranker:
         ratio: int | None = DEFAULT_RATIO,
         batch_size: int = 64,
         decoder_weights: str | None = None,
+        compiled: bool = False,
         prefix_cache_bytes: int | None = None,
     ) -> Reranker:
         """Load a model by name, or share it if this process has it already.
@@ -119,6 +120,8 @@ class Reranker:
             batch_size: Most passages in one pass.
             decoder_weights: ``"int8"`` scores KaLM checkpoints with rounded decoder weights, on the CPU: faster, a
                 little less exact; states and stores are not touched. None takes them as they are.
+            compiled: Run a KaLM checkpoint's decoder through ``torch.compile``: the first query then takes a minute or
+                more. For GPUs; needs what torch's compiler needs (Triton there, a C++ compiler on a CPU).
             prefix_cache_bytes: Most bytes of decoder work that a KaLM checkpoint keeps in memory, so that passages
                 seen before under the same instructions are scored faster; 0 keeps nothing. All engines of one loaded
                 model share it, and the last number given holds. None leaves it: 512 MiB on the CPU, 0 on a GPU.
@@ -138,8 +141,15 @@ class Reranker:
         with ExitStack() as leases:
             loaded = []
             for where in devices:
-                weights = decoder_weights if where == devices[0] else None  # the decoder runs on the first
-                lease = acquire(name, revision=revision, device=where, dtype=computing, decoder_weights=weights)
+                decodes = where == devices[0]
+                lease = acquire(
+                    name,
+                    revision=revision,
+                    device=where,
+                    dtype=computing,
+                    decoder_weights=decoder_weights if decodes else None,
+                    compiled=compiled and decodes,
+                )
                 leases.callback(lease.release)
                 loaded.append(lease.backbone)
             if prefix_cache_bytes is not None and isinstance(loaded[0], CachingBackbone):

@@ -7,6 +7,7 @@ traced as a chain run with the candidates as its input, and its start always has
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from langchain_core.callbacks import Callbacks
@@ -42,6 +43,9 @@ RETRIEVAL_RANK = "retrieval_rank"
 CONFIG_KEY = "kalm_instructions"
 """Key in ``config["configurable"]`` for the instructions of one call."""
 
+_ENGINE_FIELDS = {field.name for field in fields(EngineSpec)} - {"ratio"}
+"""Fields that say which engine; `ratio` is the store's too."""
+
 _QUERY_KEYS = ("query", "question", "input")
 _DOCUMENT_KEYS = ("documents", "context", "docs")
 
@@ -60,6 +64,9 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         ratio: Tokens a state stands for. With a store: a multiple of what is stored; None takes the stored one.
             Without a store: None is 4.
         batch_size: Most passages in one pass.
+        decoder_weights: As `Reranker.from_pretrained`: ``int8`` scores KaLM checkpoints faster on the CPU.
+        compiled: As `Reranker.from_pretrained`.
+        prefix_cache_bytes: As `Reranker.from_pretrained`.
         top_n: Most documents given back, >= 1; None gives all.
         threshold: Keep only P(yes) >= this, in [0, 1].
         missing: Documents without stored states are encoded and kept (``"encode"``), an error (``"raise"``), or put
@@ -89,6 +96,9 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
     dtype: str | None = None
     ratio: StrictInt | None = None
     batch_size: StrictInt = 64
+    decoder_weights: str | None = None
+    compiled: bool = False
+    prefix_cache_bytes: StrictInt | None = None
     top_n: StrictInt | None = 3
     threshold: float | None = None
     missing: Missing = "encode"
@@ -125,7 +135,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
         if self.reranker is not None:
-            given = {"model", "revision", "device", "dtype", "batch_size"} & self.model_fields_set
+            given = _ENGINE_FIELDS & self.model_fields_set
             if given:
                 raise InputError(f"reranker and {', '.join(sorted(given))} were both given; wanted one of them.")
             self.__dict__.update(settings_of(self.reranker))  # so that what is written down makes the same engine
@@ -257,14 +267,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         return document.model_copy(update={"metadata": metadata})
 
     def _spec(self) -> EngineSpec:
-        return EngineSpec(
-            model=self.model,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
-            ratio=self.ratio,
-            batch_size=self.batch_size,
-        )
+        return EngineSpec(**{field: getattr(self, field) for field in _ENGINE_FIELDS}, ratio=self.ratio)
 
     def _run_name(self, config: RunnableConfig) -> str:
         return config.get("run_name") or type(self).__name__

@@ -71,6 +71,9 @@ class KaLMChroma(Chroma):
         device: As `Reranker.from_pretrained`.
         dtype: As `Reranker.from_pretrained`.
         batch_size: Most passages in one pass.
+        decoder_weights: As `Reranker.from_pretrained`: ``int8`` scores KaLM checkpoints faster on the CPU.
+        compiled: As `Reranker.from_pretrained`.
+        prefix_cache_bytes: As `Reranker.from_pretrained`.
         reranker: A ready engine in place of these; stays yours to close.
         store: Where states go. None: SQLite beside `persist_directory`, in memory for an ephemeral client, a companion
             collection for a remote one.
@@ -107,6 +110,9 @@ class KaLMChroma(Chroma):
         device: str | None = None,
         dtype: str | None = None,
         batch_size: int = 64,
+        decoder_weights: str | None = None,
+        compiled: bool = False,
+        prefix_cache_bytes: int | None = None,
         reranker: Reranker | None = None,
         store: StateStore | None = None,
         ratio: int | None = None,
@@ -114,7 +120,8 @@ class KaLMChroma(Chroma):
         missing: Missing = "encode",
     ) -> None:
         self._settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        if reranker is not None and any(value is not None for value in (model, revision, device, dtype)):
+        named = model, revision, device, dtype, decoder_weights, compiled or None, prefix_cache_bytes
+        if reranker is not None and any(value is not None for value in named):
             raise InputError("reranker and model settings were both given; wanted one of them.")
         self._missing = check_missing(missing)
         self._spec = EngineSpec(
@@ -124,6 +131,9 @@ class KaLMChroma(Chroma):
             dtype=dtype,
             ratio=ratio,
             batch_size=batch_size,
+            decoder_weights=decoder_weights,
+            compiled=compiled,
+            prefix_cache_bytes=prefix_cache_bytes,
         )
         self._codec = None if codec is None else Codec.parse(codec)
         self._lock = threading.Lock()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serializer, field_validator, model_validator
@@ -113,6 +114,11 @@ class EngineFields(BaseComponent):
         default=None, frozen=True, description="Tokens a state stands for; None: as stored, or 4."
     )
     batch_size: int = Field(default=64, frozen=True, description="Most passages in one pass.")
+    decoder_weights: str | None = Field(default=None, frozen=True, description="int8: faster scoring on the CPU.")
+    compiled: bool = Field(default=False, frozen=True, description="Compile the decoder, at the first query.")
+    prefix_cache_bytes: int | None = Field(
+        default=None, frozen=True, description="Most bytes of decoder work kept between queries; None: the model's."
+    )
     store: Any = Field(
         default=None,
         frozen=True,
@@ -146,11 +152,15 @@ class EngineFields(BaseComponent):
         return self
 
     def _share(self, given: Parts) -> Parts:
-        """Use the store of a `KaLMChromaVectorStore`, opened once for both, and its engine unless one was named."""
+        """Use the store of a `KaLMChromaVectorStore`, opened once for both, and its engine unless one was named.
+
+        Where only the way it runs is another, it is another engine of the same model.
+        """
         spec, reranker = self._spec(), self.reranker
         if reranker is None and not self.model_fields_set & set(SPEC_FIELDS):
-            spec, reranker = given.spec, given.reranker
-            self.__dict__.update({field: getattr(spec, field) for field in (*SPEC_FIELDS, "batch_size")})
+            other = {field: getattr(self, field) for field in self.model_fields_set & set(RUN_FIELDS)}
+            spec, reranker = replace(given.spec, **other), None if other else given.reranker
+            self.__dict__.update({field: getattr(spec, field) for field in (*SPEC_FIELDS, *RUN_FIELDS)})
         return Parts(spec, reranker=reranker, store=given)
 
     @field_serializer("store")
@@ -163,7 +173,7 @@ class EngineFields(BaseComponent):
         return self._parts
 
     def _spec(self) -> EngineSpec:
-        return EngineSpec(**{field: getattr(self, field) for field in (*SPEC_FIELDS, "ratio", "batch_size")})
+        return EngineSpec(**{field: getattr(self, field) for field in (*SPEC_FIELDS, *RUN_FIELDS, "ratio")})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by what ``to_dict`` says; neither model nor open store travels.
@@ -188,6 +198,9 @@ class EngineFields(BaseComponent):
 
 
 SPEC_FIELDS = ("model", "revision", "device", "dtype")
+"""Fields that say which model, where."""
+RUN_FIELDS = ("batch_size", "decoder_weights", "compiled", "prefix_cache_bytes")
+"""Fields that say how it runs."""
 
 
 def read_store(value: object) -> Any:  # noqa: ANN401 - a store, a component that has one, its place, or None

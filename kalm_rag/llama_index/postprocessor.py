@@ -43,6 +43,9 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
         dtype: ``bf16`` or ``fp32``.
         ratio: Tokens a state stands for when scoring; with a store, a multiple of its ratio.
         batch_size: Most passages in one pass.
+        decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU.
+        compiled: Compile a KaLM checkpoint's decoder at the first query (for GPUs).
+        prefix_cache_bytes: Most bytes of decoder work kept between queries; None leaves the model's bound.
         store: Where states are: a `StateStore`, a folder (of a Chroma database, say), a ``.sqlite3`` file, a
             `KaLMChromaVectorStore`; None takes a bounded cache of this process.
         reranker: A ready engine instead of `model`, yours to close.

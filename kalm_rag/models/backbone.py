@@ -157,6 +157,8 @@ class EmbeddingBackbone(Backbone, Protocol):
 
 @runtime_checkable
 class CachingBackbone(Protocol):
-    """A backbone that keeps decoder work per passage (KaLM checkpoints)."""
+    """A backbone that keeps decoder work per passage, and whose decoder runs in several ways (KaLM checkpoints)."""
 
     prefix_cache: PrefixCache
+    decoder_weights: str | None
+    compiled: bool

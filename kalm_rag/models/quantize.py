@@ -7,6 +7,8 @@ operator that torch's compiler lowers to, and comes with the weights' scales app
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class Int8Projection:
         """Map ``(..., in)`` to one ``(..., out)`` per layer, in the dtype of `x`."""
         rows, scales = _round_rows(x.flatten(0, -2))
         # as unsigned with 128 for zero: oneDNN's fast kernels take no signed input, and its slow ones are very slow
-        rows = (rows.to(torch.int16) + 128).to(torch.uint8)
+        rows = rows.view(torch.uint8).bitwise_xor_(128)  # q + 128, of two's complement
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             rows, 1.0, 128, self._packed, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -41,6 +43,11 @@ class Int8Projection:
         if self._bias is not None:
             product += self._bias
         return list(product.to(x.dtype).unflatten(0, x.shape[:-1]).split(self._widths, -1))
+
+    def gated(self, x: Tensor, activation: Any) -> Tensor:  # noqa: ANN401 - transformers' classes are untyped
+        """``activation(first(x)) * second(x)``."""
+        gate, up = self(x)
+        return cast("Tensor", activation(gate)).mul_(up)  # in place: at this size, fresh memory costs more than the sum
 
 
 def check_weights(weights: str, device: torch.device) -> None:
@@ -59,5 +66,6 @@ def check_weights(weights: str, device: torch.device) -> None:
 
 def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of ``(M, E)`` as int8 with a scale each: ``scale = max|row| / 127``, ``q = round(row / scale)``."""
-    scales = x.abs().amax(-1).float().clamp_(min=1e-12).div_(127)
+    largest = torch.maximum(x.amax(-1), x.amin(-1).neg_())  # abs() would make a copy
+    scales = largest.float().clamp_(min=1e-12).div_(127)
     return (x / scales[:, None]).round_().to(torch.int8), scales

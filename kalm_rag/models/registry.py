@@ -122,7 +122,13 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
 
 
 def acquire(
-    name: str, *, revision: str | None, device: torch.device, dtype: torch.dtype, decoder_weights: str | None = None
+    name: str,
+    *,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    decoder_weights: str | None = None,
+    compiled: bool = False,
 ) -> Lease:
     """Load a model, or share the one already loaded in this process.
 
@@ -133,20 +139,21 @@ def acquire(
         device: Where to compute.
         dtype: float32 or bfloat16.
         decoder_weights: ``"int8"``, or None for `dtype`; see `T5Gemma2Backbone.load`.
+        compiled: Run the decoder through torch.compile; see there too.
 
     Raises:
         ModelError: If the name is unknown, or the checkpoint can't be found, fetched or loaded.
         InputError: If `revision` is given where it means nothing.
         MissingDependencyError: If the model needs a package that is not installed.
     """
-    key = (_identity(name), revision, str(device), str(dtype), decoder_weights)
+    key = (_identity(name), revision, str(device), str(dtype), decoder_weights, str(compiled))
     with _slots_lock:
         slot = _slots.setdefault(key, _Slot())
         slot.users += 1
     try:
         with slot.lock:  # the second asker waits for the first one's load instead of loading again
             if slot.backbone is None:
-                slot.backbone = _load(name, revision, device, dtype, decoder_weights)
+                slot.backbone = _load(name, revision, device, dtype, decoder_weights, compiled)
             backbone = slot.backbone
     except BaseException:
         _give_back(key, slot)
@@ -173,13 +180,17 @@ def _identity(name: str) -> str:
 
 
 def _load(
-    name: str, revision: str | None, device: torch.device, dtype: torch.dtype, decoder_weights: str | None
+    name: str,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    decoder_weights: str | None,
+    compiled: bool,
 ) -> Backbone:
+    trained = name not in CHECKPOINTS and (Path(name) / "pico.safetensors").is_file()
+    if (name == PICO or trained) and (decoder_weights is not None or compiled):
+        raise InputError(f"decoder_weights and compiled are for KaLM checkpoints; {name!r} is small. Leave them out.")
     if name == PICO:
-        if decoder_weights is not None:
-            raise InputError(
-                f"decoder_weights={decoder_weights!r} is for KaLM checkpoints; 'pico' is small. Leave it out."
-            )
         if revision is not None:
             raise InputError(
                 f"revision {revision!r} was given for 'pico', which ships with this package; leave it out."
@@ -187,7 +198,7 @@ def _load(
         from kalm_rag.models.pico import PicoBackbone  # its encoder is an optional dependency
 
         return PicoBackbone.load(device=device, dtype=dtype)
-    if name not in CHECKPOINTS and (Path(name) / "pico.safetensors").is_file():
+    if trained:
         from kalm_rag.models.pico import PicoBackbone
 
         return PicoBackbone.load(device=device, dtype=dtype, weights=_identity(name))
@@ -202,6 +213,7 @@ def _load(
         dtype=dtype,
         weights=weights,
         decoder_weights=decoder_weights,
+        compiled=compiled,
     )
 
 
