@@ -33,7 +33,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from pydantic import ValidationError
 
 from kalm_rag import Instructions
-from kalm_rag.engines import CacheStore, EngineSpec, pair_store, release_engines
+from kalm_rag.engines import CacheStore, EngineSpec, pair_store, release_engines, settings_of
 from kalm_rag.errors import InputError, MissingDependencyError, MissingStateError, StateMismatchError, StoreFormatError
 from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMEmbeddings, KaLMRetriever, StateByteStore
 from kalm_rag.reranker import Reranker
@@ -294,6 +294,26 @@ def test_round_trips(tiny: Reranker, tiny_folder: Path, tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(spec)) == spec
     release_engines()
     store.close()
+
+
+def test_how_a_model_runs_is_a_setting_like_others(tiny: Reranker, tiny_folder: Path) -> None:
+    ways = {"decoder_weights": "int8", "prefix_cache_bytes": 12_345}
+    try:
+        made = KaLMDocumentCompressor(model=str(tiny_folder), device="cpu", **ways)
+        copied = pickle.loads(pickle.dumps(made))
+        assert copied.compress_documents(documents(), QUERY)
+        assert copied.engine() is made.engine()
+        assert {key: settings_of(made.engine())[key] for key in ways} == ways
+        ready = KaLMDocumentCompressor(reranker=made.engine())
+        assert ready.model_dump()["decoder_weights"] == "int8", "or a copy would run another way"
+        with pytest.raises(ValidationError, match="both given"):
+            KaLMDocumentCompressor(reranker=tiny, decoder_weights="int8")
+        with pytest.raises(InputError, match="both given"):
+            KaLMChroma("ways", reranker=tiny, compiled=True)
+        store = KaLMChroma("ways", VECTORS, model=str(tiny_folder), device="cpu", **ways)
+        assert store.as_compressor().engine() is made.engine()
+    finally:
+        release_engines()
 
 
 # --- traces

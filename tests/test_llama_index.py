@@ -323,6 +323,21 @@ class TestBadInput:
             post.postprocess_nodes(scored(), query_str=QUERY)
 
 
+def test_how_a_model_runs_is_a_setting_like_others(collection: chromadb.Collection, tiny_folder: Path) -> None:
+    try:
+        store = KaLMChromaVectorStore(collection, model=str(tiny_folder), device="cpu")
+        store.add(make_nodes())
+        post = KaLMNodePostprocessor(store=store, decoder_weights="int8", prefix_cache_bytes=12_345, missing="raise")
+        assert post.parts.get()[0].backbone.decoder_weights == "int8"  # type: ignore[attr-defined]
+        assert post.parts.get()[0].info == store.parts.get()[0].info, "states are the same either way"
+        assert len(post.postprocess_nodes(scored(), query_str=QUERY)) == 3
+        assert store.parts.get()[0].backbone.decoder_weights is None  # type: ignore[attr-defined]
+        again = KaLMNodePostprocessor.from_dict(post.to_dict() | {"store": None})
+        assert again.parts.get()[0] is post.parts.get()[0]
+    finally:
+        release_engines()
+
+
 class TestSerialisation:
     def test_round_trip_loses_nothing(self, tmp_path: Path) -> None:
         fields = {

@@ -20,6 +20,7 @@ SHAPES = {
     "one layer": {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
     "window of 8": {"sliding_window": 8},
     "softcap": {"final_logit_softcapping": 3.0},
+    "another activation": {"hidden_activation": "silu"},
     "linearly scaled rope": {
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
