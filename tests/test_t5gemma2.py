@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2 import T5Gemma2Backbone, TextTokens
+from kalm_rag.models.t5gemma2 import T5Gemma2Backbone
+from kalm_rag.models.t5gemma2_text import TextTokens
 from kalm_rag.reranker import Reranker
 
 JUDGE = (

@@ -15,7 +15,7 @@ import torch
 
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2 import MAX_PASSAGE_TOKENS
+from kalm_rag.models.t5gemma2_text import MAX_PASSAGE_TOKENS
 from kalm_rag.pooling import check_ratio
 from kalm_rag.reranker import DEFAULT_RATIO
 
