@@ -62,7 +62,7 @@ STAGES = (
 
 def config(**changes: object) -> TrainConfig:
     small = {"stages": (GENERAL,), "lists": 4, "candidates": 6, "mined": 10, "mined_candidates": 8, "gate_pairs": 20}
-    return TrainConfig(**small | {"sources": (SOURCE,), "dev_only": ()} | changes)
+    return TrainConfig(**small | {"sources": (SOURCE,)} | changes)
 
 
 def test_listwise_loss_by_hand():

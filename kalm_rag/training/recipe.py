@@ -26,7 +26,7 @@ from kalm_rag.models.pico import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoB
 from kalm_rag.models.pico_decoder import DecoderConfig, PicoDecoder, Prepared
 from kalm_rag.models.pico_encoder import MiniLMEncoder
 from kalm_rag.pooling import mean_groups
-from kalm_rag.training.data import DEV_ONLY, SOURCES, Lists, Source, TokenStates, load_source
+from kalm_rag.training.data import SOURCES, Lists, Source, TokenStates, load_source
 from kalm_rag.training.dev import DevScore, calibrate_on, score_dev
 from kalm_rag.training.gates import settle_gates
 from kalm_rag.training.hard_lists import mine, narrow_lists
@@ -85,7 +85,6 @@ class TrainConfig:
         gate_pairs: Generic and specific instructions, of each so many, that the gate learns from at the end.
         fast: Compute in bfloat16 where the CPU has it.
         sources: What is trained on.
-        dev_only: What is only measured on.
     """
 
     seed: int = 0
@@ -102,7 +101,6 @@ class TrainConfig:
     gate_pairs: int = 3000
     fast: bool = field(default_factory=lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     sources: tuple[Source, ...] = SOURCES
-    dev_only: tuple[Source, ...] = DEV_ONLY
 
     def __post_init__(self) -> None:
         if self.lists < 1 or self.candidates < 3 or self.mined < 1 or self.mined_candidates < 3:
@@ -253,7 +251,7 @@ def _learn(
 
 def load_all(folders: Sequence[Path], reader: MiniLMEncoder, config: TrainConfig) -> tuple[list[Lists], list[Lists]]:
     """Read every source from the first folder that has it: lists to learn from, and held-out lists."""
-    names = dict.fromkeys(source.name for source in config.sources + config.dev_only)
+    names = dict.fromkeys(source.name for source in config.sources)
     missing = [name for name in names if not any((Path(one) / name).is_dir() for one in folders)]
     if missing:  # said before minutes of reading
         raise InputError(
@@ -261,7 +259,7 @@ def load_all(folders: Sequence[Path], reader: MiniLMEncoder, config: TrainConfig
             f"recipe. Those named debian-* come from kalm-rag collect-text: give its --out as another --data."
         )
     learnt, held = [], []
-    for source in config.sources + config.dev_only:
+    for source in config.sources:
         home = next((one for one in folders if (Path(one) / source.name).is_dir()), folders[0])
         used, dev = load_source(Path(home), source, reader, seed=config.seed, fast=config.fast)
         learnt += [used] if used is not None else []
