@@ -74,7 +74,7 @@ def test_query_gives_all_it_promises(index: ChromaIndex) -> None:
 def test_scores_are_those_of_the_engine(index: ChromaIndex, tiny: Reranker) -> None:
     want = dict(zip(IDS, tiny.score(QUERY, tiny.encode(TEXTS)), strict=True))
     for hit in index.query(QUERY, top_n=None):
-        assert hit.margin == pytest.approx(want[hit.id].margin, abs=1e-5)
+        assert hit.margin == pytest.approx(want[hit.id].margin, rel=1e-5, abs=1e-5)
 
 
 def test_everything_survives_a_restart_in_another_process(tmp_path: Path, tiny_folder: Path, tiny: Reranker) -> None:
@@ -106,7 +106,7 @@ def test_edited_text_is_never_scored_stale(index: ChromaIndex, tiny: Reranker) -
     assert skipped.unscored == 1
     result = index.query(QUERY, top_n=None)
     want = tiny.score(QUERY, tiny.encode(["Paris? I prefer coffee."]))[0].margin
-    assert next(h.margin for h in result if h.id == "b") == pytest.approx(want, abs=1e-5)
+    assert next(h.margin for h in result if h.id == "b") == pytest.approx(want, rel=1e-5, abs=1e-5)
     assert (result.from_store, result.encoded) == (3, 1)
     assert index.query(QUERY).encoded == 0  # and kept
     assert index.verify().clean
