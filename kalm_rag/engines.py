@@ -17,6 +17,7 @@ from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.instructions import Instructions, check_text
 from kalm_rag.lookup import Missing, Placed, check_missing, rank_texts
 from kalm_rag.models.backbone import CachingBackbone
+from kalm_rag.models.prefix_cache import check_bytes
 from kalm_rag.pooling import check_ratio
 from kalm_rag.ranking import check_cut, check_query
 from kalm_rag.reranker import DEFAULT_RATIO, Reranker
@@ -76,6 +77,13 @@ class EngineSpec:
             check_ratio(self.ratio)
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size!r}; wanted a whole number >= 1.")
+        if self.decoder_weights not in (None, "int8") or not isinstance(self.compiled, bool):
+            raise InputError(
+                f"decoder_weights is {self.decoder_weights!r} and compiled {self.compiled!r}; wanted 'int8' or None, "
+                f"and True or False."
+            )
+        if self.prefix_cache_bytes is not None:
+            check_bytes(self.prefix_cache_bytes)
         device: object = self.device
         dtype: object = self.dtype
         if isinstance(device, torch.device):

@@ -78,6 +78,12 @@ def test_pico_has_neither(given: dict[str, object]) -> None:
         Reranker.from_pretrained("pico", **given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("given", [{"decoder_weights": "int4"}, {"compiled": 1}, {"prefix_cache_bytes": -1}])
+def test_ways_to_run_are_checked_before_anything_is_loaded(given: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="wanted"):
+        EngineSpec(model="/no/such/folder", **given)  # type: ignore[arg-type]
+
+
 def test_settings_lead_back_to_the_same_way_to_run(tiny_folder: Path) -> None:
     try:
         with Reranker.from_pretrained(str(tiny_folder), decoder_weights="int8", prefix_cache_bytes=12345) as engine:
