@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import save_tiny
 
+from kalm_rag.errors import ModelError
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.t5gemma2 import Prompt, T5Gemma2Backbone
 from kalm_rag.reranker import Reranker
@@ -80,6 +81,12 @@ def test_unknown_decoders_run_in_transformers(tmp_path: Path, caplog: pytest.Log
     assert backbone._lean is None
     assert "attn_logit_softcapping" in caplog.text
     assert torch.isfinite(backbone.decode(*some_batch(backbone))).all()
+
+
+def test_unknown_decoders_take_no_other_way_to_run(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, attn_logit_softcapping=5.0)
+    with pytest.raises(ModelError, match="compiled=True can't be had"):
+        Reranker.from_pretrained(str(folder), compiled=True)
 
 
 def test_the_model_keeps_its_own_tensors(tiny_folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The decoder through ``torch.compile``, over few shapes: rows, prompt tokens and states are padded to multiples.
 
-One graph with symbolic sizes serves all of them, so a new length never means minutes of compiling; the multiples keep
-the matrices at sizes that tensor cores like. Padding changes no score: what is added is masked, and dropped again.
+Graphs with symbolic sizes serve all of them, so a new length never means minutes of compiling; the multiples keep the
+matrices at sizes that tensor cores like. Padding changes no score: what is added is masked, and dropped again.
 """
 
 from __future__ import annotations

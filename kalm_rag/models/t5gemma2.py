@@ -403,8 +403,9 @@ def _lean_decoder(
     if unknown is None:
         lean = LeanDecoder(decoder) if weights is None else LeanDecoder(decoder, Int8Projection)
         return CompiledDecoder(lean) if compiled else lean
-    if weights is not None:
-        raise ModelError(f"decoder_weights={weights!r} can't be had for a decoder with {unknown}. Leave it out.")
+    if weights is not None or compiled:
+        asked = "compiled=True" if compiled else f"decoder_weights={weights!r}"
+        raise ModelError(f"{asked} can't be had for a decoder with {unknown}. Leave it out.")
     logger.warning("this checkpoint's decoder has %s; it runs in transformers' own code, more slowly.", unknown)
     return None
 

@@ -90,6 +90,7 @@ class PlainProjection:
 
 def _by_onednn(x: Tensor) -> bool:
     """Whether linear layers of an input are left to oneDNN: on a CPU that has it; torch's compiler picks by itself."""
+    # asking for oneDNN cuts the compiled graph, but on a CPU only: whole, that one takes minutes to compile
     return x.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
 
 
