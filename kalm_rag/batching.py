@@ -98,7 +98,8 @@ def decode_all(
         rows = waiting.pop()
         try:
             batch = states.select(rows, pin=backbone.device.type == "cuda")
-            parts.append(backbone.decode([prompts[i] for i in rows], *batch.on(backbone.device, torch.float32, ratio)))
+            placed = *batch.on(backbone.device, torch.float32, ratio), batch.words_on(backbone.device, ratio)
+            parts.append(backbone.decode([prompts[i] for i in rows], *placed))
         except (RuntimeError, MemoryError) as err:  # torch.OutOfMemoryError is a RuntimeError
             if not _is_out_of_memory(err):
                 raise

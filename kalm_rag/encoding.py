@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import TypeVar
 
+import torch
+
 from kalm_rag.models.backbone import Backbone, TokenizedPassage
 from kalm_rag.pooling import mean_groups
 from kalm_rag.states import PassageStates
@@ -77,6 +79,7 @@ def encode_rows(
             ratio=ratio,
             fingerprint=backbone.info.fingerprint,
             key=key,
+            words=torch.tensor(row.ids, dtype=torch.int32) if backbone.info.keeps_words else None,
         )
         for i, (key, row) in enumerate(zip(keys, rows, strict=True))
     ]

@@ -108,7 +108,8 @@ def explain(
     (relevance,) = engine.score(query, states, instructions=instructions, ratio=ratio)
     prompt = backbone.prompt(query, instructions if instructions is not None else Instructions())
     vectors, counts = states.on(backbone.device, backbone.state_dtype, ratio)
-    weights = backbone.attend(prompt, vectors, counts)[0].float().cpu().tolist()
+    words = states.words_on(backbone.device, ratio)
+    weights = backbone.attend(prompt, vectors, counts, words)[0].float().cpu().tolist()
     offsets = backbone.offsets(passage)
     step = ratio if ratio is not None else states.ratio
     spans: list[Span] = []

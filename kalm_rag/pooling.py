@@ -76,6 +76,23 @@ def group_counts(tokens: Tensor, ratio: int, width: int) -> Tensor:
     return (tokens[:, None] - starts[None, :]).clamp(0, ratio).float()  # (B, N)
 
 
+def group_ids(ids: Tensor, ratio: int) -> Tensor:
+    """Lay token ids out by the pooled states that stand for them.
+
+    Args:
+        ids: Shape ``(B, T)``, right-padded with 0.
+        ratio: Tokens a state stands for, >= 1.
+
+    Returns:
+        Shape ``(B, ceil(T / ratio), ratio)``, 0 where there is no token.
+
+    Example:
+        >>> group_ids(torch.tensor([[7, 8, 9]]), 2).tolist()
+        [[[7, 8], [9, 0]]]
+    """
+    return torch.nn.functional.pad(ids, (0, -ids.shape[1] % ratio)).view(len(ids), -1, ratio)
+
+
 def mean_groups(states: Tensor, counts: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """Average every `factor` consecutive rows, each weighted by the tokens it stands for.
 

@@ -203,6 +203,7 @@ class Reranker:
             ratio=self.ratio,
             codec=Codec.parse(codec),
             state_dtype=info.state_dtype,
+            words=info.keeps_words,
         )
 
     def encode(self, passages: Sequence[str], *, show_progress: bool | None = None) -> list[PassageStates]:

@@ -1,7 +1,8 @@
 """What one passage becomes: pooled encoder states, alone or packed into a padded batch, and their bytes on disk.
 
-The byte format is versioned (`FORMAT_VERSION`) and never pickled: raw little-endian rows, then, for int8, one
-float32 scale a row. Knows neither model nor store. Letters: B passages, N pooled states, H width.
+The byte format is versioned (`Layout.format`) and never pickled: raw little-endian rows, then, for int8, one float32
+scale a row, then, for models that keep the words, one unsigned 16-bit id a token. Knows neither model nor store.
+Letters: B passages, T tokens, N pooled states, H width, r ratio.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor
 
 from kalm_rag.errors import InputError, StateMismatchError, StateShapeError
-from kalm_rag.pooling import group_counts, mean_groups, repool_factor
+from kalm_rag.pooling import group_counts, group_ids, mean_groups, repool_factor
 
-FORMAT_VERSION = 1
-"""Version of the byte format written by `pack_states`."""
+FORMATS = {False: 1, True: 2}
+"""Versions of the byte format written by `pack_states`, by whether words are kept."""
+
+MOST_IDS = 1 << 16
+"""Word ids that a state can keep are below this."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """Element types that a stored state may have, by the name written on disk."""
@@ -59,6 +63,7 @@ class Layout:
         ratio: Tokens a state stands for.
         codec: How they are stored.
         state_dtype: Name of the dtype the model makes states in.
+        words: Whether the ids of the tokens are kept behind the vectors, two bytes each.
     """
 
     fingerprint: str
@@ -66,6 +71,12 @@ class Layout:
     ratio: int
     codec: Codec
     state_dtype: str
+    words: bool = False
+
+    @property
+    def format(self) -> int:
+        """Version of the byte format of these states."""
+        return FORMATS[self.words]
 
     @property
     def element(self) -> torch.dtype:
@@ -75,7 +86,8 @@ class Layout:
     def payload_bytes(self, tokens: int) -> int:
         """Bytes that one passage of `tokens` tokens takes, headers aside."""
         scale = 4 if self.codec is Codec.INT8 else 0
-        return -(-tokens // self.ratio) * (self.hidden_size * self.element.itemsize + scale)
+        rows = -(-tokens // self.ratio) * (self.hidden_size * self.element.itemsize + scale)
+        return rows + (2 * tokens if self.words else 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,6 +101,8 @@ class PassageStates:
         ratio: Tokens a state stands for (the last may stand for fewer).
         fingerprint: Digest of the model they belong to.
         key: Content address: sha256 of the passage text, hex.
+        words: Ids of the tokens that were read, int ``(tokens,)`` below 65,536, where the model's decoder compares
+            words as they are (`BackboneInfo.keeps_words`); else None.
     """
 
     vectors: Tensor
@@ -97,6 +111,7 @@ class PassageStates:
     ratio: int
     fingerprint: str
     key: str
+    words: Tensor | None = None
 
     def __post_init__(self) -> None:
         wanted = -(-self.tokens // self.ratio)
@@ -104,6 +119,11 @@ class PassageStates:
             raise StateShapeError(
                 f"states have shape {tuple(self.vectors.shape)}; wanted ({wanted}, H) for {self.tokens} tokens "
                 f"at ratio {self.ratio}. Make them with Reranker.encode."
+            )
+        if self.words is not None and self.words.shape != (self.tokens,):
+            raise StateShapeError(
+                f"words have shape {tuple(self.words.shape)}; wanted ({self.tokens},), one id a token. Make states "
+                f"with Reranker.encode."
             )
 
     @property
@@ -123,6 +143,7 @@ class StateBatch:
         found: Tokens each whole passage has, int64 ``(B,)``.
         ratio: Tokens a state stands for.
         fingerprint: Digest of the model they belong to.
+        words: Ids of the tokens, int32 ``(B, T)``, right-padded with 0, where the model keeps them. Else None.
     """
 
     vectors: Tensor
@@ -131,6 +152,7 @@ class StateBatch:
     found: Tensor
     ratio: int
     fingerprint: str
+    words: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.vectors.shape[0])
@@ -155,6 +177,7 @@ class StateBatch:
             scales=None if self.scales is None else self.scales[index, :width],
             tokens=self.tokens[index],
             found=self.found[index],
+            words=None if self.words is None else self.words[index, : width * self.ratio],
         )
 
     def on(self, device: torch.device, dtype: torch.dtype, ratio: int | None = None) -> tuple[Tensor, Tensor]:
@@ -180,6 +203,20 @@ class StateBatch:
             vectors, counts = mean_groups(vectors, counts, factor)
         # a masked key still meets its value (0 x NaN is NaN), so padding is zeroed whatever it held
         return torch.where(counts[..., None] > 0, vectors.to(dtype), 0.0), counts
+
+    def words_on(self, device: torch.device, ratio: int | None = None) -> Tensor | None:
+        """Put the word ids on a device, by the states that `on` gives for the same ratio.
+
+        Returns:
+            int64 ``(B, N', r)``, 0 where there is no token; None where the model keeps no words.
+
+        Raises:
+            StateMismatchError: If `ratio` is not a multiple of the stored one.
+        """
+        if self.words is None:
+            return None
+        tokens = self.ratio * repool_factor(self.ratio, ratio)
+        return group_ids(self.words.to(device, non_blocking=True).long(), tokens)
 
 
 def _pinned_rows(block: Tensor, index: Tensor) -> Tensor:
@@ -224,12 +261,26 @@ def pack_states(states: PassageStates, layout: Layout) -> bytes:
 
     Raises:
         StateMismatchError: If they belong to another model, width or ratio than the namespace.
+        InputError: If a word's id doesn't fit 16 bits.
     """
     check_layout(states, layout)
+    words = b"" if states.words is None else pack_words(states.words)
     if layout.codec is Codec.INT8:
         rows, scales = quantise(states.vectors)
-        return to_bytes(rows) + to_bytes(scales)
-    return to_bytes(states.vectors.to(layout.element))
+        return to_bytes(rows) + to_bytes(scales) + words
+    return to_bytes(states.vectors.to(layout.element)) + words
+
+
+def pack_words(words: Tensor) -> bytes:
+    """Write word ids as unsigned 16-bit numbers.
+
+    Raises:
+        InputError: If one doesn't fit.
+    """
+    ids = words.cpu().numpy()
+    if ids.size and not 0 <= ids.min() <= ids.max() < MOST_IDS:
+        raise InputError(f"word ids run from {ids.min()} to {ids.max()}; wanted 0 to {MOST_IDS - 1}.")
+    return bytes(ids.astype("<u2").tobytes())
 
 
 def check_layout(states: PassageStates, layout: Layout) -> None:
@@ -246,6 +297,9 @@ def check_layout(states: PassageStates, layout: Layout) -> None:
                 f"states have {name} {have}, this store's namespace holds {want}. "
                 f"Encode the passages with the model and ratio the store was made for."
             )
+    if (states.words is not None) != layout.words:
+        have, want = ("no words", "words") if layout.words else ("words", "none")
+        raise StateMismatchError(f"states come with {have}, this store's namespace holds {want}. Encode them again.")
 
 
 def unpack_batch(payloads: Sequence[bytes], tokens: Sequence[int], found: Sequence[int], layout: Layout) -> StateBatch:
@@ -268,6 +322,7 @@ def unpack_batch(payloads: Sequence[bytes], tokens: Sequence[int], found: Sequen
     block = np.zeros((len(payloads), width, hidden), dtype=f"<i{item}")
     rows = block.view(np.uint8).reshape(len(payloads), width * hidden * item)
     scales = np.zeros((len(payloads), width), dtype="<f4") if layout.codec is Codec.INT8 else None
+    words = np.zeros((len(payloads), max(tokens, default=0)), dtype=np.int32) if layout.words else None
     for row, (payload, n) in enumerate(zip(payloads, lengths, strict=True)):
         wanted = layout.payload_bytes(tokens[row])
         if len(payload) != wanted:
@@ -278,7 +333,9 @@ def unpack_batch(payloads: Sequence[bytes], tokens: Sequence[int], found: Sequen
         # numpy reads bytes in place; torch.frombuffer warns about read-only ones and needs aligned scales
         rows[row, :size] = np.frombuffer(payload, np.uint8, count=size)
         if scales is not None:
-            scales[row, :n] = np.frombuffer(payload, "<f4", offset=size)
+            scales[row, :n] = np.frombuffer(payload, "<f4", count=n, offset=size)
+        if words is not None:
+            words[row, : tokens[row]] = np.frombuffer(payload, "<u2", offset=wanted - 2 * tokens[row])
     return StateBatch(
         vectors=torch.from_numpy(block).view(layout.element),
         scales=None if scales is None else torch.from_numpy(scales),
@@ -286,6 +343,7 @@ def unpack_batch(payloads: Sequence[bytes], tokens: Sequence[int], found: Sequen
         found=torch.as_tensor(list(found), dtype=torch.long),
         ratio=layout.ratio,
         fingerprint=layout.fingerprint,
+        words=None if words is None else torch.from_numpy(words),
     )
 
 
@@ -301,6 +359,7 @@ def batch_states(states: Sequence[PassageStates]) -> StateBatch:
     first = states[0]
     width = max(s.vectors.shape[0] for s in states)
     vectors = torch.zeros(len(states), width, first.vectors.shape[1], dtype=first.vectors.dtype)
+    words = None if first.words is None else torch.zeros(len(states), max(s.tokens for s in states), dtype=torch.int32)
     for row, one in enumerate(states):
         same = (one.fingerprint, one.ratio, one.vectors.shape[1], one.vectors.dtype)
         if same != (first.fingerprint, first.ratio, first.vectors.shape[1], first.vectors.dtype):
@@ -310,6 +369,8 @@ def batch_states(states: Sequence[PassageStates]) -> StateBatch:
                 f"Encode all passages with one model and ratio."
             )
         vectors[row, : one.vectors.shape[0]] = one.vectors
+        if words is not None and one.words is not None:
+            words[row, : one.tokens] = one.words
     return StateBatch(
         vectors=vectors,
         scales=None,
@@ -317,6 +378,7 @@ def batch_states(states: Sequence[PassageStates]) -> StateBatch:
         found=torch.tensor([s.found for s in states]),
         ratio=first.ratio,
         fingerprint=first.fingerprint,
+        words=words,
     )
 
 
@@ -335,10 +397,14 @@ def merge_batches(size: int, parts: Sequence[tuple[Sequence[int], StateBatch]]) 
     vectors = torch.zeros(size, width, first.vectors.shape[2], dtype=first.vectors.dtype)
     scales = None if first.scales is None else torch.zeros(size, width)
     tokens, found = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
+    longest = max(0 if b.words is None else b.words.shape[1] for b in batches)
+    words = None if first.words is None else torch.zeros(size, longest, dtype=torch.int32)
     for rows, batch in parts:
         index = torch.as_tensor(rows, dtype=torch.long)
         vectors[index, : batch.vectors.shape[1]] = batch.vectors
         if scales is not None and batch.scales is not None:
             scales[index, : batch.vectors.shape[1]] = batch.scales
+        if words is not None and batch.words is not None:
+            words[index, : batch.words.shape[1]] = batch.words
         tokens[index], found[index] = batch.tokens, batch.found
-    return replace(first, vectors=vectors, scales=scales, tokens=tokens, found=found)
+    return replace(first, vectors=vectors, scales=scales, tokens=tokens, found=found, words=words)

@@ -39,6 +39,7 @@ def make_states(text: str, layout: Layout, tokens: int | None = None) -> Passage
         ratio=layout.ratio,
         fingerprint=layout.fingerprint,
         key=passage_key(text),
+        words=torch.randint(1, 1 << 16, (tokens,), generator=generator) if layout.words else None,
     )
 
 

@@ -28,11 +28,11 @@ class Small:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backbone, name)
 
-    def decode(self, prompts: list[Any], states: Tensor, counts: Tensor) -> Tensor:
+    def decode(self, prompts: list[Any], states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:
         self.tried.append(len(prompts))
         if len(prompts) > self._rows:
             raise self._error("CUDA out of memory. Tried to allocate 1 EiB")
-        return self._backbone.decode(prompts, states, counts)
+        return self._backbone.decode(prompts, states, counts, words)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])

@@ -35,15 +35,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_bytes_are_those_of_the_codec_and_quality_that_of_eval(folder):
-    """13 tokens a passage (10 words, full stop, [CLS], [SEP]): 13, 4 and 1 states of 512 elements at r = 1, 4, 64."""
+    """13 tokens a passage (10 words, full stop, [CLS], [SEP]): 13, 4 and 1 states of 384 elements at r = 1, 4, 64,
+    and 2 bytes a word."""
     model = PicoBackbone.load()
     assert {len(one.ids) for one in model.tokenize(["On our farm bees give us honey all the year."])} == {13}
     curve = measure_curve([EvalSet(folder=folder)], model, ratios=(1, 4, 64))
     size = {(p.codec, p.ratio): p.bytes_per_passage for p in curve.points}
     states = {1: 13, 4: 4, 64: 1}
     for ratio, count in states.items():
-        assert size["exact", ratio] == size["bf16", ratio] == count * 1024
-        assert size["int8", ratio] == count * (512 + 4)
+        assert size["exact", ratio] == size["bf16", ratio] == count * 768 + 26
+        assert size["int8", ratio] == count * (384 + 4) + 26
     rows = {row.ratio: row for row in evaluate(folder, "test", model, ratios=(1, 4, 64)).rows}
     for point in curve.points:
         assert point.milliseconds > 0
@@ -58,7 +59,7 @@ def test_states_pass_through_the_codec(folder):
     class Rounding(PicoBackbone):
         seen: list[float]
 
-        def decode(self, prompts, states, counts):
+        def decode(self, prompts, states, counts, words):
             clean = states.half().float()
             self.seen.append(float((states - clean).abs().max()))
             return torch.zeros(len(prompts))

@@ -64,7 +64,7 @@ class LetterModel:
     def prompt(self, query, instructions):
         return -1.0 if instructions.task == "the opposite" else 1.0, ord(query[0]) - 97
 
-    def decode(self, prompts, states, counts):
+    def decode(self, prompts, states, counts, words=None):
         total = (states * counts[..., None]).sum(1)
         return torch.stack([sign * row[letter] for (sign, letter), row in zip(prompts, total, strict=True)])
 
@@ -306,7 +306,7 @@ def test_a_second_model_is_compared_with_the_first(folder):
     with pytest.raises(InputError, match="each name once"):
         evaluate(folder, "test", first, others=[second])
     second.info = replace(second.info, name="turned")
-    second.decode = lambda prompts, states, counts: -LetterModel.decode(second, prompts, states, counts)
+    second.decode = lambda prompts, states, counts, words: -LetterModel.decode(second, prompts, states, counts)
     report = evaluate(folder, "test", first, others=[second], ratios=(1, 2), top_k=3)
     assert [row.model for row in report.rows] == [None] * 3 + ["letters"] * 2 + ["turned"] * 2
     *_, best, _, worst, _ = report.rows

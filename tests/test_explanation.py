@@ -37,8 +37,10 @@ def test_relevance_is_the_scored_one(engine: Reranker) -> None:
 
 def test_attention_sums_to_one_and_leaves_padding_out(engine: Reranker) -> None:
     backbone = engine.backbone
-    states, counts = batch_states(engine.encode(["short", PASSAGE])).on(backbone.device, torch.float32)
-    weights = backbone.attend(backbone.prompt("capital of France", Instructions()), states, counts)
+    batch = batch_states(engine.encode(["short", PASSAGE]))
+    states, counts = batch.on(backbone.device, torch.float32)
+    prompt = backbone.prompt("capital of France", Instructions())
+    weights = backbone.attend(prompt, states, counts, batch.words_on(backbone.device))
     assert weights.sum(-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
     assert float(weights[counts == 0].abs().max()) == 0.0
 

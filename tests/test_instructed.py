@@ -35,7 +35,7 @@ class Obedient(PicoBackbone):
         heard = [text for name in ("task", "system") if name != self.deaf_to and (text := getattr(instructions, name))]
         return self.embed_query(heard[0] if heard else query)
 
-    def decode(self, prompts, states, counts):
+    def decode(self, prompts, states, counts, words):
         return (self.embed_states(states, counts) * torch.stack(list(prompts))).sum(-1)
 
 

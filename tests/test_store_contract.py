@@ -78,6 +78,22 @@ def test_bf16_codec_rounds_to_bfloat16(opener: Opener) -> None:
     check_rows(batch, [replace(s, vectors=s.vectors.bfloat16()) for s in states])
 
 
+@pytest.mark.parametrize("codec", list(Codec))
+def test_words_are_kept_beside_the_vectors(opener: Opener, codec: Codec) -> None:
+    layout = make_layout(codec=codec, words=True)
+    states = make_many(5, layout)
+    with opener(layout) as store:
+        store.put_many(states, refer(states))
+        batch = store.get_many([s.key for s in states]).batch
+        assert store.verify() == []
+    assert batch is not None
+    assert batch.words is not None
+    for index, one in enumerate(states):
+        assert one.words is not None
+        assert batch.words[index, : one.tokens].tolist() == one.words.tolist()
+        assert not batch.words[index, one.tokens :].any()
+
+
 @pytest.mark.parametrize("hidden", [12, 5])  # 5: the scales then start at an odd byte
 def test_int8_codec_stays_within_half_a_step(opener: Opener, hidden: int) -> None:
     layout = make_layout(codec=Codec.INT8, hidden_size=hidden)
@@ -283,7 +299,9 @@ def test_another_models_states_are_invisible(persistent: Opener) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"ratio": 8}, {"codec": Codec.INT8}, {"hidden_size": 24}, {"state_dtype": "float16"}], ids=str
+    "change",
+    [{"ratio": 8}, {"codec": Codec.INT8}, {"hidden_size": 24}, {"state_dtype": "float16"}, {"words": True}],
+    ids=str,
 )
 def test_one_layout_per_model(persistent: Opener, change: dict[str, object]) -> None:
     persistent(make_layout()).close()
@@ -292,7 +310,7 @@ def test_one_layout_per_model(persistent: Opener, change: dict[str, object]) -> 
 
 
 def test_stored_layout_can_be_adopted(tmp_path: Path, chroma_client: object) -> None:
-    layout = make_layout(codec=Codec.INT8, ratio=2)
+    layout = make_layout(codec=Codec.INT8, ratio=2, words=True)
     for where, name in ((tmp_path, ""), (tmp_path / "one.sqlite3", ""), (chroma_client, "adopt")):
         assert stored_layout(where, layout.fingerprint, name=name) is None
         open_store(where, layout, name=name).close()

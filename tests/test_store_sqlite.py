@@ -198,7 +198,7 @@ def test_newer_versions(path: Path, filled: list[PassageStates], where: str) -> 
         open_store(path.parent if where == "folder" else path, LAYOUT)
     edit(path, "PRAGMA user_version=1")
     edit(path, "UPDATE namespaces SET format=7")
-    with pytest.raises(StoreFormatError, match="byte format 7; this release reads 1"):
+    with pytest.raises(StoreFormatError, match="byte format 7; this release reads 2 at most"):
         SqliteStore.open(path, LAYOUT)
 
 

@@ -279,6 +279,7 @@ def _layout(backbone: Backbone, ratio: int, codec: Codec) -> Layout:
         ratio=ratio,
         codec=codec,
         state_dtype=info.state_dtype,
+        words=info.keeps_words,
     )
 
 
@@ -294,16 +295,17 @@ def _measure(model: Backbone, gathered: Gathered, library: Library, layout: Layo
         payloads, tokens = _pack(library, rows.tolist(), layout)
         sizes += [len(payload) for payload in payloads]
         began = time.perf_counter()
-        states, counts = unpack_batch(payloads, tokens, tokens, layout).on(model.device, torch.float32)
+        batch = unpack_batch(payloads, tokens, tokens, layout)
+        placed = *batch.on(model.device, torch.float32), batch.words_on(model.device)
         prompt = model.prompt(query, Instructions())
-        scores.append(model.decode([prompt] * len(rows), states, counts).float().cpu())
+        scores.append(model.decode([prompt] * len(rows), *placed).float().cpu())
         spent.append(1000 * (time.perf_counter() - began))
     return _Cell(_quality(gathered, scores), mean(sizes), float(np.median(spent)))
 
 
 def _pack(library: Library, rows: Sequence[int], layout: Layout) -> tuple[list[bytes], list[int]]:
     """Bytes of passages as a store of this layout holds them, and their tokens."""
-    states, _ = library.batch(rows, layout.ratio, torch.device("cpu"))  # (B, N, H)
+    states, _, words = library.batch(rows, layout.ratio, torch.device("cpu"))  # (B, N, H), (B, N, r)
     tokens = library.tokens[library.spots(rows)].tolist()
     payloads = [
         pack_states(
@@ -314,9 +316,10 @@ def _pack(library: Library, rows: Sequence[int], layout: Layout) -> tuple[list[b
                 ratio=layout.ratio,
                 fingerprint=layout.fingerprint,
                 key=str(row),
+                words=None if words is None else words[place].flatten()[:size],
             ),
             layout,
         )
-        for row, one, size in zip(rows, states, tokens, strict=True)
+        for place, (row, one, size) in enumerate(zip(rows, states, tokens, strict=True))
     ]
     return payloads, tokens

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -21,9 +21,12 @@ from tqdm.auto import tqdm
 from kalm_rag.beir import Collection, load_collection
 from kalm_rag.errors import InputError
 from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
-from kalm_rag.pooling import check_ratio, group_counts, mean_groups
+from kalm_rag.pooling import check_ratio, group_counts, group_ids, mean_groups
 
 POOLED = "pooled"
+
+Placed: TypeAlias = "tuple[Tensor, Tensor, Tensor | None]"
+"""States, counts and words of some passages, as `Backbone.decode` takes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,7 @@ class Library:
         tokens: Tokens of each passage.
         ratio: Tokens a state stands for.
         place: Where each corpus row is, if not all were read.
+        words: Ids of all passages' tokens, where the model keeps them.
     """
 
     vectors: Tensor
@@ -113,8 +117,10 @@ class Library:
     tokens: Tensor
     ratio: int
     place: dict[int, int] | None = None
+    words: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self.firsts = torch.cat([torch.zeros(1, dtype=torch.long), self.tokens.cumsum(0)])
         sizes = (self.tokens + self.ratio - 1) // self.ratio
         self.starts = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
 
@@ -122,15 +128,25 @@ class Library:
         """Where corpus rows are among the passages read."""
         return torch.tensor(rows if self.place is None else [self.place[row] for row in rows], dtype=torch.long)
 
-    def batch(self, rows: Sequence[int], ratio: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Give passages' states pooled to `ratio`: ``(B, N, H)`` float32 and counts ``(B, N)``."""
+    def batch(self, rows: Sequence[int], ratio: int, device: torch.device) -> Placed:
+        """Give passages' states pooled to `ratio` as `Backbone.decode` takes them: states, counts and words."""
         spots = self.spots(rows)
         starts, ends = self.starts[spots], self.starts[spots + 1]
         steps = torch.arange(int((ends - starts).max()))
         inside = steps[None] < (ends - starts)[:, None]
         states = self.states[torch.where(inside, starts[:, None] + steps, 0)]  # (B, N, H)
         counts = group_counts(self.tokens[spots], self.ratio, len(steps))
-        return mean_groups(states.to(device), counts.to(device), ratio // self.ratio)
+        pooled, counts = mean_groups(states.to(device), counts.to(device), ratio // self.ratio)
+        return pooled, counts, self._words(spots, ratio, device)
+
+    def _words(self, spots: Tensor, ratio: int, device: torch.device) -> Tensor | None:
+        if self.words is None:
+            return None
+        starts, ends = self.firsts[spots], self.firsts[spots + 1]
+        steps = torch.arange(int((ends - starts).max()))
+        inside = steps[None] < (ends - starts)[:, None]
+        ids = torch.where(inside, self.words[torch.where(inside, starts[:, None] + steps, 0)].long(), 0)
+        return group_ids(ids, ratio).to(device)
 
 
 def check_ratios(ratios: Sequence[int]) -> list[int]:
@@ -243,9 +259,15 @@ def read_passages(
     elements = meta["rows"] * width
     path = str(stem.with_suffix(".states"))
     states = torch.from_file(path, size=elements, dtype=model.state_dtype) if elements else torch.empty(0)
+    words = torch.from_numpy(np.load(stem.with_suffix(".ids.npy"))) if meta["words"] else None
     place = None if rows is None else {row: spot for spot, row in enumerate(rows)}
     return Library(
-        vectors=vectors, states=states.view(-1, width), tokens=torch.tensor(meta["tokens"]), ratio=ratio, place=place
+        vectors=vectors,
+        states=states.view(-1, width),
+        tokens=torch.tensor(meta["tokens"]),
+        ratio=ratio,
+        place=place,
+        words=words,
     )
 
 
@@ -294,5 +316,9 @@ def _write_passages(model: Backbone, texts: Sequence[str], ratio: int, stem: Pat
                     file.write(one[: sizes[row]].contiguous().view(torch.uint8).numpy().tobytes())
             bar.update(len(rows))
     np.save(stem.with_suffix(".npy"), vectors)
-    meta = {"rows": int(starts[-1]) if keep else 0, "tokens": [len(one.ids) for one in tokenized]}
+    words = keep and model.info.keeps_words
+    if words:
+        ids = np.concatenate([np.asarray(one.ids, dtype=np.int32) for one in tokenized])
+        np.save(stem.with_suffix(".ids.npy"), ids)
+    meta = {"rows": int(starts[-1]) if keep else 0, "tokens": [len(one.ids) for one in tokenized], "words": words}
     stem.with_suffix(".json").write_text(json.dumps(meta), encoding="utf-8")  # last: marks the rest as whole

@@ -21,7 +21,16 @@ from tqdm.auto import tqdm
 
 from kalm_rag.beir import read_instructions
 from kalm_rag.errors import InputError
-from kalm_rag.evaluation.gather import EvalSet, Gathered, Library, as_retriever, gather, library_of, read_passages
+from kalm_rag.evaluation.gather import (
+    EvalSet,
+    Gathered,
+    Library,
+    Placed,
+    as_retriever,
+    gather,
+    library_of,
+    read_passages,
+)
 from kalm_rag.evaluation.metrics import Change, best_first, compare, load_measures, mean, paired_interval, query_metrics
 from kalm_rag.evaluation.run import own_task, score_candidates
 from kalm_rag.instructions import Instructions
@@ -215,9 +224,9 @@ def measure_contrast(backbone: Backbone, *, ratio: int = 4) -> tuple[Contrast, .
         for where in ("none", "task", "system"):
             right = []
             for place, row in enumerate(tqdm(rows, desc=f"contrast, {where}", unit="query")):
-                states, counts = library.batch([2 * place, 2 * place + 1], ratio, backbone.device)
+                placed = library.batch([2 * place, 2 * place + 1], ratio, backbone.device)
                 steers = [_steer(where, one["instruction"]) for one in row["asked"]]
-                margins = [_margins(backbone, row["query"], steer, states, counts) for steer in steers]
+                margins = [_margins(backbone, row["query"], steer, placed) for steer in steers]
                 right.append([_ahead(margins[0][0] - margins[0][1]), _ahead(margins[1][1] - margins[1][0])])
             found.append(_contrast(where, right, [row["contrast"] for row in rows]))
     return tuple(found)
@@ -229,9 +238,9 @@ def _steer(where: str, text: str) -> Instructions:
     return Instructions(task=text) if where == "task" else Instructions(system=text)
 
 
-def _margins(backbone: Backbone, query: str, steer: Instructions, states: Tensor, counts: Tensor) -> Tensor:
+def _margins(backbone: Backbone, query: str, steer: Instructions, placed: Placed) -> Tensor:
     prompt = backbone.prompt(query, steer)
-    margins = backbone.decode([prompt] * len(states), states, counts).float().cpu()
+    margins = backbone.decode([prompt] * len(placed[0]), *placed).float().cpu()
     if not bool(margins.isfinite().all()):
         raise InputError(f"model {backbone.info.name!r} gave a margin that is not finite for query {query[:60]!r}.")
     return margins

@@ -166,10 +166,10 @@ def score_candidates(
     out, spent = [], []
     asked = zip(queries if queries is not None else gathered.queries, gathered.rows, steers, strict=True)
     for query, rows, steer in tqdm(asked, desc=f"rerank r={ratio}", unit="query", total=len(gathered.rows)):
-        states, counts = library.batch(rows.tolist(), ratio, model.device)
+        placed = library.batch(rows.tolist(), ratio, model.device)
         began = time.perf_counter()
         prompt = model.prompt(query, steer)
-        margins = model.decode([prompt] * len(rows), states, counts).float().cpu()
+        margins = model.decode([prompt] * len(rows), *placed).float().cpu()
         spent.append(1000 * (time.perf_counter() - began))
         if not bool(margins.isfinite().all()):
             raise InputError(f"model {model.info.name!r} gave a margin that is not finite for query {query[:60]!r}.")

@@ -9,7 +9,7 @@ import torch
 from langchain_core.stores import BaseStore
 
 from kalm_rag.errors import InputError, StoreFormatError
-from kalm_rag.states import PassageStates, StateBatch, to_bytes, unpack_batch
+from kalm_rag.states import PassageStates, StateBatch, pack_words, to_bytes, unpack_batch
 from kalm_rag.store import Reference, StateStore
 
 _MAGIC = b"kalm1"
@@ -80,8 +80,10 @@ class StateByteStore(BaseStore[str, bytes]):
                 f"for {tokens} tokens at ratio {layout.ratio}, codec {layout.codec.value}."
             )
         vectors = torch.zeros(-(-tokens // layout.ratio) or 1, layout.hidden_size)
+        words = None
         if fingerprint.hex() == layout.fingerprint:
-            vectors = unpack_batch([payload], [tokens], [found], layout).on(torch.device("cpu"), torch.float32)[0][0]
+            batch = unpack_batch([payload], [tokens], [found], layout)
+            vectors, words = batch.on(torch.device("cpu"), torch.float32)[0][0], batch.words
         return PassageStates(  # another model's are refused by the store, which names both
             vectors=vectors,
             tokens=tokens,
@@ -89,6 +91,7 @@ class StateByteStore(BaseStore[str, bytes]):
             ratio=layout.ratio,
             fingerprint=fingerprint.hex(),
             key=key.hex(),
+            words=None if words is None else words[0],
         )
 
 
@@ -96,4 +99,5 @@ def _write(batch: StateBatch, row: int, key: str) -> bytes:
     length, tokens, found = int(batch.lengths[row]), int(batch.tokens[row]), int(batch.found[row])
     head = _HEAD.pack(_MAGIC, bytes.fromhex(batch.fingerprint), bytes.fromhex(key), tokens, found)
     scales = b"" if batch.scales is None else to_bytes(batch.scales[row, :length].clone())
-    return head + to_bytes(batch.vectors[row, :length].clone()) + scales
+    words = b"" if batch.words is None else pack_words(batch.words[row, :tokens])
+    return head + to_bytes(batch.vectors[row, :length].clone()) + scales + words

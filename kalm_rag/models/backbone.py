@@ -47,6 +47,8 @@ class BackboneInfo:
         max_passage_tokens: Where passages are cut, template included.
         dtype: Computing dtype, e.g. ``"float32"``.
         state_dtype: Dtype that states are made and exactly stored in.
+        keeps_words: Whether the decoder also compares the passages' words as they are, so that the encoder's token ids
+            are kept with the states. They change no state, so they are not in the fingerprint.
     """
 
     family: str
@@ -58,6 +60,7 @@ class BackboneInfo:
     max_passage_tokens: int
     dtype: str
     state_dtype: str
+    keeps_words: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -110,7 +113,7 @@ class Backbone(Protocol):
         """Prepare one query under its instructions; the result is opaque and may be used for many passages."""
         ...
 
-    def decode(self, prompts: Sequence[Any], states: Tensor, counts: Tensor) -> Tensor:
+    def decode(self, prompts: Sequence[Any], states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:
         """Score each passage under its own prompt.
 
         Args:
@@ -118,13 +121,15 @@ class Backbone(Protocol):
                 where the family allows it).
             states: Pooled states, shape ``(B, N, H)``, right-padded, float32 or the computing dtype, on the device.
             counts: Tokens behind each state, float32 ``(B, N)``; 0 marks padding, which must not change a score.
+            words: Ids of the tokens behind each state, int64 ``(B, N, r)``, 0 where there is none; for models that
+                keep them (`BackboneInfo.keeps_words`), else None.
 
         Returns:
             Margins, float32 ``(B,)`` on the device: logit(yes) - logit(no), higher is more relevant.
         """
         ...
 
-    def attend(self, prompt: Any, states: Tensor, counts: Tensor) -> Tensor:  # noqa: ANN401
+    def attend(self, prompt: Any, states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:  # noqa: ANN401
         """Tell where the decoder looks under one prompt.
 
         Returns:

@@ -1,8 +1,8 @@
 """pico: the bundled model. MiniLM reads text, a small decoder of ours scores passages from the states it left.
 
-Owns the prompt (which text is read, where it is cut), the weights file and the word codes in a state. One encoder pass
-gives the retrieval vector and the states. Knows no store and no framework.
-Letters: B passages, T tokens, N pooled states, H 512 = 384 (encoder) + 128 (word codes).
+Owns the prompt (which text is read, where it is cut), the weights file and the codes of words. One encoder pass gives
+the retrieval vector and the states; the passage's token ids are kept beside them, so that pooling never blurs a word.
+Knows no store and no framework. Letters: B passages, T tokens, N pooled states, r tokens a state, H 384.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
 from kalm_rag.models.pico_decoder import DecoderConfig, PicoDecoder, Prepared
 from kalm_rag.models.pico_encoder import HIDDEN_SIZE, MAX_TOKENS, MiniLMEncoder
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the weights folder: ``pico.safetensors`` and ``config.json``."""
 
 MAX_QUERY_TOKENS = 128
@@ -81,12 +81,6 @@ class WordCodes:
         vectors = vectors * torch.where(vectors.sum(0, keepdim=True) < 0, -1.0, 1.0)  # eigenvectors have no sign
         return cls(embeddings, centre.float(), (vectors[:, -size:] / values[-size:].sqrt()).float())
 
-    @property
-    def digest(self) -> str:
-        """sha256 of what makes the codes, hex."""
-        parts = [t.contiguous().cpu().numpy().tobytes() for t in (self.centre, self.projection)]
-        return hashlib.sha256(b"".join(parts)).hexdigest()
-
 
 READ_KEPT = 32
 """Queries and instructions whose encoder states are kept for the next use, the latest (0.4 MB each at most)."""
@@ -109,9 +103,11 @@ class PicoBackbone:
     Example:
         >>> from kalm_rag.instructions import Instructions
         >>> pico = PicoBackbone.load()
-        >>> states, mask = pico.encode([p.ids for p in pico.tokenize(["Bees make honey.", "Rust is iron oxide."])])
+        >>> ids = [p.ids for p in pico.tokenize(["Bees make honey.", "Rust is iron."])]
+        >>> states, mask = pico.encode(ids)
+        >>> words = torch.tensor(ids)[:, :, None]  # unpooled: one token a state
         >>> prompt = pico.prompt("what do bees make", Instructions())
-        >>> margins = pico.decode([prompt, prompt], states, mask.float())
+        >>> margins = pico.decode([prompt, prompt], states, mask.float(), words)
         >>> bool(margins[0] > margins[1])
         True
     """
@@ -136,12 +132,13 @@ class PicoBackbone:
             family="pico",
             name="pico",
             revision="all-MiniLM-L6-v2",
-            weights=hashlib.sha256(f"{encoder.sha256} {codes.digest}".encode()).hexdigest(),
+            weights=encoder.sha256,  # neither decoder nor codes are in a state: other ones read the same states
             template="[CLS] {passage} [SEP]",
-            hidden_size=HIDDEN_SIZE + codes.table.shape[1],
+            hidden_size=HIDDEN_SIZE,
             max_passage_tokens=MAX_TOKENS,
             dtype=str(encoder.model.dtype).removeprefix("torch."),
             state_dtype="float16",
+            keeps_words=True,
         )
 
     @classmethod
@@ -221,13 +218,13 @@ class PicoBackbone:
 
     @torch.inference_mode()
     def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Read passages once: encoder states ``(B, T, 384)`` with word codes ``(B, T, 128)`` behind them.
+        """Read passages once.
 
         Returns:
-            Token states ``(B, T, 512)`` in the computing dtype, and a bool mask ``(B, T)``, both on the device.
+            Token states ``(B, T, 384)`` in the computing dtype, and a bool mask ``(B, T)``, both on the device.
         """
-        hidden, mask, block = self.encoder.hidden(ids)
-        return torch.cat([hidden, self._table[block].to(hidden.dtype)], -1), mask
+        hidden, mask, _ = self.encoder.hidden(ids)
+        return hidden, mask
 
     def prompt(self, query: str, instructions: Instructions) -> PicoPrompt:
         """Read one query and its instructions; the result serves any number of passages."""
@@ -253,13 +250,14 @@ class PicoBackbone:
         return "\n".join(lines)
 
     @torch.inference_mode()
-    def decode(self, prompts: Sequence[Any], states: Tensor, counts: Tensor) -> Tensor:
+    def decode(self, prompts: Sequence[Any], states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:
         """Score each passage under its own prompt.
 
         Args:
             prompts: B results of `prompt`, one a row. The same object may stand in many rows.
-            states: Pooled states, ``(B, N, 512)``, right-padded, on the device.
+            states: Pooled states, ``(B, N, 384)``, right-padded, on the device.
             counts: Tokens behind each state, ``(B, N)``; 0 marks padding, which never changes a score.
+            words: Ids of those tokens, int64 ``(B, N, r)``, 0 where there is none.
 
         Returns:
             Calibrated margins, float32 ``(B,)`` on the device; higher is more relevant.
@@ -276,24 +274,26 @@ class PicoBackbone:
         if not prompts:
             return torch.empty(0, device=self.device)
         states, counts = states.float(), counts.float()
+        codes = self._codes(states, words)
         order = list({id(one): one for one in prompts}.values())
         place = {id(one): row for row, one in enumerate(order)}
         owner = torch.tensor([place[id(one)] for one in prompts], device=self.device)
-        raw, _ = self.decoder(Prepared.stack([one.query for one in order]).rows(owner), states, counts)
+        raw, _ = self.decoder(Prepared.stack([one.query for one in order]).rows(owner), states, counts, codes)
         for slot in range(max(len(one.extras) for one in order)):
-            raw = raw + self._heard(order, owner, slot, states, counts)
+            raw = raw + self._heard(order, owner, slot, states, counts, codes)
         margins: Tensor = raw * self.decoder.calibration[0] + self.decoder.calibration[1]
         return margins
 
     @torch.inference_mode()
-    def attend(self, prompt: PicoPrompt, states: Tensor, counts: Tensor) -> Tensor:
+    def attend(self, prompt: PicoPrompt, states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:
         """Where the query looks, and the instructions as far as they are heard; see `Backbone.attend`."""
         every = torch.zeros(len(states), dtype=torch.long, device=self.device)
         states, counts = states.float(), counts.float()
-        looks = self.decoder.attention(prompt.query.rows(every), states, counts)  # (B, N)
+        codes = self._codes(states, words)
+        looks = self.decoder.attention(prompt.query.rows(every), states, counts, codes)  # (B, N)
         total = torch.ones((), device=self.device)
         for extra, gate in prompt.extras:
-            looks = looks + gate * self.decoder.attention(extra.rows(every), states, counts)
+            looks = looks + gate * self.decoder.attention(extra.rows(every), states, counts, codes)
             total = total + gate
         return looks / total
 
@@ -303,8 +303,8 @@ class PicoBackbone:
         return [(0, 0), *found[: MAX_TOKENS - 2], (0, 0)]
 
     def embed_states(self, states: Tensor, counts: Tensor) -> Tensor:
-        """Rebuild the retrieval vectors: mean of the encoder's part, weighted by counts, unit length ``(B, 384)``."""
-        hidden = torch.where(counts[..., None] > 0, states[..., :HIDDEN_SIZE].float(), 0.0)
+        """Rebuild the retrieval vectors: mean of the states, weighted by counts, unit length ``(B, 384)``."""
+        hidden = torch.where(counts[..., None] > 0, states.float(), 0.0)
         return functional.normalize((hidden * counts[..., None]).sum(1), dim=-1)
 
     def embed_query(self, query: str) -> Tensor:
@@ -326,7 +326,19 @@ class PicoBackbone:
         hidden, mask, block = self._read(tuple(self.encoder.tokenize([text], limit)[0][0]))
         return self.decoder.prepare(hidden.float(), block, self._table[block], mask, segment)
 
-    def _heard(self, order: list[PicoPrompt], owner: Tensor, slot: int, states: Tensor, counts: Tensor) -> Tensor:
+    def _codes(self, states: Tensor, words: Tensor | None) -> Tensor:
+        """Codes of the words behind each state, ``(B, N, r, X)``."""
+        if words is None or words.shape[:2] != states.shape[:2]:
+            found = "no words" if words is None else f"words {tuple(words.shape)}"
+            raise StateShapeError(
+                f"states {tuple(states.shape)} come with {found}; wanted ids {tuple(states.shape[:2])} x r beside "
+                f"them. Make states with Reranker.encode."
+            )
+        return self._table[words]
+
+    def _heard(
+        self, order: list[PicoPrompt], owner: Tensor, slot: int, states: Tensor, counts: Tensor, codes: Tensor
+    ) -> Tensor:
         """What the instructions in one slot add to each margin, ``(B,)``; 0 where there is none."""
         have = [row for row, one in enumerate(order) if len(one.extras) > slot]
         spot = torch.full((len(order),), -1, device=self.device)
@@ -335,7 +347,7 @@ class PicoBackbone:
         own = spot[owner[rows]]
         extra = Prepared.stack([order[row].extras[slot][0] for row in have]).rows(own)
         gate = torch.cat([order[row].extras[slot][1] for row in have])[own]
-        raw, _ = self.decoder(extra, states[rows], counts[rows])
+        raw, _ = self.decoder(extra, states[rows], counts[rows], codes[rows])
         return torch.zeros(len(owner), device=self.device).index_copy(0, rows, raw * gate)
 
 

@@ -2,8 +2,8 @@
 
 A module and its config; knows no tokenizer, no text and no file. All prompt-only work is in `prepare`, done once a
 query; `forward` is what runs per passage.
-Letters: U distinct prompts, B passages, Q prompt tokens, N pooled states, H 384, X lexical width, K views, M pair
-features, D width.
+Letters: U distinct prompts, B passages, T passage tokens, Q prompt tokens, N pooled states, r tokens a state, H 384,
+X width of a word code, K views, M pair features, W word features, D width.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class DecoderConfig:
     """Sizes of the decoder.
 
     Attributes:
-        hidden: H, width of the encoder's last layer.
-        lexical: X, width of the word codes behind it in a state.
+        hidden: H, width of a state: the encoder's last layer.
+        lexical: X, width of a word code.
         vocab: Size of the encoder's vocabulary.
         views: K, learned views of a prompt token that look at the states, each of width H.
         pairs: M, features of one (prompt token, state) pair.
+        words: W, features of one (prompt token, passage token) pair.
         width: D, width of the mixing layers.
         layers: Mixing layers.
         heads: Attention heads of a mixing layer.
@@ -38,6 +39,7 @@ class DecoderConfig:
     vocab: int = 30522
     views: int = 2
     pairs: int = 16
+    words: int = 8
     width: int = 256
     layers: int = 2
     heads: int = 4
@@ -113,6 +115,23 @@ def _neighbours(words: Tensor) -> tuple[Tensor, Tensor]:
     return functional.pad(before[:, :-1], (0, 0, 1, 0)), functional.pad(after[:, 1:], (0, 0, 0, 1))
 
 
+def _neighbours_beside(same: Tensor) -> tuple[Tensor, Tensor]:
+    """How well the token before is found one or two places before, and the one after as far after; ``(B, Q, T)``."""
+    before = functional.pad(same[:, :-1], (2, 0, 1, 0))[..., :-1]  # of the token before: at places -1 to T - 2
+    after = functional.pad(same[:, 1:], (0, 2, 0, 1))[..., 1:]  # of the token after: at places 1 to T
+    return torch.maximum(before[..., 1:], before[..., :-1]), torch.maximum(after[..., 1:], after[..., :-1])
+
+
+def _nearest(same: Tensor, codes: Tensor) -> Tensor:
+    """The most that any token behind a state is each prompt token's word: ``(B, Q, T)`` to ``(B, Q, N)``."""
+    return same.view(*same.shape[:2], *codes.shape[1:3]).amax(-1)
+
+
+def _pool(pairs: Tensor) -> Tensor:
+    """Pool features of pairs, ``(B, Q, places, M)``, all >= 0: their maximum and their log-sum. Padding is 0."""
+    return torch.cat([pairs.amax(2), torch.log1p(pairs.sum(2))], -1)
+
+
 class Mixer(nn.Module):
     """One pre-norm transformer layer over prompt tokens."""
 
@@ -139,9 +158,9 @@ class PicoDecoder(nn.Module):
     """Scores passages from their pooled states: similarity features, product fusion, mixing, and the cosine.
 
     ``margin = cosine_scale * cos + shallow + deep``: `shallow` is a weighted mean over prompt tokens of features of
-    their similarities to all states (word codes tell the exact word, neighbours the phrase, views the meaning); `deep`
-    adds what the token attends to, fused by product, and mixes tokens. Before training both are 0, so the order is the
-    retriever's.
+    their similarities to all states (views tell the meaning) and to all words of the passage, which pooling never
+    blurs (codes tell the word, neighbours the phrase); `deep` adds what the token attends to, fused by product, and
+    mixes tokens. Before training both are 0, so the order is the retriever's.
     """
 
     idf: Tensor
@@ -158,7 +177,8 @@ class PicoDecoder(nn.Module):
         self.sharpness = nn.Parameter(torch.full((c.views,), 8.0))
         self.word_sharpness = nn.Parameter(torch.linspace(0.0, 4.0, c.views))
         self.pair = nn.Linear(c.views + 5, c.pairs)
-        features = 2 * c.pairs + 1
+        self.word_pair = nn.Linear(4, c.words)
+        features = 2 * c.pairs + 1 + 2 * c.words
         self.enter = nn.Linear(c.hidden + 4, c.width)
         self.fuse = nn.Linear(3 * c.views * c.hidden, c.width)
         self.features = nn.Linear(features, c.width)
@@ -220,51 +240,67 @@ class PicoDecoder(nn.Module):
         """How far an instruction is heard, 0 to 1, from both retrieval vectors ``(U, H)``."""
         return torch.sigmoid(self.gate(torch.cat([query, instruction, query * instruction * 20.0], -1)).squeeze(-1))
 
-    def forward(self, prompt: Prepared, states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, prompt: Prepared, states: Tensor, counts: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Score passages, each under its own prompt.
 
         Args:
             prompt: One prompt a passage, ``(B, ...)``.
-            states: Pooled states, float32 ``(B, N, H + X)``.
+            states: Pooled states, float32 ``(B, N, H)``.
             counts: Tokens behind each, ``(B, N)``; 0 is padding.
+            codes: Word codes of those tokens, ``(B, N, r, X)``; zero on padding and where a token is no word.
 
         Returns:
             Raw margins ``(B,)``, and the same without the deep part.
         """
         real = counts > 0
         states = torch.where(real[..., None], states, 0.0)
-        hidden = states[..., : self.config.hidden]
-        vector = functional.normalize((hidden * counts[..., None]).sum(1), dim=-1)  # (B, H)
+        vector = functional.normalize((states * counts[..., None]).sum(1), dim=-1)  # (B, H)
         cosine = (vector * prompt.vector).sum(-1)
-        keys, seen, words = self._similarities(prompt, states, counts)
-        features = self._pair_features(seen, words, counts)  # (B, Q, 2M + 1)
+        keys, seen = self._similarities(prompt, states, counts)
+        same = self._same(prompt, codes)  # (B, Q, T)
+        words = _nearest(same, codes)  # (B, Q, N)
+        word_features = self._word_features(same, codes.flatten(1, 2).any(-1))
+        features = torch.cat([self._pair_features(seen, words, counts), word_features], -1)  # (B, Q, 2M + 1 + 2W)
         shallow = (self.shallow(features).squeeze(-1) * prompt.weights).sum(1)
         deep = self._deep(prompt, keys, seen, words, real, features)
         base = self.cosine_scale * cosine + shallow.float()
         return base + deep, base
 
-    def attention(self, prompt: Prepared, states: Tensor, counts: Tensor) -> Tensor:
+    def attention(self, prompt: Prepared, states: Tensor, counts: Tensor, codes: Tensor) -> Tensor:
         """Where prompts look: attention meaned over views, and over tokens by their weight; ``(B, N)``, sums to 1."""
         states = torch.where((counts > 0)[..., None], states, 0.0)
-        _, seen, words = self._similarities(prompt, states, counts)
+        _, seen = self._similarities(prompt, states, counts)
+        words = _nearest(self._same(prompt, codes), codes)
         looks = self._attend(seen, words, counts > 0).mean(2)  # (B, Q, N)
         return (looks * prompt.weights[..., None]).sum(1)
 
-    def _similarities(self, prompt: Prepared, states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys ``(B, N, H)``, and how near each prompt token is to each in meaning and in word."""
-        hidden, codes = states.split([self.config.hidden, self.config.lexical], -1)
-        keys = functional.normalize(hidden - self.centre, dim=-1) * (counts > 0)[..., None]  # (B, N, H)
-        seen = torch.einsum("bqkh,bnh->bqkn", prompt.views, keys)  # (B, Q, K, N)
-        words = torch.einsum("bqx,bnx->bqn", prompt.codes, codes) * counts[:, None]  # (B, Q, N)
-        return keys, seen, words
+    def _similarities(self, prompt: Prepared, states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``(B, N, H)``, and how near each view of each prompt token is to them, ``(B, Q, K, N)``."""
+        keys = functional.normalize(states - self.centre, dim=-1) * (counts > 0)[..., None]  # (B, N, H)
+        return keys, torch.einsum("bqkh,bnh->bqkn", prompt.views, keys)
+
+    def _same(self, prompt: Prepared, codes: Tensor) -> Tensor:
+        """How far each prompt token and each token of a passage are one word, ``(B, Q, T)``: 1 for the same one."""
+        return torch.einsum("bqx,btx->bqt", prompt.codes, codes.flatten(1, 2)).float()
 
     def _attend(self, seen: Tensor, words: Tensor, real: Tensor) -> Tensor:
         """Softmax over the states for each token and view, ``(B, Q, K, N)``."""
         logits = seen * self.sharpness[:, None] + words[:, :, None] * self.word_sharpness[:, None]
         return logits.masked_fill(~real[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
 
+    def _word_features(self, same: Tensor, real: Tensor) -> Tensor:
+        """Pool features of every (token, passage token) pair: the same at every ratio, ``(B, Q, 2W)``.
+
+        A pair is how far the two are one word, whether the tokens before and after are found just before and just after
+        it, too (a phrase, or the pieces of one word), and how near the passage's start it is.
+        """
+        places = torch.arange(same.shape[2], device=same.device)
+        lead = (1.0 / (1.0 + places / 16.0)).expand_as(same)
+        pairs = torch.stack([same, *_neighbours_beside(same), lead], -1)  # (B, Q, T, 4)
+        return _pool(torch.relu(self.word_pair(pairs)) * real[:, None, :, None])
+
     def _pair_features(self, seen: Tensor, words: Tensor, counts: Tensor) -> Tensor:
-        """Pool features of every (token, state) pair over the states: their maximum and their log-sum.
+        """Pool features of every (token, state) pair over the states, ``(B, Q, 2M + 1)``.
 
         A pair is what the views and the word say, whether the tokens before and after are here too (a phrase, or the
         pieces of one word), how many tokens the state stands for, and how near the passage's start it is.
@@ -273,9 +309,9 @@ class PicoDecoder(nn.Module):
         lead = (1.0 / (1.0 + (counts.cumsum(1) - counts) / 16.0))[:, None].expand_as(words)
         more = torch.stack([words, *_neighbours(words), size, lead], 2)
         pairs = torch.cat([seen, more], 2).transpose(2, 3)  # (B, Q, N, K + 5)
-        pairs = torch.relu(self.pair(pairs)) * (counts > 0)[:, None, :, None]  # relu >= 0: 0 is the floor of both
+        pooled = _pool(torch.relu(self.pair(pairs)) * (counts > 0)[:, None, :, None])
         length = counts.sum(1).log()[:, None, None].expand(-1, words.shape[1], 1) / 6.0
-        return torch.cat([pairs.amax(2), torch.log1p(pairs.sum(2)), length], -1)
+        return torch.cat([pooled, length], -1)
 
     def _deep(
         self, prompt: Prepared, keys: Tensor, seen: Tensor, words: Tensor, real: Tensor, features: Tensor

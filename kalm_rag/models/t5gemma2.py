@@ -251,7 +251,7 @@ class T5Gemma2Backbone:
         return Prompt(torch.tensor(ids, device=self.device), tuple(one for one, _ in same))
 
     @torch.inference_mode()
-    def decode(self, prompts: Sequence[Prompt], states: Tensor, counts: Tensor) -> Tensor:
+    def decode(self, prompts: Sequence[Prompt], states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:
         """Score each passage under its prompt; see `Backbone.decode`."""
         states = states.to(self._model.dtype)
         if self._lean is None:
@@ -343,7 +343,7 @@ class T5Gemma2Backbone:
         )
 
     @torch.inference_mode()
-    def attend(self, prompt: Prompt, states: Tensor, counts: Tensor) -> Tensor:
+    def attend(self, prompt: Prompt, states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:
         """Attention of the scoring position over the states, meaned over layers and heads; see `Backbone.attend`."""
         batch = states.shape[0]
         seen = self._eager_decoder()(

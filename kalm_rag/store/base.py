@@ -283,4 +283,5 @@ def check_same_layout(stored: Layout, wanted: Layout, where: str) -> None:
 
 
 def _describe(layout: Layout) -> str:
-    return f"ratio {layout.ratio}, codec {layout.codec.value}, width {layout.hidden_size}, {layout.state_dtype}"
+    kept = " with words" if layout.words else ""
+    return f"ratio {layout.ratio}, codec {layout.codec.value}, width {layout.hidden_size}, {layout.state_dtype}{kept}"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kalm_rag.errors import StoreFormatError
-from kalm_rag.states import FORMAT_VERSION, Codec, Layout
+from kalm_rag.states import FORMATS, Codec, Layout
 from kalm_rag.store.base import Reference, StoredRow
 
 SCHEMA_VERSION = 1
@@ -36,7 +36,7 @@ def write_marks(layout: Layout) -> dict[str, str | int]:
         "ratio": layout.ratio,
         "codec": layout.codec.value,
         "state_dtype": layout.state_dtype,
-        "format": FORMAT_VERSION,
+        "format": layout.format,
     }
     return {"kalm_schema": SCHEMA_VERSION, "kalm_layout": json.dumps(fields)}
 
@@ -56,9 +56,10 @@ def read_marks(collection: Any) -> Layout:  # noqa: ANN401 (Collection, untyped 
         )
     try:
         fields = json.loads(marks["kalm_layout"])
-        if fields.pop("format") != FORMAT_VERSION:
+        version = fields.pop("format")
+        if version not in FORMATS.values():
             raise ValueError("another byte format")
-        layout = Layout(**{**fields, "codec": Codec.parse(fields["codec"])})
+        layout = Layout(**{**fields, "codec": Codec.parse(fields["codec"]), "words": version == FORMATS[True]})
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise StoreFormatError(
             f"collection {collection.name} is not a kalm_rag state store, or is damaged (metadata {marks!r}). Nothing "

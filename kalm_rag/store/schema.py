@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kalm_rag.errors import InputError, StoreError, StoreFormatError
-from kalm_rag.states import DTYPES, FORMAT_VERSION, Codec, Layout
+from kalm_rag.states import DTYPES, FORMATS, Codec, Layout
 from kalm_rag.store.connections import REBUILD, ConnectionPool, connect, translate, use_wal
 
 LOGGER = logging.getLogger(__name__)
@@ -158,10 +158,10 @@ def read_namespace(connection: sqlite3.Connection, fingerprint: str, path: Path)
     if row is None:
         return None
     number, hidden_size, ratio, codec, state_dtype, version = row
-    if version != FORMAT_VERSION:
+    if version not in FORMATS.values():
         raise StoreFormatError(
-            f"{path} holds states in byte format {version}; this release reads {FORMAT_VERSION}. Upgrade kalm_rag, "
-            f"or index again in another folder."
+            f"{path} holds states in byte format {version}; this release reads {max(FORMATS.values())} at "
+            f"most. Upgrade kalm_rag, or index again in another folder."
         )
     try:
         layout = Layout(
@@ -170,6 +170,7 @@ def read_namespace(connection: sqlite3.Connection, fingerprint: str, path: Path)
             ratio=int(ratio),
             codec=Codec.parse(codec),
             state_dtype=state_dtype,
+            words=version == FORMATS[True],
         )
     except (InputError, ValueError) as err:
         raise StoreFormatError(f"{path} is damaged: namespace row {row!r}. {REBUILD}") from err
@@ -185,5 +186,5 @@ def make_namespace(connection: sqlite3.Connection, layout: Layout) -> None:
             "INSERT OR IGNORE INTO namespaces (fingerprint, hidden_size, ratio, codec, state_dtype, format) "
             "VALUES (?, ?, ?, ?, ?, ?)",
             (layout.fingerprint, layout.hidden_size, layout.ratio, layout.codec.value, layout.state_dtype,
-             FORMAT_VERSION),
+             layout.format),
         )  # fmt: skip

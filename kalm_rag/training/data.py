@@ -22,6 +22,7 @@ from kalm_rag.beir import load_collection, read_instructions
 from kalm_rag.errors import InputError
 from kalm_rag.fusion import Bm25, fuse
 from kalm_rag.models.pico_encoder import HIDDEN_SIZE, MiniLMEncoder
+from kalm_rag.pooling import group_ids, mean_groups
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,21 @@ class TokenStates:
         inside = steps[None] < lengths[:, None]  # (B, T)
         flat = torch.where(inside, starts[:, None] + steps[None], 0)
         return self.states[flat].float(), self.ids[flat].long(), inside.float()
+
+    def pooled(self, rows: Tensor, ratio: int, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give some texts as a store would hand them out.
+
+        Args:
+            rows: Which, int64 ``(B,)``.
+            ratio: Tokens a state stands for.
+            table: Word codes of the vocabulary, ``(V, X)``, 0 for id 0.
+
+        Returns:
+            Pooled states ``(B, N, 384)``, counts ``(B, N)`` and word codes ``(B, N, ratio, X)``.
+        """
+        states, ids, counts = self.gather(rows)
+        codes = table[group_ids(torch.where(counts > 0, ids, 0), ratio)]
+        return *mean_groups(states, counts, ratio), codes
 
     def vectors(self) -> Tensor:
         """Mean of each text's states, unit length, float32 ``(texts, 384)``: the retrieval vectors."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kalm_rag.models.pico import PicoBackbone
-from kalm_rag.pooling import mean_groups
 from kalm_rag.training.data import Lists
 from kalm_rag.training.losses import calibrate
 
@@ -45,9 +44,8 @@ def dev_margins(backbone: PicoBackbone, lists: Lists, ratio: int) -> Tensor:
         for row in range(len(lists.texts)):
             hidden, ids, counts = lists.queries.gather(torch.tensor([row]))
             query = decoder.prepare(hidden, ids, table[ids], counts > 0, 0)
-            hidden, ids, counts = lists.passages.gather(lists.candidates[row, :depth])
-            states, counts = mean_groups(torch.cat([hidden, table[ids]], -1), counts, ratio)
-            out.append(decoder(query.rows(torch.zeros(depth, dtype=torch.long)), states, counts)[0])
+            placed = lists.passages.pooled(lists.candidates[row, :depth], ratio, table)
+            out.append(decoder(query.rows(torch.zeros(depth, dtype=torch.long)), *placed)[0])
     return torch.stack(out)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kalm_rag.models.pico import PicoBackbone
-from kalm_rag.pooling import mean_groups
 from kalm_rag.training.data import Lists
 
 RANDOMS = 4
@@ -57,9 +56,8 @@ def margins_of(backbone: PicoBackbone, lists: Lists, ratio: int) -> Tensor:
     for row in tqdm(range(len(lists.texts)), desc=f"{lists.name} margins", unit="query", mininterval=2.0):
         hidden, ids, counts = lists.queries.gather(torch.tensor([row]))
         query = decoder.prepare(hidden, ids, table[ids], counts > 0, 0)
-        hidden, ids, counts = lists.passages.gather(lists.candidates[row])
-        states, counts = mean_groups(torch.cat([hidden, table[ids]], -1), counts, ratio)
-        out.append(decoder(query.rows(torch.zeros(width, dtype=torch.long)), states, counts)[0].float())
+        placed = lists.passages.pooled(lists.candidates[row], ratio, table)
+        out.append(decoder(query.rows(torch.zeros(width, dtype=torch.long)), *placed)[0].float())
     return torch.stack(out).clone()
 
 

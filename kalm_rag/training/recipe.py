@@ -25,7 +25,6 @@ from kalm_rag.errors import InputError
 from kalm_rag.models.pico import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoBackbone, WordCodes
 from kalm_rag.models.pico_decoder import DecoderConfig, PicoDecoder, Prepared
 from kalm_rag.models.pico_encoder import MiniLMEncoder
-from kalm_rag.pooling import mean_groups
 from kalm_rag.training.data import SOURCES, Lists, Source, TokenStates, load_source
 from kalm_rag.training.dev import DevScore, calibrate_on, score_dev
 from kalm_rag.training.gates import settle_gates
@@ -349,14 +348,15 @@ class Trainer:
         size = max(1, {1: self.config.lists // 4, 2: self.config.lists // 2}.get(ratio, self.config.lists))
         rows = self._rows(source, size)
         picks = torch.stack([self._draw(source, int(row)) for row in rows])  # (L, C)
-        states, counts = self._passages(source, rows, picks, ratio)
+        wanted = source.candidates[rows].gather(1, picks).flatten()
+        placed = source.passages.pooled(wanted, ratio, self.backbone.codes.table)
         owner = torch.arange(size).repeat_interleave(picks.shape[1])
         query, extra = self._prompts(source, rows)
-        full, base = self.decoder(query.rows(owner), states, counts)
+        full, base = self.decoder(query.rows(owner), *placed)
         penalty: Tensor | float = 0.0
         if extra is not None:
             gate = self.decoder.gates(query.vector, extra[0].vector)
-            heard = self.decoder(extra[0].rows(owner), states, counts)[0] * gate[owner]
+            heard = self.decoder(extra[0].rows(owner), *placed)[0] * gate[owner]
             full = full + heard
             if not extra[1]:  # a generic instruction must not move anything
                 spread = heard.view(size, -1)
@@ -391,13 +391,6 @@ class Trainer:
         chosen += torch.multinomial(chances, free, generator=self.generator).tolist() if free else []
         rest = [c for c in range(total) if c not in set(chosen)]
         return torch.tensor((chosen + rest)[:size])
-
-    def _passages(self, source: Lists, rows: Tensor, picks: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
-        """States of the picked candidates with their word codes, pooled, as a store would hand them out."""
-        wanted = source.candidates[rows].gather(1, picks).flatten()
-        hidden, ids, counts = source.passages.gather(wanted)
-        states = torch.cat([hidden, self.backbone.codes.table[ids]], -1)
-        return mean_groups(states, counts, ratio)
 
     def _prompts(self, source: Lists, rows: Tensor) -> tuple[Prepared, tuple[Prepared, bool] | None]:
         """The queries, and for some batches an instruction each (with whether it is specific)."""
