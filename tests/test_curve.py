@@ -35,8 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_bytes_are_those_of_the_codec_and_quality_that_of_eval(folder):
-    """13 tokens a passage (10 words, full stop, [CLS], [SEP]): 13, 4 and 1 states of 384 elements at r = 1, 4, 64,
-    and 2 bytes a word."""
+    """13 tokens a passage (10 words, full stop, [CLS], [SEP]), 2 bytes each: 13, 4 and 1 states of 384 elements."""
     model = PicoBackbone.load()
     assert {len(one.ids) for one in model.tokenize(["On our farm bees give us honey all the year."])} == {13}
     curve = measure_curve([EvalSet(folder=folder)], model, ratios=(1, 4, 64))

@@ -17,7 +17,7 @@ from kalm_rag.errors import InputError, MissingDependencyError
 from kalm_rag.states import Codec, Layout
 
 RATIOS = (1, 2, 4, 8, 16, 32, 64)
-SIZES = (("pico", 512, "float16", 145), ("Nano", 640, "bfloat16", 200))
+SIZES = (("pico", 384, "float16", 145, True), ("Nano", 640, "bfloat16", 200, False))
 """Models whose bytes are drawn: name, width, dtype of the states, tokens of a typical passage."""
 
 
@@ -70,10 +70,10 @@ def _draw_latency(path: Path, laws: Sequence[Law]) -> Path:
 def _draw_bytes(path: Path) -> Path:
     figure = _figures()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, width, dtype, tokens in SIZES:
+    for name, width, dtype, tokens, words in SIZES:
         for codec, style in ((Codec.BF16, "o-"), (Codec.INT8, "s--")):
             layouts = [
-                Layout(fingerprint="", hidden_size=width, ratio=ratio, codec=codec, state_dtype=dtype)
+                Layout(fingerprint="", hidden_size=width, ratio=ratio, codec=codec, state_dtype=dtype, words=words)
                 for ratio in RATIOS
             ]
             sizes = [layout.payload_bytes(tokens) / 1000 for layout in layouts]

@@ -17,6 +17,15 @@ from torch.nn import functional
 
 from kalm_rag.errors import ModelError
 
+TYPICAL_TOKENS = 100
+"""Length of a passage whose words count neither more nor less than in BM25 without its length normalisation."""
+
+K1, B = 0.9, 0.4
+"""BM25's saturation and length normalisation (the values of Anserini and of this project's baselines)."""
+
+ONE_WORD = 0.99
+"""Codes nearer than this (cosine) are those of the same word."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -71,6 +80,7 @@ class Prepared:
         hidden: Token states as the product branch sees them, ``(U, Q, H)``.
         base: Where the mixing layers start, ``(U, Q, D)``.
         weights: Share of each token in the shallow score, ``(U, Q)``, 0 on padding, sum 1.
+        rarity: Share of each distinct word in the lexical score by its idf, ``(U, Q)``; 0 where it stood before.
         mask: True on real tokens, ``(U, Q)``.
         vector: Retrieval vector, ``(U, H)``, unit length.
     """
@@ -80,6 +90,7 @@ class Prepared:
     hidden: Tensor
     base: Tensor
     weights: Tensor
+    rarity: Tensor
     mask: Tensor
     vector: Tensor
 
@@ -127,6 +138,19 @@ def _nearest(same: Tensor, codes: Tensor) -> Tensor:
     return same.view(*same.shape[:2], *codes.shape[1:3]).amax(-1)
 
 
+def _lexical(same: Tensor, rarity: Tensor, counts: Tensor) -> Tensor:
+    """BM25 of a passage as a share of its upper bound, ``(B,)``: ``sum_w rarity_w tf_w / (tf_w + K1 (1 - B + B len))``.
+
+    Args:
+        same: How far prompt tokens and passage tokens are one word, ``(B, Q, T)``.
+        rarity: Shares of the words by idf, ``(B, Q)``, sum 1.
+        counts: Tokens behind each state, ``(B, N)``; ``len`` is their sum in `TYPICAL_TOKENS`.
+    """
+    times = (same > ONE_WORD).float().sum(2)  # (B, Q)
+    length = counts.sum(1, keepdim=True) / TYPICAL_TOKENS
+    return (rarity * times / (times + K1 * (1 - B + B * length))).sum(1)
+
+
 def _pool(pairs: Tensor) -> Tensor:
     """Pool features of pairs, ``(B, Q, places, M)``, all >= 0: their maximum and their log-sum. Padding is 0."""
     return torch.cat([pairs.amax(2), torch.log1p(pairs.sum(2))], -1)
@@ -157,10 +181,11 @@ class Mixer(nn.Module):
 class PicoDecoder(nn.Module):
     """Scores passages from their pooled states: similarity features, product fusion, mixing, and the cosine.
 
-    ``margin = cosine_scale * cos + shallow + deep``: `shallow` is a weighted mean over prompt tokens of features of
-    their similarities to all states (views tell the meaning) and to all words of the passage, which pooling never
-    blurs (codes tell the word, neighbours the phrase); `deep` adds what the token attends to, fused by product, and
-    mixes tokens. Before training both are 0, so the order is the retriever's.
+    ``margin = cosine_scale * cos + lexical_scale * lexical + shallow + deep``. `lexical` is BM25 by the model's own idf,
+    as a share of the most it could be. `shallow` is a weighted mean over prompt tokens of features of their
+    similarities to all states (views tell the meaning) and to all words of the passage, which pooling never blurs (codes
+    tell the word, neighbours the phrase). `deep` adds what the token attends to, fused by product, and mixes tokens.
+    Before training the last two are 0, so the order is that of a fusion of both scores.
     """
 
     idf: Tensor
@@ -189,6 +214,7 @@ class PicoDecoder(nn.Module):
         self.token_out = nn.Linear(c.width, 2)
         self.head = nn.Sequential(nn.Linear(c.width, c.width // 2), nn.GELU(), nn.Linear(c.width // 2, 1))
         self.cosine_scale = nn.Parameter(torch.tensor(12.0))
+        self.lexical_scale = nn.Parameter(torch.tensor(6.0))
         self.segment = nn.Embedding(2, c.width)
         self.gate = nn.Sequential(nn.Linear(3 * c.hidden, 64), nn.GELU(), nn.Linear(64, 1))
         self._initialise()
@@ -224,6 +250,8 @@ class PicoDecoder(nn.Module):
         centred = functional.normalize(hidden - self.centre, dim=-1)
         known = torch.cat([centred * c.hidden**0.5, token], -1)  # (U, Q, H + 4)
         share = functional.softplus(self.share(known).squeeze(-1)) * mask
+        before = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)  # (U, Q): a word counts once
+        rarity = self.idf[ids] * word * mask * ~before
         views = self.look(centred).view(*ids.shape, c.views, c.hidden)
         kind = self.segment(torch.as_tensor(segment, device=ids.device)).expand(len(ids), -1)
         return Prepared(
@@ -232,6 +260,7 @@ class PicoDecoder(nn.Module):
             hidden=centred * c.hidden**0.5,
             base=self.enter(known) + kind[:, None],
             weights=share / share.sum(1, keepdim=True),
+            rarity=rarity / rarity.sum(1, keepdim=True).clamp(min=0.1),
             mask=mask,
             vector=functional.normalize(mean, dim=-1),
         )
@@ -263,7 +292,8 @@ class PicoDecoder(nn.Module):
         features = torch.cat([self._pair_features(seen, words, counts), word_features], -1)  # (B, Q, 2M + 1 + 2W)
         shallow = (self.shallow(features).squeeze(-1) * prompt.weights).sum(1)
         deep = self._deep(prompt, keys, seen, words, real, features)
-        base = self.cosine_scale * cosine + shallow.float()
+        lexical = _lexical(same, prompt.rarity, counts)
+        base = self.cosine_scale * cosine + self.lexical_scale * lexical + shallow.float()
         return base + deep, base
 
     def attention(self, prompt: Prepared, states: Tensor, counts: Tensor, codes: Tensor) -> Tensor:
