@@ -133,7 +133,9 @@ def test_instructions_reach_the_model(folder):
 def test_ties_keep_retrieval_order(folder, monkeypatch):
     """All margins equal: the order, and so every metric, must stay the retriever's."""
     model = LetterModel()
-    monkeypatch.setattr(model, "decode", lambda prompts, states, counts: torch.zeros(len(prompts)), raising=False)
+    monkeypatch.setattr(
+        model, "decode", lambda prompts, states, counts, words: torch.zeros(len(prompts)), raising=False
+    )
     before, *_, after = evaluate(folder, "test", model, ratios=(1,)).rows
     assert (before.ndcg_10, before.mrr_10) == (after.ndcg_10, after.mrr_10)
 

@@ -12,7 +12,7 @@ from kalm_rag.errors import InputError, MissingDependencyError, ModelError, Stat
 from kalm_rag.instructions import DEFAULT_TASK, Instructions
 from kalm_rag.models import pico_encoder
 from kalm_rag.models.pico import PicoBackbone, read_weights
-from kalm_rag.models.pico_decoder import _neighbours, _neighbours_beside
+from kalm_rag.models.pico_decoder import _lexical, _neighbours
 from kalm_rag.models.pico_encoder import MiniLMEncoder
 from kalm_rag.pooling import group_ids, mean_groups
 
@@ -60,13 +60,19 @@ def test_neighbours_of_a_match_by_hand():
     assert torch.allclose(after, torch.tensor([[[0.8, 0.8, 0.0], [0.0, 0.0, 0.0]]]))
 
 
-def test_neighbours_beside_a_word_by_hand():
-    # same[q, t]: token 0 stands at places 0 and 3, token 1 at places 2 and 4. The one before token 1 stands two places
-    # before place 2 and one before place 4; the one after token 0 stands two places after place 0, one after place 3.
-    same = torch.tensor([[[1.0, 0.0, 0.0, 0.5, 0.0], [0.0, 0.0, 0.8, 0.0, 0.3]]])
-    before, after = _neighbours_beside(same)
-    assert torch.allclose(before, torch.tensor([[[0.0] * 5, [0.0, 1.0, 1.0, 0.0, 0.5]]]))
-    assert torch.allclose(after, torch.tensor([[[0.8, 0.8, 0.3, 0.3, 0.0], [0.0] * 5]]))
+def test_lexical_score_by_hand():
+    # token 0 stands twice, token 1 once, token 2 nowhere; 50 tokens, half the typical length: 0.9 * (0.6 + 0.4 * 0.5)
+    # = 0.72; 0.5 * 2 / 2.72 + 0.3 * 1 / 1.72
+    same = torch.zeros(1, 3, 50)
+    same[0, 0, [3, 7]], same[0, 1, 9], same[0, 2, 4] = 1.0, 0.995, 0.9
+    found = _lexical(same, torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[32.0, 18.0]]))
+    assert found.tolist() == pytest.approx([0.5 * 2 / 2.72 + 0.3 / 1.72])
+
+
+def test_a_word_of_the_query_counts_once(pico):
+    once, twice = (pico.prompt(text, Instructions()).query for text in ("bees honey", "bees honey bees"))
+    assert float(once.rarity.sum()) == pytest.approx(1.0)
+    assert twice.rarity[0].tolist() == pytest.approx([*once.rarity[0, :3].tolist(), 0.0, 0.0])
 
 
 def test_words_are_told_apart_whatever_the_ratio(pico):
@@ -254,7 +260,9 @@ def test_bfloat16_encoder_scores_close(pico):
     other, *_ = states_of(half, PASSAGES)
     assert half.info.fingerprint != pico.info.fingerprint
     assert (
-        float((margins_of(half, QUERY, other, counts) - margins_of(pico, QUERY, states, counts, words)).abs().max())
+        float(
+            (margins_of(half, QUERY, other, counts, words) - margins_of(pico, QUERY, states, counts, words)).abs().max()
+        )
         < 1.0
     )
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from kalm_rag.errors import InputError
-from kalm_rag.instructions import Instructions
 from kalm_rag.models.pico import PicoBackbone
-from kalm_rag.training.dev import mean_ndcg
+from kalm_rag.reranker import Reranker
+from kalm_rag.training.dev import LEXICAL_SCALES, TOP_K, dev_margins, mean_ndcg, settle_lexical
 from kalm_rag.training.instruct import GENERIC, generic, split_query
 from kalm_rag.training.losses import calibrate, distillation_loss, listwise_loss
 
@@ -135,13 +135,24 @@ def test_training_lowers_the_loss_and_reloads(data, tmp_path):
     assert [score.name for score in report.dev] == ["tiny", "tiny"]
     written = json.loads((tmp_path / "out" / "train.json").read_text())
     assert written["losses"] == report.losses
-    pico = PicoBackbone.load(weights=tmp_path / "out")
-    states, mask = pico.encode(
-        [one.ids for one in pico.tokenize(["A shop sells honey in boxes.", "The bee gives us honey."])]
-    )
-    prompt = pico.prompt("who gives honey?", Instructions())
-    margins = pico.decode([prompt] * 2, states, mask.float())
-    assert float(margins[0]) > float(margins[1])
+    passages = ["bee The bee gives us honey. People prize it.", "A shop sells honey by weight, packed in boxes."]
+    with Reranker.from_pretrained(str(tmp_path / "out"), ratio=4) as engine:
+        first, _ = engine.rank("who gives honey to people?", passages)
+    assert first.index == 1
+
+
+def test_the_lexical_scale_is_the_best_on_held_out_lists(data):
+    pico = PicoBackbone.load()
+    _, held = load_source(data, SOURCE, pico.encoder, seed=0, fast=False)
+    settle_lexical(pico, [held], ratios=(1, 8))
+    chosen = float(pico.decoder.lexical_scale)
+
+    def quality(scale: float) -> float:
+        pico.decoder.lexical_scale.fill_(scale)
+        gold = held.gold[:, : min(TOP_K, held.depth)]
+        return sum(mean_ndcg(dev_margins(pico, held, ratio), gold, held.relevant) for ratio in (1, 8))
+
+    assert quality(chosen) == max(quality(scale) for scale in LEXICAL_SCALES)
 
 
 def test_same_seed_same_weights(data, tmp_path):

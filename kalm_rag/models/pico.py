@@ -191,7 +191,7 @@ class PicoBackbone:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.bfloat16().contiguous() for name, tensor in self.decoder.state_dict().items()}
         tensors["idf"] = self.decoder.idf.half()
-        tensors["calibration"] = self.decoder.calibration.float()
+        tensors |= {name: getattr(self.decoder, name).float() for name in ("calibration", "lexical_scale")}
         tensors |= {"codes.centre": self.codes.centre, "codes.projection": self.codes.projection.contiguous()}
         path = folder / "pico.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})

@@ -3,7 +3,7 @@
 A module and its config; knows no tokenizer, no text and no file. All prompt-only work is in `prepare`, done once a
 query; `forward` is what runs per passage.
 Letters: U distinct prompts, B passages, T passage tokens, Q prompt tokens, N pooled states, r tokens a state, H 384,
-X width of a word code, K views, M pair features, W word features, D width.
+X width of a word code, K views, M pair features, D width.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class DecoderConfig:
         vocab: Size of the encoder's vocabulary.
         views: K, learned views of a prompt token that look at the states, each of width H.
         pairs: M, features of one (prompt token, state) pair.
-        words: W, features of one (prompt token, passage token) pair.
         width: D, width of the mixing layers.
         layers: Mixing layers.
         heads: Attention heads of a mixing layer.
@@ -48,7 +47,6 @@ class DecoderConfig:
     vocab: int = 30522
     views: int = 2
     pairs: int = 16
-    words: int = 8
     width: int = 256
     layers: int = 2
     heads: int = 4
@@ -80,7 +78,8 @@ class Prepared:
         hidden: Token states as the product branch sees them, ``(U, Q, H)``.
         base: Where the mixing layers start, ``(U, Q, D)``.
         weights: Share of each token in the shallow score, ``(U, Q)``, 0 on padding, sum 1.
-        rarity: Share of each distinct word in the lexical score by its idf, ``(U, Q)``; 0 where it stood before.
+        rarity: Share of each distinct word in the lexical score by its idf, ``(U, Q)``; 0 where it stood before, and
+            in instructions.
         mask: True on real tokens, ``(U, Q)``.
         vector: Retrieval vector, ``(U, H)``, unit length.
     """
@@ -126,13 +125,6 @@ def _neighbours(words: Tensor) -> tuple[Tensor, Tensor]:
     return functional.pad(before[:, :-1], (0, 0, 1, 0)), functional.pad(after[:, 1:], (0, 0, 0, 1))
 
 
-def _neighbours_beside(same: Tensor) -> tuple[Tensor, Tensor]:
-    """How well the token before is found one or two places before, and the one after as far after; ``(B, Q, T)``."""
-    before = functional.pad(same[:, :-1], (2, 0, 1, 0))[..., :-1]  # of the token before: at places -1 to T - 2
-    after = functional.pad(same[:, 1:], (0, 2, 0, 1))[..., 1:]  # of the token after: at places 1 to T
-    return torch.maximum(before[..., 1:], before[..., :-1]), torch.maximum(after[..., 1:], after[..., :-1])
-
-
 def _nearest(same: Tensor, codes: Tensor) -> Tensor:
     """The most that any token behind a state is each prompt token's word: ``(B, Q, T)`` to ``(B, Q, N)``."""
     return same.view(*same.shape[:2], *codes.shape[1:3]).amax(-1)
@@ -149,11 +141,6 @@ def _lexical(same: Tensor, rarity: Tensor, counts: Tensor) -> Tensor:
     times = (same > ONE_WORD).float().sum(2)  # (B, Q)
     length = counts.sum(1, keepdim=True) / TYPICAL_TOKENS
     return (rarity * times / (times + K1 * (1 - B + B * length))).sum(1)
-
-
-def _pool(pairs: Tensor) -> Tensor:
-    """Pool features of pairs, ``(B, Q, places, M)``, all >= 0: their maximum and their log-sum. Padding is 0."""
-    return torch.cat([pairs.amax(2), torch.log1p(pairs.sum(2))], -1)
 
 
 class Mixer(nn.Module):
@@ -181,15 +168,17 @@ class Mixer(nn.Module):
 class PicoDecoder(nn.Module):
     """Scores passages from their pooled states: similarity features, product fusion, mixing, and the cosine.
 
-    ``margin = cosine_scale * cos + lexical_scale * lexical + shallow + deep``. `lexical` is BM25 by the model's own idf,
-    as a share of the most it could be. `shallow` is a weighted mean over prompt tokens of features of their
-    similarities to all states (views tell the meaning) and to all words of the passage, which pooling never blurs (codes
-    tell the word, neighbours the phrase). `deep` adds what the token attends to, fused by product, and mixes tokens.
-    Before training the last two are 0, so the order is that of a fusion of both scores.
+    ``margin = cosine_scale * cos + shallow + deep + lexical_scale * lexical``. `shallow` is a weighted mean over prompt
+    tokens of features of their similarities to all states (views tell the meaning, the nearest word behind a state the
+    word, neighbours the phrase). `deep` adds what the token attends to, fused by product, and mixes tokens. Before
+    training both are 0, so the order is the retriever's. `lexical` is BM25 of the query by the model's own idf, as a
+    share of the most it could be. Its scale is fitted last, on held-out queries: learnt along with the rest, it leaves
+    the rest less to learn, and what was learnt without it gains more from it.
     """
 
     idf: Tensor
     calibration: Tensor
+    lexical_scale: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
         """Make an untrained decoder."""
@@ -197,13 +186,13 @@ class PicoDecoder(nn.Module):
         self.config = c = config
         self.register_buffer("idf", torch.zeros(c.vocab))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
+        self.register_buffer("lexical_scale", torch.tensor(0.0))
         self.centre = nn.Parameter(torch.zeros(c.hidden))
         self.look = nn.Linear(c.hidden, c.views * c.hidden, bias=False)
         self.sharpness = nn.Parameter(torch.full((c.views,), 8.0))
         self.word_sharpness = nn.Parameter(torch.linspace(0.0, 4.0, c.views))
         self.pair = nn.Linear(c.views + 5, c.pairs)
-        self.word_pair = nn.Linear(4, c.words)
-        features = 2 * c.pairs + 1 + 2 * c.words
+        features = 2 * c.pairs + 1
         self.enter = nn.Linear(c.hidden + 4, c.width)
         self.fuse = nn.Linear(3 * c.views * c.hidden, c.width)
         self.features = nn.Linear(features, c.width)
@@ -214,7 +203,6 @@ class PicoDecoder(nn.Module):
         self.token_out = nn.Linear(c.width, 2)
         self.head = nn.Sequential(nn.Linear(c.width, c.width // 2), nn.GELU(), nn.Linear(c.width // 2, 1))
         self.cosine_scale = nn.Parameter(torch.tensor(12.0))
-        self.lexical_scale = nn.Parameter(torch.tensor(6.0))
         self.segment = nn.Embedding(2, c.width)
         self.gate = nn.Sequential(nn.Linear(3 * c.hidden, 64), nn.GELU(), nn.Linear(64, 1))
         self._initialise()
@@ -251,7 +239,8 @@ class PicoDecoder(nn.Module):
         known = torch.cat([centred * c.hidden**0.5, token], -1)  # (U, Q, H + 4)
         share = functional.softplus(self.share(known).squeeze(-1)) * mask
         before = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)  # (U, Q): a word counts once
-        rarity = self.idf[ids] * word * mask * ~before
+        asks = (torch.as_tensor(segment, device=ids.device) == 0).view(-1, 1)  # instructions are heard without it
+        rarity = self.idf[ids] * word * mask * ~before * asks
         views = self.look(centred).view(*ids.shape, c.views, c.hidden)
         kind = self.segment(torch.as_tensor(segment, device=ids.device)).expand(len(ids), -1)
         return Prepared(
@@ -288,12 +277,10 @@ class PicoDecoder(nn.Module):
         keys, seen = self._similarities(prompt, states, counts)
         same = self._same(prompt, codes)  # (B, Q, T)
         words = _nearest(same, codes)  # (B, Q, N)
-        word_features = self._word_features(same, codes.flatten(1, 2).any(-1))
-        features = torch.cat([self._pair_features(seen, words, counts), word_features], -1)  # (B, Q, 2M + 1 + 2W)
+        features = self._pair_features(seen, words, counts)  # (B, Q, 2M + 1)
         shallow = (self.shallow(features).squeeze(-1) * prompt.weights).sum(1)
         deep = self._deep(prompt, keys, seen, words, real, features)
-        lexical = _lexical(same, prompt.rarity, counts)
-        base = self.cosine_scale * cosine + self.lexical_scale * lexical + shallow.float()
+        base = self.cosine_scale * cosine + shallow.float() + self.lexical_scale * _lexical(same, prompt.rarity, counts)
         return base + deep, base
 
     def attention(self, prompt: Prepared, states: Tensor, counts: Tensor, codes: Tensor) -> Tensor:
@@ -318,17 +305,6 @@ class PicoDecoder(nn.Module):
         logits = seen * self.sharpness[:, None] + words[:, :, None] * self.word_sharpness[:, None]
         return logits.masked_fill(~real[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
 
-    def _word_features(self, same: Tensor, real: Tensor) -> Tensor:
-        """Pool features of every (token, passage token) pair: the same at every ratio, ``(B, Q, 2W)``.
-
-        A pair is how far the two are one word, whether the tokens before and after are found just before and just after
-        it, too (a phrase, or the pieces of one word), and how near the passage's start it is.
-        """
-        places = torch.arange(same.shape[2], device=same.device)
-        lead = (1.0 / (1.0 + places / 16.0)).expand_as(same)
-        pairs = torch.stack([same, *_neighbours_beside(same), lead], -1)  # (B, Q, T, 4)
-        return _pool(torch.relu(self.word_pair(pairs)) * real[:, None, :, None])
-
     def _pair_features(self, seen: Tensor, words: Tensor, counts: Tensor) -> Tensor:
         """Pool features of every (token, state) pair over the states, ``(B, Q, 2M + 1)``.
 
@@ -339,9 +315,9 @@ class PicoDecoder(nn.Module):
         lead = (1.0 / (1.0 + (counts.cumsum(1) - counts) / 16.0))[:, None].expand_as(words)
         more = torch.stack([words, *_neighbours(words), size, lead], 2)
         pairs = torch.cat([seen, more], 2).transpose(2, 3)  # (B, Q, N, K + 5)
-        pooled = _pool(torch.relu(self.pair(pairs)) * (counts > 0)[:, None, :, None])
+        pairs = torch.relu(self.pair(pairs)) * (counts > 0)[:, None, :, None]  # relu >= 0: 0 is the floor of both
         length = counts.sum(1).log()[:, None, None].expand(-1, words.shape[1], 1) / 6.0
-        return torch.cat([pooled, length], -1)
+        return torch.cat([pairs.amax(2), torch.log1p(pairs.sum(2)), length], -1)
 
     def _deep(
         self, prompt: Prepared, keys: Tensor, seen: Tensor, words: Tensor, real: Tensor, features: Tensor

@@ -1,4 +1,4 @@
-"""Measuring on held-out lists during training: nDCG@10 before and after, and the calibration fitted there."""
+"""Measuring on held-out lists during training: nDCG@10 before and after, and the two things fitted there."""
 
 from __future__ import annotations
 
@@ -66,6 +66,25 @@ def score_dev(backbone: PicoBackbone, lists: Lists, ratios: Sequence[int] = (4, 
         )
         for ratio in ratios
     ]
+
+
+LEXICAL_SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Scales of the lexical score that `settle_lexical` chooses from."""
+
+
+def settle_lexical(backbone: PicoBackbone, lists: Sequence[Lists], ratios: Sequence[int] = (4, 32)) -> None:
+    """Set the lexical score's scale to the one with the best nDCG@10, meaned over held-out lists and ratios."""
+    margins = []
+    for scale in (0.0, 1.0):  # it is added to the rest, so two passes tell all
+        backbone.decoder.lexical_scale.fill_(scale)
+        margins.append([dev_margins(backbone, one, ratio) for ratio in ratios for one in lists])
+    golds = [(one.gold[:, : min(TOP_K, one.depth)], one.relevant) for _ in ratios for one in lists]
+
+    def quality(scale: float) -> float:
+        scored = [rest + scale * (more - rest) for rest, more in zip(*margins, strict=True)]
+        return sum(mean_ndcg(own, *gold) for own, gold in zip(scored, golds, strict=True))
+
+    backbone.decoder.lexical_scale.fill_(max(LEXICAL_SCALES, key=quality))
 
 
 def calibrate_on(backbone: PicoBackbone, lists: Sequence[Lists], ratio: int = 4) -> None:

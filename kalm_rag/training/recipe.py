@@ -26,7 +26,7 @@ from kalm_rag.models.pico import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoB
 from kalm_rag.models.pico_decoder import DecoderConfig, PicoDecoder, Prepared
 from kalm_rag.models.pico_encoder import MiniLMEncoder
 from kalm_rag.training.data import SOURCES, Lists, Source, TokenStates, load_source
-from kalm_rag.training.dev import DevScore, calibrate_on, score_dev
+from kalm_rag.training.dev import DevScore, calibrate_on, score_dev, settle_lexical
 from kalm_rag.training.gates import settle_gates
 from kalm_rag.training.hard_lists import mine, narrow_lists
 from kalm_rag.training.instruct import generic, split_query
@@ -183,11 +183,13 @@ def train(
             backbone = new_backbone(reader, [one.passages for one in lists])
         else:
             backbone = PicoBackbone.load(weights=base, encoder=encoder)
+    backbone.decoder.lexical_scale.zero_()  # the rest learns on its own; see `PicoDecoder`
     losses = _learn(backbone, lists, config, stages, out, seconds, minutes)
     started = time.perf_counter()
     settle_gates(backbone, lists, seed=config.seed, pairs=config.gate_pairs)
     seconds["gates"] = time.perf_counter() - started
     if dev_lists:
+        settle_lexical(backbone, dev_lists)
         calibrate_on(backbone, dev_lists)
     dev = [score for one in dev_lists for score in score_dev(backbone, one)]
     backbone.save(out)
