@@ -13,7 +13,7 @@ import torch
 from kalm_rag.errors import InputError
 from kalm_rag.models.pico import PicoBackbone
 from kalm_rag.reranker import Reranker
-from kalm_rag.training.dev import LEXICAL_SCALES, TOP_K, dev_margins, mean_ndcg, settle_lexical
+from kalm_rag.training.dev import LEXICAL_SCALES, NO_WORSE, TOP_K, dev_margins, mean_ndcg, settle_lexical
 from kalm_rag.training.instruct import GENERIC, generic, split_query
 from kalm_rag.training.losses import calibrate, distillation_loss, listwise_loss
 
@@ -141,7 +141,7 @@ def test_training_lowers_the_loss_and_reloads(data, tmp_path):
     assert first.index == 1
 
 
-def test_the_lexical_scale_is_the_best_on_held_out_lists(data):
+def test_the_lexical_scale_is_the_least_of_the_best_on_held_out_lists(data):
     pico = PicoBackbone.load()
     _, held = load_source(data, SOURCE, pico.encoder, seed=0, fast=False)
     settle_lexical(pico, [held], ratios=(1, 8))
@@ -150,9 +150,11 @@ def test_the_lexical_scale_is_the_best_on_held_out_lists(data):
     def quality(scale: float) -> float:
         pico.decoder.lexical_scale.fill_(scale)
         gold = held.gold[:, : min(TOP_K, held.depth)]
-        return sum(mean_ndcg(dev_margins(pico, held, ratio), gold, held.relevant) for ratio in (1, 8))
+        return sum(mean_ndcg(dev_margins(pico, held, ratio), gold, held.relevant) for ratio in (1, 8)) / 2
 
-    assert quality(chosen) == max(quality(scale) for scale in LEXICAL_SCALES)
+    found = {scale: quality(scale) for scale in LEXICAL_SCALES}
+    assert found[chosen] >= max(found.values()) - NO_WORSE
+    assert all(found[scale] < max(found.values()) - NO_WORSE for scale in LEXICAL_SCALES if scale < chosen)
 
 
 def test_same_seed_same_weights(data, tmp_path):
