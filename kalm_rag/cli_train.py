@@ -36,6 +36,7 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Stop learning after so many.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option(help=_BASE, show_default=False)] = None,
     stage: Annotated[str, typer.Option(help="general, hard, distil, or all of them one after another.")] = "all",
+    plot: Annotated[Path | None, typer.Option(help="Draw the losses here (svg, png, pdf).", show_default=False)] = None,
     split: Annotated[str | None, _option("Labelled queries to learn from (train).")] = None,
     dev_split: Annotated[str | None, _option("Labelled queries to measure on (a held-out tenth of the split).")] = None,
     steps: Annotated[int | None, _option("Batches a stage (1000).")] = None,
@@ -61,17 +62,29 @@ def train(
     settings = {name: value for name, value in locals().items() if name in _ADAPT and value is not None}
     with errors():
         logging.getLogger("kalm_rag").setLevel(logging.INFO)
+        if plot is not None:
+            from kalm_rag.evaluation.curve import check_plot
+
+            check_plot(plot)  # before the work, not after it
         if base is None or (Path(base) / "pico.safetensors").is_file():
             if settings:
                 raise InputError(f"{', '.join(settings)} given for pico, whose recipe has its own.")
-            _train_pico(data, to, seed=seed, stage=stage, base=base, minutes=minutes)
-            return
-        if len(data) > 1:
+            losses = _train_pico(data, to, seed=seed, stage=stage, base=base, minutes=minutes)
+        elif len(data) > 1:
             raise InputError(f"--data was given {len(data)} times; with a checkpoint as --base, wanted one folder.")
-        _adapt(base, data[0], to, settings | {"seed": seed, "stage": stage}, minutes=minutes)
+        else:
+            losses = _adapt(base, data[0], to, settings | {"seed": seed, "stage": stage}, minutes=minutes)
+        if plot is not None:
+            from kalm_rag.training.plot import draw_losses
+
+            draw_losses(losses, plot)
+            out.print(f"losses drawn in {plot}")
 
 
-def _train_pico(data: list[Path], to: Path, *, seed: int, stage: str, base: str | None, minutes: float | None) -> None:
+def _train_pico(
+    data: list[Path], to: Path, *, seed: int, stage: str, base: str | None, minutes: float | None
+) -> dict[str, list[float]]:
+    """Train, show the figures on held-out queries, give the losses by stage."""
     from kalm_rag.training.recipe import train as run
 
     start = None if base is None else Path(base)
@@ -82,6 +95,7 @@ def _train_pico(data: list[Path], to: Path, *, seed: int, stage: str, base: str 
         table.add_row(score.name, str(score.ratio), *figures)
     out.print(table)
     out.print(f"{report.steps} steps in {report.seconds['total']:.0f} s; weights in {report.folder}")
+    return report.losses
 
 
 @app.command("collect-text")
@@ -101,8 +115,10 @@ def collect_text(
             out.print(f"wrote {folder}")
 
 
-def _adapt(base: str, data: Path, to: Path, settings: dict[str, Any], *, minutes: float | None) -> None:
-    """Adapt a checkpoint and show its figures on held-out queries."""
+def _adapt(
+    base: str, data: Path, to: Path, settings: dict[str, Any], *, minutes: float | None
+) -> dict[str, list[float]]:
+    """Adapt a checkpoint, show its figures on held-out queries, give the losses by stage."""
     from transformers.utils import logging as transformers_logging
 
     from kalm_rag.training.adapt import adapt
@@ -123,3 +139,4 @@ def _adapt(base: str, data: Path, to: Path, settings: dict[str, Any], *, minutes
         out.print(f"[yellow]{fell} of these figures fell[/yellow]: look at them before you use the checkpoint")
     for report in reports:
         out.print(f"{report.stage}: {report.steps} steps, {sum(report.seconds.values()):.0f} s; {report.folder}")
+    return {report.stage: report.losses for report in reports}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -407,8 +409,16 @@ def test_command_line(base, toy, tmp_path):
     from kalm_rag.cli import app
 
     args = ["train", "--base", str(base), "--data", str(toy), "--out", str(tmp_path / "out"), "--stage", "general"]
-    run = CliRunner().invoke(app, [*args, "--steps", "1", "--task", "?", "--dev-split", "dev", "--device", "cpu"])
+    args += ["--steps", "1", "--task", "?", "--dev-split", "dev", "--device", "cpu"]
+    run = CliRunner().invoke(app, [*args, "--plot", str(tmp_path / "losses.txt")])
+    assert run.exit_code == 1
+    assert "wanted a file that ends in" in " ".join(run.output.split())
+    assert not (tmp_path / "out").exists()
+    plot = ["--plot", str(tmp_path / "plots" / "losses.svg")] if find_spec("matplotlib") else []
+    run = CliRunner().invoke(app, [*args, *plot])
     assert run.exit_code == 0, run.output
+    if plot:
+        assert "general, 1 steps" in re.sub(r"<!-- | -->", "", Path(plot[1]).read_text())
     assert "general: 1 steps" in run.output
     assert json.loads((tmp_path / "out" / "train.json").read_text())["settings"]["instructions"]["task"] == "?"
     run = CliRunner().invoke(app, ["train", "--data", str(toy), "--out", str(tmp_path / "x"), "--stage", "hard"])

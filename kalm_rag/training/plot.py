@@ -1,0 +1,51 @@
+"""The training curve: the loss of every batch, stage after stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+WINDOW = 25
+"""Batches that the line is a mean over: one batch's loss depends most on its ratio and source."""
+
+
+def smooth(losses: Sequence[float], window: int = WINDOW) -> list[float]:
+    """Mean of each value and those before it, `window` at most.
+
+    Example:
+        >>> smooth([4.0, 2.0, 0.0], 2)
+        [4.0, 3.0, 1.0]
+    """
+    sums = [0.0, *accumulate(losses)]
+    starts = [max(0, end - window) for end in range(1, len(sums))]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]
+
+
+def draw_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw each stage's losses one behind the other, as dots and as a running mean.
+
+    Stages have losses of their own (labels, fusion and soft labels weigh differently), so that only a stage's own fall
+    says something.
+
+    Args:
+        losses: Loss of every batch by stage, as ``train.json`` has them.
+        path: Where to; svg, png or pdf.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no global state, no window
+
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    start = 0
+    for (stage, values), colour in zip(losses.items(), ("#1f6fb4", "#d1622b", "#3b8f5a"), strict=False):
+        steps = range(start + 1, start + len(values) + 1)
+        axes.plot(steps, values, ".", color=colour, alpha=0.15, markersize=3)
+        axes.plot(steps, smooth(values), color=colour, label=f"{stage}, {len(values)} steps")
+        start += len(values)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"loss (dots) and its mean over {WINDOW} steps")
+    axes.grid(color="#e4e4e4", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
