@@ -334,7 +334,7 @@ class PicoBackbone:
                 f"states {tuple(states.shape)} come with {found}; wanted ids {tuple(states.shape[:2])} x r beside "
                 f"them. Make states with Reranker.encode."
             )
-        return self._table[words]
+        return functional.embedding(words, self._table)
 
     def _heard(
         self, order: list[PicoPrompt], owner: Tensor, slot: int, states: Tensor, counts: Tensor, codes: Tensor

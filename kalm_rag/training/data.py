@@ -113,7 +113,7 @@ class TokenStates:
             Pooled states ``(B, N, 384)``, counts ``(B, N)`` and word codes ``(B, N, ratio, X)``.
         """
         states, ids, counts = self.gather(rows)
-        codes = table[group_ids(torch.where(counts > 0, ids, 0), ratio)]
+        codes = torch.nn.functional.embedding(group_ids(torch.where(counts > 0, ids, 0), ratio), table)
         return *mean_groups(states, counts, ratio), codes
 
     def vectors(self) -> Tensor:
