@@ -220,8 +220,8 @@ def bench(
             growth=growth,
             curves=plot is not None,
         )
-        with err.status("starting ...") as status:
-            report = suite.run(settings, status.update)
+        with err.status("starting ...") as status:  # a spinner on a terminal, lines in a log
+            report = suite.run(settings, status.update if err.is_terminal else err.print)
         drawn = plots.draw(plot, report.laws) if plot is not None else []
         if as_json:
             _print_json(report.to_dict())

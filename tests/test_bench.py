@@ -362,6 +362,7 @@ def test_command_prints_json() -> None:
     assert run.exit_code == 0, run.output
     told = json.loads(run.stdout)
     assert told["machine"]["cores"] >= 1
+    assert "pico: stored states and a cross-encoder" in run.stderr  # JSON on one, what goes on on the other
     assert not [row for row in told["rows"] if row["key"].startswith("nano")]
 
 
