@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-WINDOW = 25
+WINDOW = 50
 """Batches that the line is a mean over: one batch's loss depends most on its ratio and source."""
 
 
@@ -23,7 +23,7 @@ def smooth(losses: Sequence[float], window: int = WINDOW) -> list[float]:
 
 
 def draw_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw each stage's losses one behind the other, as dots and as a running mean.
+    """Draw each stage's losses one behind the other, as dots (without the highest 2%) and as a running mean.
 
     Stages have losses of their own (labels, fusion and soft labels weigh differently), so that only a stage's own fall
     says something.
@@ -39,9 +39,11 @@ def draw_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
     start = 0
     for (stage, values), colour in zip(losses.items(), ("#1f6fb4", "#d1622b", "#3b8f5a"), strict=False):
         steps = range(start + 1, start + len(values) + 1)
-        axes.plot(steps, values, ".", color=colour, alpha=0.15, markersize=3)
+        axes.plot(steps, values, ".", color=colour, alpha=0.15, markersize=3, rasterized=True)
         axes.plot(steps, smooth(values), color=colour, label=f"{stage}, {len(values)} steps")
         start += len(values)
+    every = sorted(value for values in losses.values() for value in values)
+    axes.set_ylim(0, 1.1 * every[int(0.98 * (len(every) - 1))])  # a few batches far above would flatten the rest
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss (dots) and its mean over {WINDOW} steps")
     axes.grid(color="#e4e4e4", linewidth=0.7)
