@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from kalm_rag import cli_eval, cli_train
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
-from kalm_rag.terminal import AsJson, Model, System, Task, err, out
+from kalm_rag.terminal import AsJson, Model, System, Task, err, out, telling
 from kalm_rag.terminal import errors as _errors
 from kalm_rag.terminal import print_json as _print_json
 from kalm_rag.terminal import stages as _stages
@@ -220,8 +220,8 @@ def bench(
             growth=growth,
             curves=plot is not None,
         )
-        with err.status("starting ...") as status:  # a spinner on a terminal, lines in a log
-            report = suite.run(settings, status.update if err.is_terminal else err.print)
+        with err.status("starting ...") as status:
+            report = suite.run(settings, telling(status))
         drawn = plots.draw(plot, report.laws) if plot is not None else []
         if as_json:
             _print_json(report.to_dict())

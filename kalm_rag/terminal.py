@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from rich.status import Status
 
 from kalm_rag.errors import KalmRagError
 
@@ -36,6 +37,21 @@ def errors() -> Iterator[None]:
     except KalmRagError as error:
         err.print(f"[red]error:[/red] {escape(str(error))}")
         raise typer.Exit(1) from error
+
+
+def telling(spinner: Status) -> Callable[[str], None]:
+    """What shows a line about the work going on: the spinner on a terminal; in a log, each kind of line once."""
+    seen: set[str] = set()
+
+    def tell(line: str) -> None:
+        kind = line.partition(":")[0]
+        if err.is_terminal:
+            spinner.update(line)
+        elif kind not in seen:
+            seen.add(kind)
+            err.print(line)
+
+    return tell
 
 
 def stages(seconds: dict[str, float]) -> str:
