@@ -116,7 +116,7 @@ def test_padding_may_hold_anything(pico, garbage):
     dirty = torch.where(counts[..., None] > 0, states, garbage)
     dirty = torch.cat([dirty, torch.full((len(PASSAGES), 3, dirty.shape[2]), garbage)], 1)
     longer = torch.nn.functional.pad(counts, (0, 3))
-    more = torch.nn.functional.pad(words, (0, 0, 0, 3))
+    more = torch.nn.functional.pad(words, (0, 0, 0, 3), value=int(words[0, 0, 1]))
     assert torch.allclose(margins_of(pico, QUERY, dirty, longer, more), clean, atol=TOLERANCE)
     assert torch.allclose(pico.embed_states(dirty, longer), pico.embed_states(states, counts), atol=1e-6)
 

@@ -259,7 +259,7 @@ def read_passages(
     elements = meta["rows"] * width
     path = str(stem.with_suffix(".states"))
     states = torch.from_file(path, size=elements, dtype=model.state_dtype) if elements else torch.empty(0)
-    words = torch.from_numpy(np.load(stem.with_suffix(".ids.npy"))) if meta["words"] else None
+    words = torch.from_numpy(np.load(stem.with_suffix(".ids.npy"))) if meta.get("words") else None
     place = None if rows is None else {row: spot for spot, row in enumerate(rows)}
     return Library(
         vectors=vectors,

@@ -274,7 +274,7 @@ class PicoBackbone:
         if not prompts:
             return torch.empty(0, device=self.device)
         states, counts = states.float(), counts.float()
-        codes = self._codes(states, words)
+        codes = self._codes(states, counts, words)
         order = list({id(one): one for one in prompts}.values())
         place = {id(one): row for row, one in enumerate(order)}
         owner = torch.tensor([place[id(one)] for one in prompts], device=self.device)
@@ -289,7 +289,7 @@ class PicoBackbone:
         """Where the query looks, and the instructions as far as they are heard; see `Backbone.attend`."""
         every = torch.zeros(len(states), dtype=torch.long, device=self.device)
         states, counts = states.float(), counts.float()
-        codes = self._codes(states, words)
+        codes = self._codes(states, counts, words)
         looks = self.decoder.attention(prompt.query.rows(every), states, counts, codes)  # (B, N)
         total = torch.ones((), device=self.device)
         for extra, gate in prompt.extras:
@@ -326,15 +326,15 @@ class PicoBackbone:
         hidden, mask, block = self._read(tuple(self.encoder.tokenize([text], limit)[0][0]))
         return self.decoder.prepare(hidden.float(), block, self._table[block], mask, segment)
 
-    def _codes(self, states: Tensor, words: Tensor | None) -> Tensor:
-        """Codes of the words behind each state, ``(B, N, r, X)``."""
+    def _codes(self, states: Tensor, counts: Tensor, words: Tensor | None) -> Tensor:
+        """Codes of the words behind each state, ``(B, N, r, X)``; zero on padding, whatever stands there."""
         if words is None or words.shape[:2] != states.shape[:2]:
             found = "no words" if words is None else f"words {tuple(words.shape)}"
             raise StateShapeError(
                 f"states {tuple(states.shape)} come with {found}; wanted ids {tuple(states.shape[:2])} x r beside "
                 f"them. Make states with Reranker.encode."
             )
-        return functional.embedding(words, self._table)
+        return functional.embedding(words * (counts > 0)[..., None], self._table)
 
     def _heard(
         self, order: list[PicoPrompt], owner: Tensor, slot: int, states: Tensor, counts: Tensor, codes: Tensor
