@@ -132,9 +132,11 @@ def test_predict_stands_in_for_cross_encoder(engine: Reranker) -> None:
 def test_instructions_reach_the_decoder(engine: Reranker) -> None:
     states = engine.encode(PASSAGES)
     plain = margins(engine.score(QUERY, states))
-    told = margins(engine.score(QUERY, states, instructions=Instructions(task="Find texts about hot drinks.")))
+    told = margins(engine.score(QUERY, states, instructions=Instructions(task="Find texts about cities in Europe.")))
     assert plain != told
-    assert "Find texts about hot drinks." in engine.preview(QUERY, Instructions(task="Find texts about hot drinks."))
+    assert "Find texts about cities in Europe." in engine.preview(
+        QUERY, Instructions(task="Find texts about cities in Europe.")
+    )
 
 
 def test_special_tokens_in_text_are_inert(engine: Reranker) -> None:
