@@ -347,11 +347,16 @@ def unpack_batch(payloads: Sequence[bytes], tokens: Sequence[int], found: Sequen
     )
 
 
+def _kind(states: PassageStates) -> tuple[object, ...]:
+    """What states of one batch must have in common."""
+    return states.fingerprint, states.ratio, states.vectors.shape[1], states.vectors.dtype, states.words is None
+
+
 def batch_states(states: Sequence[PassageStates]) -> StateBatch:
     """Pad states made just now into one batch, in their own dtype.
 
     Raises:
-        StateMismatchError: If they differ in model, width, dtype or ratio.
+        StateMismatchError: If they differ in model, width, dtype or ratio, or only some come with words.
         InputError: If there are none.
     """
     if not states:
@@ -361,8 +366,7 @@ def batch_states(states: Sequence[PassageStates]) -> StateBatch:
     vectors = torch.zeros(len(states), width, first.vectors.shape[1], dtype=first.vectors.dtype)
     words = None if first.words is None else torch.zeros(len(states), max(s.tokens for s in states), dtype=torch.int32)
     for row, one in enumerate(states):
-        same = (one.fingerprint, one.ratio, one.vectors.shape[1], one.vectors.dtype)
-        if same != (first.fingerprint, first.ratio, first.vectors.shape[1], first.vectors.dtype):
+        if _kind(one) != _kind(first):
             raise StateMismatchError(
                 f"states {row} (model {one.fingerprint}, ratio {one.ratio}, width {one.vectors.shape[1]}) don't "
                 f"go with states 0 (model {first.fingerprint}, ratio {first.ratio}, width {first.vectors.shape[1]}). "

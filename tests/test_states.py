@@ -198,6 +198,8 @@ def test_words_that_dont_fit() -> None:
         pack_states(replace(one, words=None), layout)
     with pytest.raises(StateMismatchError, match="come with words"):
         pack_states(one, make_layout())
+    with pytest.raises(StateMismatchError, match="states 1"):  # never scored as if it had no words
+        batch_states([one, replace(one, words=None)])
 
 
 def test_select_cuts_to_the_longest_row() -> None:

@@ -18,7 +18,7 @@ from kalm_rag.states import Codec, Layout
 
 RATIOS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (("pico", 384, "float16", 145, True), ("Nano", 640, "bfloat16", 200, False))
-"""Models whose bytes are drawn: name, width, dtype of the states, tokens of a typical passage."""
+"""Models whose bytes are drawn: name, width and dtype of the states, tokens of a typical passage, words kept or not."""
 
 
 def check_plots(folder: Path) -> None:

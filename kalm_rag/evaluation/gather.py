@@ -131,22 +131,25 @@ class Library:
     def batch(self, rows: Sequence[int], ratio: int, device: torch.device) -> Placed:
         """Give passages' states pooled to `ratio` as `Backbone.decode` takes them: states, counts and words."""
         spots = self.spots(rows)
-        starts, ends = self.starts[spots], self.starts[spots + 1]
-        steps = torch.arange(int((ends - starts).max()))
-        inside = steps[None] < (ends - starts)[:, None]
-        states = self.states[torch.where(inside, starts[:, None] + steps, 0)]  # (B, N, H)
-        counts = group_counts(self.tokens[spots], self.ratio, len(steps))
+        flat, _ = _padded(self.starts, spots)
+        states = self.states[flat]  # (B, N, H)
+        counts = group_counts(self.tokens[spots], self.ratio, flat.shape[1])
         pooled, counts = mean_groups(states.to(device), counts.to(device), ratio // self.ratio)
         return pooled, counts, self._words(spots, ratio, device)
 
     def _words(self, spots: Tensor, ratio: int, device: torch.device) -> Tensor | None:
         if self.words is None:
             return None
-        starts, ends = self.firsts[spots], self.firsts[spots + 1]
-        steps = torch.arange(int((ends - starts).max()))
-        inside = steps[None] < (ends - starts)[:, None]
-        ids = torch.where(inside, self.words[torch.where(inside, starts[:, None] + steps, 0)].long(), 0)
-        return group_ids(ids, ratio).to(device)
+        flat, inside = _padded(self.firsts, spots)
+        return group_ids(torch.where(inside, self.words[flat].long(), 0), ratio).to(device)
+
+
+def _padded(starts: Tensor, spots: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the rows of some passages are in a flat block, ``(B, longest)``, 0 on padding; and what is no padding."""
+    first, last = starts[spots], starts[spots + 1]
+    steps = torch.arange(int((last - first).max()))
+    inside = steps[None] < (last - first)[:, None]
+    return torch.where(inside, first[:, None] + steps, 0), inside
 
 
 def check_ratios(ratios: Sequence[int]) -> list[int]:
