@@ -288,13 +288,14 @@ def _norm(x: Tensor, norm: Any) -> Tensor:  # noqa: ANN401
     """``x / sqrt(mean(x^2) + eps) * (1 + weight)`` in fp32, rounded once, as transformers does."""
     wide = x.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
-    normed: Tensor = (wide * scale).mul_(1.0 + norm.weight.float()).to(x.dtype)
+    wide = wide * scale if x.dtype is torch.float32 else wide.mul_(scale)  # fresh memory costs more than the product
+    normed: Tensor = wide.mul_(1.0 + norm.weight.float()).to(x.dtype)
     return normed
 
 
 def _add_norm(x: Tensor, y: Tensor, norm: Any) -> Tensor:  # noqa: ANN401
     """``x + norm(y)``."""
-    return x + _norm(y, norm)
+    return _norm(y, norm).add_(x)
 
 
 def _turn(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
