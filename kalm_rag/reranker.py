@@ -196,15 +196,7 @@ class Reranker:
 
     def layout(self, codec: str | Codec = Codec.EXACT) -> Layout:
         """What a store needs to know to hold this engine's states."""
-        info = self.info
-        return Layout(
-            fingerprint=info.fingerprint,
-            hidden_size=info.hidden_size,
-            ratio=self.ratio,
-            codec=Codec.parse(codec),
-            state_dtype=info.state_dtype,
-            words=info.keeps_words,
-        )
+        return self.info.layout(self.ratio, codec)
 
     def encode(self, passages: Sequence[str], *, show_progress: bool | None = None) -> list[PassageStates]:
         """Read passages once; what comes back can be scored under any query and instruction.

@@ -108,7 +108,7 @@ def measure_curve(
     if not sets or not kinds:
         raise InputError(f"{len(sets)} sets and {len(kinds)} codecs; wanted at least one of each.")
     searcher = as_retriever(backbone, retriever)
-    layouts = [_layout(backbone, ratio, codec) for codec in kinds for ratio in ratios]
+    layouts = [backbone.info.layout(ratio, codec) for codec in kinds for ratio in ratios]
     found: list[list[_Cell]] = []
     floors: list[list[float]] = []
     queries, most = 0, 0
@@ -269,18 +269,6 @@ def _finish(curve: Curve, quality: Any, speed: Any) -> None:  # noqa: ANN401 - a
         axes.spines[["top", "right"]].set_visible(False)
         axes.minorticks_off()
     speed.legend(frameon=False)
-
-
-def _layout(backbone: Backbone, ratio: int, codec: Codec) -> Layout:
-    info = backbone.info
-    return Layout(
-        fingerprint=info.fingerprint,
-        hidden_size=info.hidden_size,
-        ratio=ratio,
-        codec=codec,
-        state_dtype=info.state_dtype,
-        words=info.keeps_words,
-    )
 
 
 def _quality(gathered: Gathered, scores: Sequence[Tensor]) -> float:

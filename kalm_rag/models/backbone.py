@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.prefix_cache import PrefixCache
+from kalm_rag.states import Codec, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,17 @@ class BackboneInfo:
             "state_dtype": self.state_dtype,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def layout(self, ratio: int, codec: str | Codec = Codec.EXACT) -> Layout:
+        """What a store needs to know to hold the model's states, pooled `ratio` tokens to 1."""
+        return Layout(
+            fingerprint=self.fingerprint,
+            hidden_size=self.hidden_size,
+            ratio=ratio,
+            codec=Codec.parse(codec),
+            state_dtype=self.state_dtype,
+            words=self.keeps_words,
+        )
 
 
 class Backbone(Protocol):
