@@ -167,17 +167,17 @@ class StateBatch:
 
         Args:
             rows: Which, and in which order.
-            pin: Copy the vectors straight into page-locked memory, from where a GPU takes them while work goes on.
+            pin: Copy straight into page-locked memory, from where a GPU takes them while work goes on.
         """
         index = torch.as_tensor(rows, dtype=torch.long)
         width = int(self.lengths[index].max()) if len(rows) else 0
         return replace(
             self,
-            vectors=_pinned_rows(self.vectors[:, :width], index) if pin else self.vectors[index, :width],
-            scales=None if self.scales is None else self.scales[index, :width],
-            tokens=self.tokens[index],
+            vectors=_rows(self.vectors[:, :width], index, pin),
+            scales=None if self.scales is None else _rows(self.scales[:, :width], index, pin),
+            tokens=_rows(self.tokens, index, pin),
             found=self.found[index],
-            words=None if self.words is None else self.words[index, : width * self.ratio],
+            words=None if self.words is None else _rows(self.words[:, : width * self.ratio], index, pin),
         )
 
     def on(self, device: torch.device, dtype: torch.dtype, ratio: int | None = None) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,10 @@ class StateBatch:
         return group_ids(self.words.to(device, non_blocking=True).long(), tokens)
 
 
-def _pinned_rows(block: Tensor, index: Tensor) -> Tensor:
+def _rows(block: Tensor, index: Tensor, pin: bool) -> Tensor:
+    """Some rows of a block, copied once; into pinned memory, from which a GPU takes them without being waited for."""
+    if not pin:
+        return block[index]
     rows = torch.empty(len(index), *block.shape[1:], dtype=block.dtype, pin_memory=True)
     return torch.index_select(block, 0, index, out=rows)
 

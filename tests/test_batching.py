@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,4 +99,28 @@ def test_rows_are_copied_straight_into_pinned_memory(tiny: Reranker) -> None:
     batch = batch_states(tiny.encode(PASSAGES))
     pinned, plain = batch.select([3, 0], pin=True), batch.select([3, 0])
     assert pinned.vectors.is_pinned()
+    assert pinned.tokens.is_pinned()
     assert torch.equal(pinned.vectors, plain.vectors)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("model", ["tiny", "pico"])
+def test_no_pass_waits_for_the_gpu(model: str, tiny_folder: Path) -> None:
+    """So the next passages are laid out while these are scored."""
+    told = Instructions(task="Find passages about the sea.")
+    with Reranker.from_pretrained(str(tiny_folder) if model == "tiny" else "pico", device="cuda") as engine:
+        backbone = engine.backbone
+        batch, prompts = batch_states(engine.encode(PASSAGES)), [backbone.prompt("which?", told)] * len(PASSAGES)
+
+        def run() -> torch.Tensor:
+            part = batch.select(range(len(PASSAGES)), pin=True)
+            return backbone.decode(prompts, *part.on(backbone.device, torch.float32), part.words_on(backbone.device))
+
+        run()  # what is done once, such as choosing kernels, may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            margins = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert bool(torch.isfinite(margins).all())

@@ -93,6 +93,12 @@ class BackboneInfo:
         )
 
 
+def whole_numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    """Indices as int64 on a device; to a GPU by way of pinned memory, so that nothing waits for what it is doing."""
+    made = torch.tensor(values, dtype=torch.long)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
 class Backbone(Protocol):
     """A loaded model. All methods are safe to call from several threads at once."""
 

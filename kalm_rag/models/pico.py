@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from kalm_rag.errors import InputError, ModelError, StateShapeError
 from kalm_rag.instructions import DEFAULT_TASK, Instructions, check_text
-from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
+from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, whole_numbers
 from kalm_rag.models.pico_decoder import DecoderConfig, PicoDecoder, Prepared
 from kalm_rag.models.pico_encoder import HIDDEN_SIZE, MAX_TOKENS, MiniLMEncoder
 
@@ -277,10 +277,10 @@ class PicoBackbone:
         codes = self._codes(states, counts, words)
         order = list({id(one): one for one in prompts}.values())
         place = {id(one): row for row, one in enumerate(order)}
-        owner = torch.tensor([place[id(one)] for one in prompts], device=self.device)
+        owner = whole_numbers([place[id(one)] for one in prompts], self.device)
         raw, _ = self.decoder(Prepared.stack([one.query for one in order]).rows(owner), states, counts, codes)
         for slot in range(max(len(one.extras) for one in order)):
-            raw = raw + self._heard(order, owner, slot, states, counts, codes)
+            raw = raw + self._heard(prompts, slot, states, counts, codes)
         margins: Tensor = raw * self.decoder.calibration[0] + self.decoder.calibration[1]
         return margins
 
@@ -336,19 +336,18 @@ class PicoBackbone:
             )
         return functional.embedding(words * (counts > 0)[..., None], self._table)
 
-    def _heard(
-        self, order: list[PicoPrompt], owner: Tensor, slot: int, states: Tensor, counts: Tensor, codes: Tensor
-    ) -> Tensor:
+    def _heard(self, prompts: Sequence[PicoPrompt], slot: int, states: Tensor, counts: Tensor, codes: Tensor) -> Tensor:
         """What the instructions in one slot add to each margin, ``(B,)``; 0 where there is none."""
-        have = [row for row, one in enumerate(order) if len(one.extras) > slot]
-        spot = torch.full((len(order),), -1, device=self.device)
-        spot[have] = torch.arange(len(have), device=self.device)
-        rows = (spot[owner] >= 0).nonzero().squeeze(1)
-        own = spot[owner[rows]]
-        extra = Prepared.stack([order[row].extras[slot][0] for row in have]).rows(own)
-        gate = torch.cat([order[row].extras[slot][1] for row in have])[own]
+        asked = [row for row, one in enumerate(prompts) if len(one.extras) > slot]
+        order = list({id(prompts[row]): prompts[row] for row in asked}.values())
+        place = {id(one): row for row, one in enumerate(order)}
+        rows, own = (
+            whole_numbers(numbers, self.device) for numbers in (asked, [place[id(prompts[row])] for row in asked])
+        )
+        extra = Prepared.stack([one.extras[slot][0] for one in order]).rows(own)
+        gate = torch.cat([one.extras[slot][1] for one in order])[own]
         raw, _ = self.decoder(extra, states[rows], counts[rows], codes[rows])
-        return torch.zeros(len(owner), device=self.device).index_copy(0, rows, raw * gate)
+        return torch.zeros(len(prompts), device=self.device).index_copy(0, rows, raw * gate)
 
 
 def read_weights(folder: Path | str | None = None) -> tuple[dict[str, Tensor], DecoderConfig]:

@@ -31,7 +31,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import (
 
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
+from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, whole_numbers
 from kalm_rag.models.compiled import CompiledDecoder
 from kalm_rag.models.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
 from kalm_rag.models.quantize import Int8Projection, check_weights
@@ -248,7 +248,7 @@ class T5Gemma2Backbone:
         head = HEAD_TEMPLATE.format(system=instructions.system_text, task=instructions.task_text)
         # tokens may merge across the seam to the query, so only what the whole prompt begins with counts
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self._tokens.head_ids(head), ids, strict=False))
-        return Prompt(torch.tensor(ids, device=self.device), tuple(one for one, _ in same))
+        return Prompt(whole_numbers(ids, self.device), tuple(one for one, _ in same))
 
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Prompt], states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:
@@ -323,7 +323,7 @@ class T5Gemma2Backbone:
         return past
 
     def _beginning(self, prefix: tuple[int, ...]) -> Prompt:
-        return Prompt(torch.tensor(prefix, device=self.device))
+        return Prompt(whole_numbers(prefix, self.device))
 
     def _batch(
         self, prompts: Sequence[Prompt], states: Tensor, real: Tensor, past: Tensor | None = None
@@ -335,8 +335,8 @@ class T5Gemma2Backbone:
         rows = [place[id(prompt)] for prompt in prompts]
         return DecoderInput(
             ids=nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self._tokens.pad_id),
-            rows=torch.tensor(rows, device=self.device),
-            last=torch.tensor([len(ids[row]) - 1 for row in rows], device=self.device),
+            rows=whole_numbers(rows, self.device),
+            last=whole_numbers([len(ids[row]) - 1 for row in rows], self.device),
             states=states,
             real=real,
             past=past,
