@@ -295,7 +295,7 @@ def _norm(x: Tensor, norm: Any) -> Tensor:  # noqa: ANN401
 
 def _add_norm(x: Tensor, y: Tensor, norm: Any) -> Tensor:  # noqa: ANN401
     """``x + norm(y)``."""
-    return _norm(y, norm).add_(x)
+    return x + _norm(y, norm)
 
 
 def _turn(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
