@@ -150,7 +150,7 @@ class T5Gemma2Backbone:
             return 65536
         if self.compiled:
             return 3072  # longer passes meet more graphs
-        return 4160 if self.decoder_weights is None else 1536
+        return 4160
 
     def decode_width(self, prompt: Prompt, states: int) -> int:
         """Tokens and states of one row; see `Backbone.decode_width`."""
