@@ -1,4 +1,4 @@
-"""Decoder weights as int8 on a CPU: linear layers that read the same input become one integer product.
+"""Decoder weights as int8 on a CPU: linear layers as integer products over tokens rounded once.
 
 Weights are rounded once, a scale per output; inputs as they come, a scale per token, so that no passage's score depends
 on the batch it is in (torch's own `quantize_dynamic` has one scale a batch). The product is oneDNN's, through the
@@ -11,42 +11,55 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import GELUTanh
 
 from kalm_rag.errors import InputError
 
 
 class Int8Projection:
-    """Linear layers of one input, fused; see `kalm_rag.models.t5gemma2_decoder.Projection`.
+    """Linear layers of one input, which is rounded once; see `kalm_rag.models.t5gemma2_decoder.Projection`.
 
     Args:
         layers: Their weights are copied as int8, an eighth to a quarter of what they take as they are.
     """
 
     def __init__(self, *layers: nn.Linear) -> None:
-        weight = torch.cat([layer.weight.detach() for layer in layers]).float()  # (out, in)
-        self._widths = [layer.out_features for layer in layers]
-        biases = [layer.bias for layer in layers]
-        self._bias = None if biases[0] is None else torch.cat([bias.detach().float() for bias in biases])
+        self._layers = [_Int8Linear(layer) for layer in layers]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Map ``(..., in)`` to one ``(..., out)`` per layer, in the dtype of `x`."""
+        rows, scales = _round_tokens(x.flatten(0, -2))
+        return [layer(rows, scales, x.dtype).unflatten(0, x.shape[:-1]) for layer in self._layers]
+
+    def gated(self, x: Tensor, activation: Any) -> Tensor:  # noqa: ANN401 - transformers' classes are untyped
+        """``activation(first(x)) * second(x)``.
+
+        GELU by the error function: its tanh form is within 0.0005 of it, and takes five times as long on a CPU.
+        """
+        gate, up = self(x)
+        opened = functional.gelu(gate) if isinstance(activation, GELUTanh) else cast("Tensor", activation(gate))
+        return opened.mul_(up)  # in place: at this size, fresh memory costs more than the sum
+
+
+class _Int8Linear:
+    """One linear layer over rounded tokens."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        weight = layer.weight.detach().float()  # (out, in)
+        self._bias = None if layer.bias is None else layer.bias.detach()
         self._scales = weight.abs().amax(1).clamp_(min=1e-12).div_(127)
         self._zeros = torch.zeros(len(weight), dtype=torch.int32)
         rows = (weight / self._scales[:, None]).round_().to(torch.int8)
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(rows, None)
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        """Map ``(..., in)`` to one ``(..., out)`` per layer, in the dtype of `x`."""
-        rows, scales = _round_tokens(x.flatten(0, -2))
+    def __call__(self, rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Map what `_round_tokens` gave to ``(M, out)`` in `dtype`."""
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, 128, self._packed, self._scales, self._zeros, None, 1.0, 0, x.dtype, "none", [], ""
+            rows, 1.0, 128, self._packed, self._scales, self._zeros, None, 1.0, 0, dtype, "none", [], ""
         )
-        product.mul_(scales.to(x.dtype)[:, None])  # of one dtype: where two meet, torch is many times as slow
-        if self._bias is not None:
-            product += self._bias.to(x.dtype)
-        return list(product.unflatten(0, x.shape[:-1]).split(self._widths, -1))
-
-    def gated(self, x: Tensor, activation: Any) -> Tensor:  # noqa: ANN401 - transformers' classes are untyped
-        """``activation(first(x)) * second(x)``."""
-        gate, up = self(x)
-        return cast("Tensor", activation(gate)).mul_(up)  # in place: at this size, fresh memory costs more than the sum
+        product.mul_(scales.to(dtype)[:, None])  # of one dtype: where two meet, torch is many times as slow
+        return product if self._bias is None else product.add_(self._bias)
 
 
 def check_weights(weights: str, device: torch.device) -> None:
