@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import save_tiny
 from torch import nn
+from transformers.activations import GELUTanh
 
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.models.quantize import LARGEST, Int8Projection, _round_tokens, check_weights
@@ -57,6 +58,23 @@ def test_a_token_alone_gives_the_same_bits(dtype: torch.dtype) -> None:
     with torch.inference_mode():
         (together,) = projection(x)
         assert torch.equal(together[0, :1], projection(x[:1, :1])[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("activation", [GELUTanh(), nn.SiLU()], ids=["gelu", "silu"])
+def test_gated_opens_by_the_checkpoints_activation(dtype: torch.dtype, activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(96, 40, bias=False).to(dtype) for _ in range(2)]
+    with torch.no_grad():
+        layers[0].weight.mul_(4)  # so that the activation sees both its flat and its straight part
+    projection, x = Int8Projection(*layers), torch.randn(3, 50, 96, dtype=dtype)
+    with torch.inference_mode():
+        gate, up = projection(x)
+        want = activation(gate.double()) * up.double()
+        rounding = 0.01 if dtype is torch.bfloat16 else 1e-6
+        apart = (projection.gated(x, activation).double() - want).abs()
+        assert gate.abs().max() > 5
+        assert (apart <= rounding * want.abs() + 0.001 * up.double().abs()).all()  # GELU's two forms: up to 0.0005
 
 
 def test_rows_of_zeros_stay_zero() -> None:
