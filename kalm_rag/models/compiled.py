@@ -27,7 +27,7 @@ class CompiledDecoder:
     def __init__(self, lean: LeanDecoder) -> None:
         self._lean = lean
         self._run = torch.compile(lean.__call__, dynamic=True)
-        self.keep, self.past_shape = lean.keep, lean.past_shape
+        self.keep = lean.keep
 
     def __call__(self, batch: DecoderInput) -> Tensor:
         """See `LeanDecoder`."""

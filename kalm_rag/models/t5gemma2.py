@@ -35,7 +35,7 @@ from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, whole_numbe
 from kalm_rag.models.compiled import CompiledDecoder
 from kalm_rag.models.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
 from kalm_rag.models.quantize import Int8Projection, check_weights
-from kalm_rag.models.t5gemma2_decoder import DecoderInput, LeanDecoder, unknown_parts
+from kalm_rag.models.t5gemma2_decoder import DecoderInput, Kept, LeanDecoder, unknown_parts
 from kalm_rag.models.t5gemma2_text import (
     HEAD_TEMPLATE,
     MAX_PASSAGE_TOKENS,
@@ -306,10 +306,8 @@ class T5Gemma2Backbone:
             at_last[rows] = lean(self._batch([prompts[row] for row in rows], states[rows], real[rows], past))
         return at_last
 
-    def _past(
-        self, lean: LeanDecoder | CompiledDecoder, prefix: tuple[int, ...], states: Tensor, real: Tensor
-    ) -> Tensor:
-        """Keys and values of one prefix and of passages' states, from the cache or made now: ``DecoderInput.past``."""
+    def _past(self, lean: LeanDecoder | CompiledDecoder, prefix: tuple[int, ...], states: Tensor, real: Tensor) -> Kept:
+        """Keys and values of one prefix and of passages' states, from the cache or made now."""
         lengths = real.sum(1).tolist()
         keys = entry_keys(prefix, states, lengths)
         found = {key: self.prefix_cache.get(key) for key in dict.fromkeys(keys)}
@@ -320,18 +318,12 @@ class T5Gemma2Backbone:
                 entry = made[:, :, place, : len(prefix) + lengths[row]].clone()
                 found[keys[row]] = entry
                 self.prefix_cache.put(keys[row], entry)
-        past = states.new_zeros(*lean.past_shape(len(keys), len(prefix) + states.shape[1]))
-        for row, key in enumerate(keys):
-            entry = cast("Tensor", found[key])
-            past[:, :, row, : entry.shape[2]] = entry
-        return past
+        return Kept(entries=[cast("Tensor", found[key]) for key in keys], width=len(prefix) + states.shape[1])
 
     def _beginning(self, prefix: tuple[int, ...]) -> Prompt:
         return Prompt(whole_numbers(prefix, self.device))
 
-    def _batch(
-        self, prompts: Sequence[Prompt], states: Tensor, real: Tensor, past: Tensor | None = None
-    ) -> DecoderInput:
+    def _batch(self, prompts: Sequence[Prompt], states: Tensor, real: Tensor, past: Kept | None = None) -> DecoderInput:
         """Lay out prompts for the decoder, each distinct one once; behind their prefix where `past` holds it."""
         distinct = {id(prompt): prompt for prompt in prompts}
         place = {name: row for row, name in enumerate(distinct)}

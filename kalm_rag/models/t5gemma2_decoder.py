@@ -43,6 +43,32 @@ class Projection(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """Keys and values of a prompt's first P tokens and of the states behind them, to go on from.
+
+    Attributes:
+        entries: One a passage, ``(L, 2, P + n, K * D)``: cut from what `LeanDecoder.keep` gives to its own n states.
+        width: P + N, longest of them.
+    """
+
+    entries: Sequence[Tensor]
+    width: int
+
+    def layer(self, index: int) -> Tensor:
+        """Keys and values of one layer, ``(2, B, P + N, K * D)``, zero on padding.
+
+        Put together when asked for: all layers at once take memory that is never in the processor's cache.
+        """
+        rows = [entry[index] for entry in self.entries]
+        if all(row.shape[1] == self.width for row in rows):
+            return torch.stack(rows, 1)
+        out = rows[0].new_zeros(2, len(rows), self.width, rows[0].shape[2])
+        for place, row in enumerate(rows):
+            out[:, place, : row.shape[1]] = row
+        return out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DecoderInput:
     """One batch for the decoder.
 
@@ -52,7 +78,7 @@ class DecoderInput:
         last: Index of each passage's last prompt token, int64 ``(B,)``.
         states: Pooled states in the computing dtype, ``(B, N, H)``. Not read where `past` is given.
         real: Which states are no padding, bool ``(B, N)``.
-        past: Keys and values kept of the first P prompt tokens and of the states, ``(L, 2, B, P + N, K * D)``.
+        past: Keys and values kept of the first P prompt tokens and of the states.
     """
 
     ids: Tensor
@@ -60,12 +86,12 @@ class DecoderInput:
     last: Tensor
     states: Tensor
     real: Tensor
-    past: Tensor | None = None
+    past: Kept | None = None
 
     @property
     def start(self) -> int:
         """P, position of the first token of `ids`."""
-        return 0 if self.past is None else int(self.past.shape[3]) - int(self.real.shape[1])
+        return 0 if self.past is None else self.past.width - int(self.real.shape[1])
 
 
 class PlainProjection:
@@ -178,7 +204,7 @@ class LeanDecoder:
         """Keys and values of prompts without padding and of the states behind them, to go on from.
 
         Returns:
-            ``(L, 2, B, Q + N, K * D)``: what `DecoderInput.past` takes; rows may be cut to their own states.
+            ``(L, 2, B, Q + N, K * D)``; `Kept` takes it row by row.
         """
         x, masks, ropes = self._start(batch)
         made = []
@@ -191,11 +217,6 @@ class LeanDecoder:
                 mask = masks[layer.kind].roll(len(batch.ids[0]), -1)  # here the prompt's own keys come first
                 x = layer.finish(x, layer.attend(queries, *seen, mask))
         return torch.stack(made)
-
-    def past_shape(self, passages: int, width: int) -> tuple[int, ...]:
-        """Shape of `DecoderInput.past` for so many passages of `width` kept keys."""
-        config = self._decoder.config
-        return len(self._layers), 2, passages, width, config.num_key_value_heads * self._layers[0].head_dim
 
     def _start(self, batch: DecoderInput) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Embedded prompts ``(U, Q, H)``, and each kind of layer's mask and rotary table."""
@@ -219,7 +240,8 @@ class LeanDecoder:
     def _older(self, index: int, batch: DecoderInput) -> tuple[Tensor, Tensor]:
         """Keys and values beside the prompt's own, ``(B, S, K * D)`` each: kept ones, or the states'."""
         if batch.past is not None:
-            return batch.past[index, 0], batch.past[index, 1]
+            keys, values = batch.past.layer(index)
+            return keys, values
         layer = self._layers[index]
         keys, values = layer.kv(batch.states)
         return layer.keys(keys, None), values
