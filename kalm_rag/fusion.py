@@ -47,13 +47,14 @@ class Bm25:
         return torch.from_numpy(np.asarray(self.index.get_scores(known), dtype=np.float32))
 
 
-def fuse(dense: Tensor, bm25: Tensor, depth: int | None = None) -> Tensor:
-    """Mean of two scores, each standardised over its list: ``(z(dense) + z(bm25)) / 2``, ``z(s) = (s - mean) / std``.
+def fuse(dense: Tensor, bm25: Tensor, depth: int | None = None, share: float = 0.5) -> Tensor:
+    """Weighted mean of two scores, each standardised over its list: ``z(s) = (s - mean) / std``.
 
     Args:
         dense: The retriever's scores, ``(Q, C)``.
         bm25: BM25 scores of the same candidates, ``(Q, C)``.
         depth: Mean and deviation are taken over the first so many candidates; None takes all.
+        share: Weight of `dense`, 0 to 1; BM25 has the rest.
 
     Returns:
         Fused scores, ``(Q, C)``; higher is better. A list of one candidate has score 0.
@@ -67,4 +68,4 @@ def fuse(dense: Tensor, bm25: Tensor, depth: int | None = None) -> Tensor:
         top = scores[:, :depth]
         spread = top.std(1, keepdim=True) if top.shape[1] > 1 else torch.zeros_like(top)
         parts.append((scores - top.mean(1, keepdim=True)) / (spread + 1e-6))
-    return (parts[0] + parts[1]) / 2
+    return share * parts[0] + (1 - share) * parts[1]

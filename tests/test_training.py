@@ -120,6 +120,10 @@ def test_lists_hold_retrieved_ranks_then_random_passages(data):
     assert float(used.gold[8:].sum()) == 0  # spans have no label
     teacher = used.teacher()[:, : used.depth]
     assert float(teacher.mean(1).abs().max()) < 1e-4
+    assert torch.equal(
+        used.teacher(1.0)[:8].argsort(1, descending=True, stable=True),
+        used.dense[:8].argsort(1, descending=True, stable=True),
+    )
     again, _ = load_source(data, SOURCE, encoder, seed=0, fast=False)
     assert torch.equal(again.candidates, used.candidates)
 
@@ -264,7 +268,7 @@ def test_documentation_becomes_collections(tmp_path):
 def test_bad_settings_and_folders_are_refused(data, tmp_path):
     with pytest.raises(InputError, match="candidates >= 3"):
         config(candidates=2)
-    with pytest.raises(InputError, match="shares from 0 that are 1 together"):
+    with pytest.raises(InputError, match="from 0 that are 1 together"):
         replace(GENERAL, soft=0.5)
     with pytest.raises(InputError, match="nowhere is not a folder"):
         train(data, tmp_path, config=config(sources=(Source(name="nowhere", split="train"),)))

@@ -161,9 +161,9 @@ class Lists:
     chances: Tensor | None = None
     soft: Tensor | None = None
 
-    def teacher(self) -> Tensor:
-        """Mean of both scores, each standardised over the retrieved part of its list, ``(queries, C)``."""
-        return fuse(self.dense, self.bm25, self.depth)
+    def teacher(self, share: float = 0.5) -> Tensor:
+        """Retriever (of so much weight) and BM25, standardised over the retrieved part of a list, ``(queries, C)``."""
+        return fuse(self.dense, self.bm25, self.depth, share)
 
     @property
     def depth(self) -> int:

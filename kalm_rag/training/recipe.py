@@ -52,6 +52,7 @@ class Stage:
         steps: Batches learnt from.
         learning_rate: Peak of the schedule (warm-up, then cosine to 0).
         teacher: Share of the BM25 + retriever fusion in the loss, 0 to 1.
+        dense: Weight of the retriever in that fusion, 0 to 1.
         soft: Share of the soft labels; what is left is the labels' share.
     """
 
@@ -59,13 +60,16 @@ class Stage:
     steps: int
     learning_rate: float
     teacher: float
+    dense: float = 0.5
     soft: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in STAGES or self.steps < 1 or not 0 <= self.teacher <= self.teacher + self.soft <= 1:
+        shared = 0 <= self.teacher <= self.teacher + self.soft <= 1 and 0 <= self.dense <= 1
+        if self.name not in STAGES or self.steps < 1 or not shared:
             raise InputError(
-                f"stage {self.name!r} has steps={self.steps}, teacher={self.teacher}, soft={self.soft}; wanted one of "
-                f"{', '.join(STAGES)}, steps >= 1, and shares from 0 that are 1 together at most."
+                f"stage {self.name!r} has steps={self.steps}, teacher={self.teacher}, dense={self.dense}, "
+                f"soft={self.soft}; wanted one of {', '.join(STAGES)}, steps >= 1, dense from 0 to 1, and teacher and "
+                f"soft from 0 that are 1 together at most."
             )
 
 
@@ -88,7 +92,7 @@ class TrainConfig:
 
     seed: int = 0
     stages: tuple[Stage, ...] = (
-        Stage(name="general", steps=900, learning_rate=1e-3, teacher=0.6),
+        Stage(name="general", steps=1600, learning_rate=1e-3, teacher=0.5, dense=0.7),
         Stage(name="hard", steps=250, learning_rate=3e-4, teacher=0.5),
         Stage(name="distil", steps=350, learning_rate=3e-4, teacher=0.3, soft=0.4),
     )
@@ -303,7 +307,7 @@ class Trainer:
         self.decoder = backbone.decoder.requires_grad_(True)
         self.random = random.Random(f"{config.seed}-{stage.name}")
         self.generator = torch.Generator().manual_seed(self.random.getrandbits(32))
-        self.teachers = [one.teacher() for one in self.lists]
+        self.teachers = [one.teacher(stage.dense) for one in self.lists]
         self.shares = [len(one.texts) ** 0.5 for one in self.lists]
         plain = [p for n, p in self.decoder.named_parameters() if p.ndim >= 2 and "segment" not in n]
         other = [p for n, p in self.decoder.named_parameters() if p.ndim < 2 or "segment" in n]
