@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,7 +17,7 @@ from kalm_rag.beir import load_collection
 from kalm_rag.cli import app
 from kalm_rag.errors import InputError, MissingDependencyError, ModelError
 from kalm_rag.evaluation import EvalSet, evaluate, paired_interval, summarise
-from kalm_rag.evaluation.metrics import calibration, compare
+from kalm_rag.evaluation.metrics import calibration, change_of, compare
 from kalm_rag.evaluation.run import own_task
 from kalm_rag.fusion import Bm25, fuse
 from kalm_rag.instructions import Instructions
@@ -25,6 +26,7 @@ from kalm_rag.models.pico import PicoBackbone
 from kalm_rag.reranker import Reranker
 
 pytest.importorskip("ir_measures", reason="metrics are in the extra 'eval'")
+stats = pytest.importorskip("scipy.stats", reason="tests of significance are in the extra 'eval'")
 pytest.importorskip("bm25s", reason="BM25 is in the extra 'eval'")
 
 
@@ -236,6 +238,16 @@ def test_paired_test_by_hand():
     assert found.p == pytest.approx(0.2254, abs=1e-4)
     assert compare([1.0, 0.5], [1.0, 0.5]).p == 1.0
     assert compare([1.0], [0.5]).p is None
+
+
+def test_several_sets_share_one_test():
+    """The mean of two sets' means is half the difference of one and the other negated: Welch's test of those two."""
+    one, other = np.array([0.0, 0.1, 0.2, 0.4]), np.array([0.3, -0.1, 0.2])
+    found = change_of(one, other)
+    assert found.mean == pytest.approx((one.mean() + other.mean()) / 2)
+    assert found.p == pytest.approx(stats.ttest_ind(one, -other, equal_var=False).pvalue)
+    assert change_of(one, [0.5]).p is None  # a set of one query has no deviation
+    assert change_of(one, [0.5, 0.5]).p < compare(one, [0.0] * 4).p  # one that moved alike adds no doubt
 
 
 def test_calibration_by_hand():

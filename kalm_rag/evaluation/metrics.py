@@ -31,11 +31,12 @@ class Change:
     """What one ranking has over another on the same queries.
 
     Attributes:
-        mean: Mean difference; positive is better.
-        low: Lower end of its 95% interval (paired bootstrap over queries).
+        mean: Mean difference (of several sets: the mean of theirs); positive is better.
+        low: Lower end of its 95% interval (paired bootstrap over queries, drawn within each set).
         high: Upper end.
         p: Two-sided p value of a paired t test, which agrees with randomisation tests on such data (Smucker, Allan
-            and Carterette, CIKM 2007); None where it isn't one set of queries.
+            and Carterette, CIKM 2007); over several sets with Welch's degrees of freedom; None where a set is of
+            one query.
     """
 
     mean: float
@@ -80,9 +81,14 @@ def compare(after: Sequence[float], before: Sequence[float]) -> Change:
         >>> compare([1.0, 0.5], [0.5, 0.0])
         Change(mean=0.5, low=0.5, high=0.5, p=0.0)
     """
-    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    low, high = paired_interval(change)
-    return Change(mean=float(change.mean()), low=low, high=high, p=_paired_p(change))
+    return change_of(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64))
+
+
+def change_of(*differences: Sequence[float] | np.ndarray) -> Change:
+    """Sum up differences query by query, one argument a set; every set counts the same."""
+    sets = [np.asarray(one, dtype=np.float64) for one in differences]
+    low, high = paired_interval(*sets)
+    return Change(mean=float(np.mean([one.mean() for one in sets])), low=low, high=high, p=_paired_p(sets))
 
 
 def paired_interval(*differences: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -207,11 +213,14 @@ def is_relevant(found: Collection, rows: Sequence[Tensor]) -> Tensor:
     return torch.tensor(flags)
 
 
-def _paired_p(change: np.ndarray) -> float | None:
-    """Paired t test; None for a single query, where there is nothing to estimate a deviation from."""
-    if len(change) < 2:
+def _paired_p(sets: Sequence[np.ndarray]) -> float | None:
+    """Paired t test of the mean over sets; None for a single query, which tells nothing of a deviation."""
+    if any(len(one) < 2 for one in sets):
         return None
-    if np.ptp(change) == 0:  # no deviation: either nothing moved, or all moved alike
-        return 1.0 if change[0] == 0 else 0.0
+    mean = np.mean([one.mean() for one in sets])
+    if all(np.ptp(one) == 0 for one in sets):  # no deviation: either nothing moved, or all of a set moved alike
+        return 1.0 if mean == 0 else 0.0
+    parts = np.array([one.var(ddof=1) / len(one) for one in sets])  # squared standard error of each set's mean
+    freedom = parts.sum() ** 2 / sum(part**2 / (len(one) - 1) for part, one in zip(parts, sets, strict=True))
     stats = importlib.import_module("scipy.stats")  # ir-measures brings it along
-    return float(stats.ttest_1samp(change, 0.0).pvalue)
+    return float(2 * stats.t.sf(abs(mean) * len(sets) / parts.sum() ** 0.5, freedom))

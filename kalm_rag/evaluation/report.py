@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kalm_rag.errors import InputError
-from kalm_rag.evaluation.metrics import Calibration, Change, mean, paired_interval
+from kalm_rag.evaluation.metrics import Calibration, Change, change_of, mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,7 @@ class Summary:
         ratio: As in `EvalRow`.
         sets: How many sets.
         ndcg_10: Mean of the sets' nDCG@10.
-        over_retrieval: Mean gain over retrieval, with the interval of that mean (queries drawn within each set);
-            None for retrieval.
+        over_retrieval: Mean gain over retrieval, with the interval and test of that mean; None for retrieval.
         over_fusion: Likewise over fusion.
         over_first: Likewise over the first model.
         worst_set: The set with the smallest gain over retrieval; None for retrieval.
@@ -179,5 +178,4 @@ def _mean_change(sets: Sequence[tuple[EvalRow, ...]], place: int, ranking: str) 
         ratio = rows[place].ratio if ranking == "reranked" else None
         before = next(row for row in rows if row.ranking == ranking and row.ratio == ratio)
         changes.append([now - then for now, then in zip(rows[place].values, before.values, strict=True)])
-    low, high = paired_interval(*changes)
-    return Change(mean=mean([mean(one) for one in changes]), low=low, high=high, p=None)
+    return change_of(*changes)
