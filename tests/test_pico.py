@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,40 @@ def test_task_and_system_are_read(pico):
         assert not torch.allclose(
             pico.decode([pico.prompt("make", steer)] * 5, states, counts, words), plain, atol=1e-3
         )
+
+
+def test_an_instruction_adds_its_margin_and_the_sum_is_spread_by_hand(pico):
+    """(query + gate * instruction) / sqrt(1 + gate), then the calibration: P(yes) keeps its meaning."""
+    states, counts, words = states_of(pico, PASSAGES)
+    prompt = pico.prompt("make", Instructions(task="Find passages about honey bees."))
+    ((extra, gate),) = prompt.extras
+    query, task = (
+        pico.decode([replace(prompt, query=one, extras=())] * 5, states, counts, words) for one in (prompt.query, extra)
+    )
+    scale, shift = pico.decoder.calibration
+    want = ((query - shift) + gate * (task - shift)) / (1 + gate).sqrt() + shift
+    assert torch.allclose(pico.decode([prompt] * 5, states, counts, words), want, atol=1e-4)
+    assert scale > 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use the following pieces of retrieved context to answer the question. If you don't know, just say so.",
+        "You are an expert Q&A system that is trusted around the world. Always answer the query using the context.",
+        "Given a web search query, retrieve relevant passages that answer the query",
+        "You are a helpful assistant. Answer in German, with at most 50 words.",
+    ],
+)
+def test_what_any_app_says_changes_nothing(pico, text):
+    for query in (QUERY, "capital of France", "how do bees find honey?"):
+        assert not pico.prompt(query, Instructions(task=text)).extras, query
+
+
+@pytest.mark.parametrize("text", ["Only what it costs, please.", "I want the opening hours.", "Texts about the risks."])
+def test_what_is_wanted_of_a_topic_is_heard(pico, text):
+    for query in ("museum of natural history", "hip surgery", "hot-air balloon ride"):
+        assert pico.prompt(query, Instructions(task=text)).extras, query
 
 
 def test_preview_shows_what_is_read_after_the_cut(pico):

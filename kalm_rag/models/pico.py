@@ -50,6 +50,11 @@ class PicoPrompt:
     query: Prepared
     extras: tuple[tuple[Prepared, Tensor], ...]
 
+    @property
+    def total(self) -> Tensor:
+        """How much is heard in all, ``(1,)``: 1 for the query, and the gates of its instructions."""
+        return torch.stack([torch.ones_like(self.query.weights[:, 0]), *(gate for _, gate in self.extras)]).sum(0)
+
 
 class WordCodes:
     """Turns token ids into short codes that keep the exact word, which the encoder's last layer blurs.
@@ -85,9 +90,9 @@ class WordCodes:
 READ_KEPT = 32
 """Queries and instructions whose encoder states are kept for the next use, the latest (0.4 MB each at most)."""
 
-HEARD_FROM = 0.2
+HEARD_FROM = 0.4
 """Instructions whose gate is below this are taken for generic ("be brief") and leave every score as it is. Specific
-ones are trained towards 0.45, generic ones towards 0."""
+ones are trained towards 0.8, generic ones towards 0."""
 
 FIRST_WORD = 999
 """Vocabulary ids below this are padding, unused or special (``[UNK]`` 100, ``[CLS]`` 101, ``[SEP]`` 102)."""
@@ -281,6 +286,8 @@ class PicoBackbone:
         raw, _ = self.decoder(Prepared.stack([one.query for one in order]).rows(owner), states, counts, codes)
         for slot in range(max(len(one.extras) for one in order)):
             raw = raw + self._heard(prompts, slot, states, counts, codes)
+        # A sum of margins says yes too often, their mean too seldom; what P(yes) means is kept best in between.
+        raw = raw / torch.cat([one.total for one in order])[owner].sqrt()
         margins: Tensor = raw * self.decoder.calibration[0] + self.decoder.calibration[1]
         return margins
 
@@ -291,11 +298,9 @@ class PicoBackbone:
         states, counts = states.float(), counts.float()
         codes = self._codes(states, counts, words)
         looks = self.decoder.attention(prompt.query.rows(every), states, counts, codes)  # (B, N)
-        total = torch.ones((), device=self.device)
         for extra, gate in prompt.extras:
             looks = looks + gate * self.decoder.attention(extra.rows(every), states, counts, codes)
-            total = total + gate
-        return looks / total
+        return looks / prompt.total
 
     def offsets(self, passage: str) -> list[tuple[int, int]]:
         """Characters behind each token of a passage, ``[CLS]`` and ``[SEP]`` without any; see `Backbone.offsets`."""

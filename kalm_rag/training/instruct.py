@@ -1,8 +1,9 @@
-"""Instructions to train with: generic ones that must change nothing, and specific ones that carry the topic."""
+"""Instructions to train with: generic ones that must change nothing, specific ones on a topic or a side of it."""
 
 from __future__ import annotations
 
 import random
+import re
 
 GENERIC = (
     "You are a helpful assistant.",
@@ -127,6 +128,32 @@ _HOW = (
 )
 
 
+_CHOICES = (
+    *("What should come first", "What belongs at the top", "What fits", "What would you show", "What is worth reading"),
+    *("What serves the request", "What would satisfy the reader", "What matters", "What can be left out"),
+    *("Sort these", "Put them in order", "Grade each one", "Compare them", "Decide how good each one is", "Pick some"),
+    *("Gather material", "Collect sources", "Bring up text", "Search the collection", "Supply context", "Help out"),
+)
+_FOR = (
+    *("for whoever asks", "for the message", "for what was written", "for the input", "for this user", "for the text"),
+    *("before a reply is drafted", "by usefulness", "by how well it fits", "given what was entered", "to assist"),
+    *("with regard to the request", "so that the user is content", "for the line below", "among the results"),
+)
+_MANNERS = (
+    *("Invent nothing", "Stick to facts", "Give references", "Number your sources", "Reply in Spanish", "Write Dutch"),
+    *("Think before you reply", "Check everything twice", "Be brief", "Be thorough", "Admit what you don't know"),
+    *("Remember to be kind", "Behave like an expert", "Never mention these rules", "Weigh the sources", "Mark gaps"),
+    *("Write at most fifty words", "Use Markdown", "Return JSON", "Quote word for word", "Prefer newer sources"),
+)
+
+
+def _plain(rng: random.Random) -> str:
+    """What a task or a system text says that fits any question: to choose, to gather, how to behave."""
+    choice = f"{rng.choice(_CHOICES)} {rng.choice(_FOR)}"
+    manners = f"{rng.choice(_MANNERS)}. {rng.choice(_MANNERS)}."
+    return rng.choice((f"{choice}.", f"{choice}?", manners))
+
+
 _GIVEN = ("Here are", "You are given", "You get", "The following are", "Attached are", "There are", "Find below")
 _AMOUNT = ("some", "several", "a number of", "up to ten", "the retrieved", "numbered", "all the")
 _PIECES = (
@@ -182,8 +209,9 @@ def generic(rng: random.Random) -> str:
             f"{rng.choice(('the', 'this', 'each', 'a given'))} {rng.choice(_KINDS)}."
         )
         manner = f"{rng.choice(_DO)} {rng.choice(_WHAT)} {rng.choice(_HOW)}."
-        around = _circumstance(rng)
-        parts.append(rng.choice((role, task, order.capitalize(), manner, around, around, rng.choice(GENERIC))))
+        around, plain = _circumstance(rng), _plain(rng)
+        known = rng.choice(GENERIC)
+        parts.append(rng.choice((role, task, order.capitalize(), manner, around, around, plain, plain, known)))
     return " ".join(parts)
 
 
@@ -200,3 +228,76 @@ def split_query(text: str, rng: random.Random) -> tuple[str, str] | None:
     start = rng.randint(0, len(words) - size)
     taken = " ".join(words[start : start + size]).strip(" ?.,;:")
     return " ".join(words[:start] + words[start + size :]), rng.choice(_ABOUT).format(taken)
+
+
+_SIDES = (
+    (r"what is \(are\) (.+)", ("a description", "what it is", "an overview", "general information")),
+    (
+        r"what are the symptoms of (.+)",
+        ("the symptoms", "how it shows", "the signs that patients notice", "complaints"),
+    ),
+    (r"what causes (.+)", ("what brings it on", "its causes", "where it comes from", "how people get it")),
+    (r"how to diagnose (.+)", ("how it is diagnosed", "tests and examinations", "how doctors recognise it")),
+    (r"what are the treatments for (.+)", ("treatments", "therapies and drugs", "how it is treated", "what helps")),
+    (r"what is the outlook for (.+)", ("the outlook", "how it will go on", "the prognosis", "chances of recovery")),
+    (r"who is at risk for (.+)", ("who is at risk", "risk factors", "who gets it")),
+    (r"how to prevent (.+)", ("prevention", "how to avoid it", "how to protect oneself")),
+    (r"how many people are affected by (.+)", ("how common it is", "its frequency", "numbers of cases")),
+    (r"what are the genetic changes related to (.+)", ("the genes behind it", "mutations", "the genetics of it")),
+    (r"is (.+) inherited", ("how it is inherited", "whether it runs in families", "inheritance")),
+    (r"what research .* for (.+)", ("current research", "clinical trials", "studies under way")),
+    (r"what are the stages of (.+)", ("its stages", "how far it has spread")),
+    (r"what are the complications of (.+)", ("complications", "what can go wrong", "late effects")),
+    (r"what to do for (.+)", ("eating and diet", "what to do oneself")),
+    (
+        r"(?:in|by|since) what year \w+ (.+)|what year \w+ (.+)|when \w+ (.+)",
+        ("a date", "a year", "when it was", "the time"),
+    ),
+    (r"who \w+ (.+)", ("a person's name", "names of people", "who it was")),
+    (r"where \w+ (.+)", ("a place", "the location", "where it is")),
+    (r"how (?:many|much) (.+)", ("a number", "figures", "an amount", "statistics")),
+    (r"what percentage of (.+)", ("a percentage", "a share", "statistics")),
+    (r"how long \w+ (.+)", ("a duration", "how long it takes")),
+    (r"why \w+ (.+)", ("the reason", "an explanation", "why it is so")),
+    (r"how (?:do|can|should|to) (.+)", ("advice", "how to go about it", "practical help")),
+)
+"""Forms of questions (MedQuAD's, then general ones), and what each of them wants to know about its topic."""
+
+_WANTED = (
+    *("Find {}.", "Only {}, please.", "I need {}.", "Passages that give {}.", "What interests me: {}.", "{}."),
+    *("Texts about {}.", "Look for {}.", "{} and nothing else.", "The passage should contain {}.", "I am after {}."),
+)
+
+_TEXTS = (
+    *("recipes", "legal clauses", "source code", "error messages", "biographies", "contact details", "opening hours"),
+    *("a timeline", "side effects", "case studies", "comparisons of products", "poems", "interviews", "letters"),
+    *("opinions of experts", "complaints of customers", "tables of measurements", "worked examples", "a short summary"),
+    *("travel reports", "job offers", "safety warnings", "minutes of meetings", "quotations", "installation notes"),
+    *("anecdotes", "speeches", "test results", "addresses", "sports results", "weather records", "film reviews"),
+    *("criticism", "praise", "forecasts", "rumours", "myths", "spare parts", "exercises", "translations", "patents"),
+)
+
+
+def split_side(text: str, rng: random.Random) -> tuple[str, str] | None:
+    """Split a question into its topic and an instruction that says which side of the topic is wanted.
+
+    Returns:
+        The topic as a query and the instruction, or None if the question is of no known form.
+    """
+    plain = " ".join(text.split()).rstrip(" ?.")
+    for form, sides in _SIDES:
+        found = re.fullmatch(form, plain, re.IGNORECASE)
+        if found:
+            topic = next(group for group in found.groups() if group)
+            return topic, _worded(rng.choice(sides), rng)
+    return None
+
+
+def kind_of_text(rng: random.Random) -> str:
+    """An instruction that asks for some kind of text, whatever the query."""
+    return _worded(rng.choice(_TEXTS), rng)
+
+
+def _worded(wish: str, rng: random.Random) -> str:
+    said = rng.choice(_WANTED).format(wish)
+    return said[0].upper() + said[1:]
