@@ -101,7 +101,7 @@ class TrainConfig:
     mined: int = 6000
     mined_candidates: int = 36
     ratios: tuple[tuple[int, float], ...] = ((1, 0.1), (2, 0.15), (4, 0.25), (8, 0.2), (16, 0.15), (32, 0.15))
-    gate_pairs: int = 4000
+    gate_pairs: int = 8000
     fast: bool = field(default_factory=lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     sources: tuple[Source, ...] = SOURCES
 
