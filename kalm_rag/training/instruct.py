@@ -34,10 +34,11 @@ GENERIC = (
 """Texts that say nothing about what a passage must be about."""
 
 _ABOUT = (
-    *("Find passages about {}.", "Only passages on {} are wanted.", "Focus on {}.", "The topic is {}.", "I work on {}."),
-    *("Explain {}.", "Explain how {} works.", "Describe {}.", "Tell the reader about {}.", "Answer questions about {}."),
-    *("You are an expert on {}.", "You help people with {}.", "The documents are about {}.", "Say what {} means."),
-    *("Prefer passages that mention {}.", "Use what is said about {}.", "Our customers ask about {}.", "Discuss {}."),
+    *("Find passages about {}.", "Only passages on {} are wanted.", "Focus on {}.", "The topic is {}."),
+    *("I work on {}.", "Explain {}.", "Explain how {} works.", "Describe {}.", "Tell the reader about {}."),
+    *("Answer questions about {}.", "You are an expert on {}.", "You help people with {}."),
+    *("The documents are about {}.", "Say what {} means.", "Prefer passages that mention {}."),
+    *("Use what is said about {}.", "Our customers ask about {}.", "Discuss {}."),
 )
 
 
