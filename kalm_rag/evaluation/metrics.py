@@ -88,7 +88,7 @@ def change_of(*differences: Sequence[float] | np.ndarray) -> Change:
     """Sum up differences query by query, one argument a set; every set counts the same."""
     sets = [np.asarray(one, dtype=np.float64) for one in differences]
     low, high = paired_interval(*sets)
-    return Change(mean=float(np.mean([one.mean() for one in sets])), low=low, high=high, p=_paired_p(sets))
+    return Change(mean=mean([float(one.mean()) for one in sets]), low=low, high=high, p=_paired_p(sets))
 
 
 def paired_interval(*differences: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -217,10 +217,10 @@ def _paired_p(sets: Sequence[np.ndarray]) -> float | None:
     """Paired t test of the mean over sets; None for a single query, which tells nothing of a deviation."""
     if any(len(one) < 2 for one in sets):
         return None
-    mean = np.mean([one.mean() for one in sets])
+    centre = mean([float(one.mean()) for one in sets])
     if all(np.ptp(one) == 0 for one in sets):  # no deviation: either nothing moved, or all of a set moved alike
-        return 1.0 if mean == 0 else 0.0
+        return 1.0 if centre == 0 else 0.0
     parts = np.array([one.var(ddof=1) / len(one) for one in sets])  # squared standard error of each set's mean
     freedom = parts.sum() ** 2 / sum(part**2 / (len(one) - 1) for part, one in zip(parts, sets, strict=True))
     stats = importlib.import_module("scipy.stats")  # ir-measures brings it along
-    return float(2 * stats.t.sf(abs(mean) * len(sets) / parts.sum() ** 0.5, freedom))
+    return float(2 * stats.t.sf(abs(centre) * len(sets) / parts.sum() ** 0.5, freedom))

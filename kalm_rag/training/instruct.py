@@ -249,10 +249,7 @@ _SIDES = (
     (r"what are the stages of (.+)", ("its stages", "how far it has spread")),
     (r"what are the complications of (.+)", ("complications", "what can go wrong", "late effects")),
     (r"what to do for (.+)", ("eating and diet", "what to do oneself")),
-    (
-        r"(?:in|by|since) what year \w+ (.+)|what year \w+ (.+)|when \w+ (.+)",
-        ("a date", "a year", "when it was", "the time"),
-    ),
+    (r"(?:when|(?:(?:in|by|since) )?what year) \w+ (.+)", ("a date", "a year", "when it was", "the time")),
     (r"who \w+ (.+)", ("a person's name", "names of people", "who it was")),
     (r"where \w+ (.+)", ("a place", "the location", "where it is")),
     (r"how (?:many|much) (.+)", ("a number", "figures", "an amount", "statistics")),
@@ -288,8 +285,7 @@ def split_side(text: str, rng: random.Random) -> tuple[str, str] | None:
     for form, sides in _SIDES:
         found = re.fullmatch(form, plain, re.IGNORECASE)
         if found:
-            topic = next(group for group in found.groups() if group)
-            return topic, _worded(rng.choice(sides), rng)
+            return found[1], _worded(rng.choice(sides), rng)
     return None
 
 
