@@ -6,6 +6,7 @@ query pays one free lock, and closing an engine leaves nothing behind. Knows sta
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -17,6 +18,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from kalm_rag.states import StateBatch, merge_batches
+
+logger = logging.getLogger(__name__)
 
 Decode = Callable[[Sequence[Any], StateBatch, "int | None"], "list[float]"]
 """Runs one pass: a prompt per row, states, ratio; gives one margin per row. May fail."""
@@ -163,8 +166,8 @@ def _decode(group: Sequence[Request]) -> None:
         try:
             merged = merge_batches(ends[-1], list(zip(spans, slices, strict=True)))
             margins = group[0].decode(prompts, merged, group[0].ratio)
-        except Exception:
-            pass  # told below, to the one that it belongs to
+        except Exception as err:  # told below, to the one that it belongs to
+            logger.debug("a pass shared by %d queries failed (%r); running them one by one.", len(group), err)
         else:
             for request, span in zip(group, spans, strict=True):
                 request.take(margins[span.start : span.stop])

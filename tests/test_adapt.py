@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from kalm_rag.errors import InputError, KalmRagError, ModelError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2 import T5Gemma2Backbone, digest_files
+from kalm_rag.models.t5gemma2 import T5Gemma2Backbone
+from kalm_rag.models.t5gemma2_checkpoint import digest_files
 from kalm_rag.pooling import mean_groups
 from kalm_rag.reranker import Reranker
 

@@ -25,7 +25,8 @@ pytest.importorskip("bm25s", reason="the teacher is in the extra 'eval'")
 
 from kalm_rag.training.data import RANDOMS, Source, load_source
 from kalm_rag.training.hard_lists import DOUBT, harden, mine, narrow_lists
-from kalm_rag.training.recipe import Stage, TrainConfig, train
+from kalm_rag.training.recipe import train
+from kalm_rag.training.trainer import Stage, TrainConfig
 
 ANIMALS = ("bee", "cow", "goat", "hen", "sheep", "silkworm", "oyster", "maple", "olive", "vine", "wheat", "cocoa")
 GOODS = ("honey", "milk", "cheese", "eggs", "wool", "silk", "pearls", "syrup", "oil", "wine", "bread", "chocolate")

@@ -30,7 +30,8 @@ class Int8Projection:
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Map ``(..., in)`` to one ``(..., out)`` per layer, in the dtype of `x`."""
         rows, scales = _round_tokens(x.flatten(0, -2))
-        return [layer(rows, scales, x.dtype).unflatten(0, x.shape[:-1]) for layer in self._layers]
+        scales = scales.to(x.dtype)[:, None]
+        return [layer(rows, scales).unflatten(0, x.shape[:-1]) for layer in self._layers]
 
     def gated(self, x: Tensor, activation: Any) -> Tensor:  # noqa: ANN401 - transformers' classes are untyped
         """``activation(first(x)) * second(x)``.
@@ -53,12 +54,12 @@ class _Int8Linear:
         rows = (weight / self._scales[:, None]).round_().to(torch.int8)
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(rows, None)
 
-    def __call__(self, rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """Map what `_round_tokens` gave to ``(M, out)`` in `dtype`."""
+    def __call__(self, rows: Tensor, scales: Tensor) -> Tensor:
+        """Map rounded tokens and their scales ``(M, 1)`` to ``(M, out)`` in the dtype of the scales."""
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, 128, self._packed, self._scales, self._zeros, None, 1.0, 0, dtype, "none", [], ""
+            rows, 1.0, 128, self._packed, self._scales, self._zeros, None, 1.0, 0, scales.dtype, "none", [], ""
         )
-        product.mul_(scales.to(dtype)[:, None])  # of one dtype: where two meet, torch is many times as slow
+        product.mul_(scales)  # of one dtype: where two meet, torch is many times as slow
         return product if self._bias is None else product.add_(self._bias)
 
 

@@ -1,33 +1,25 @@
 """KaLM checkpoints: any T5Gemma 2 encoder-decoder, text path only, by the protocol of KaLM-Reranker-V1.
 
-Protocol: arXiv 2606.22807 and the model cards of ``KaLM-Embedding/KaLM-Reranker-V1-*``. The vision tower is never
-built, so it never reaches memory or the device; of the logits only two rows at one position are computed.
+Protocol: arXiv 2606.22807 and the model cards of ``KaLM-Embedding/KaLM-Reranker-V1-*``. Of the logits only two rows at
+one position are computed.
 Letters: B passages, T passage tokens, N pooled states, Q prompt tokens, H width.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
-from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2Config
-from transformers.models.t5gemma2.modeling_t5gemma2 import (
-    T5Gemma2Decoder,
-    T5Gemma2LMHead,
-    T5Gemma2PreTrainedModel,
-    T5Gemma2TextEncoder,
-)
+from transformers import AutoTokenizer
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Decoder
 
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.instructions import Instructions
@@ -35,6 +27,7 @@ from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, whole_numbe
 from kalm_rag.models.compiled import CompiledDecoder
 from kalm_rag.models.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
 from kalm_rag.models.quantize import Int8Projection, check_weights
+from kalm_rag.models.t5gemma2_checkpoint import T5Gemma2TextReranker, digest_files, load_model, read_config
 from kalm_rag.models.t5gemma2_decoder import DecoderInput, Kept, LeanDecoder, unknown_parts
 from kalm_rag.models.t5gemma2_text import (
     HEAD_TEMPLATE,
@@ -46,61 +39,6 @@ from kalm_rag.models.t5gemma2_text import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-# Checkpoints come with both spellings of the encoder's names, depending on the transformers release that saved them.
-KEY_MAPPING = {r"^model\.encoder\.(layers|norm|embed_tokens)\.": r"model.encoder.text_model.\1."}
-
-
-class _TextEncoder(T5Gemma2PreTrainedModel):
-    """The encoder without its vision tower; parameter names as in the full model."""
-
-    def __init__(self, config: Any) -> None:  # noqa: ANN401 - the config classes are untyped
-        super().__init__(config)
-        self.text_model = T5Gemma2TextEncoder._from_config(config.text_config, eoi_token_index=config.eoi_token_index)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-
-class _TextModel(T5Gemma2PreTrainedModel):
-    """Encoder and decoder; parameter names as in the full model."""
-
-    _tied_weights_keys = {  # noqa: RUF012 - transformers reads a plain class attribute
-        "decoder.embed_tokens.weight": "encoder.text_model.embed_tokens.weight",
-        "decoder.embed_tokens.eoi_embedding": "encoder.text_model.embed_tokens.eoi_embedding",
-    }
-
-    def __init__(self, config: T5Gemma2Config) -> None:
-        super().__init__(config)
-        self.encoder = _TextEncoder(config.encoder)
-        self.decoder = T5Gemma2Decoder(config.decoder, config.eoi_token_index)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.get_input_embeddings()
-
-
-class T5Gemma2TextReranker(T5Gemma2PreTrainedModel):
-    """`T5Gemma2ForConditionalGeneration` as far as text needs it: loads its checkpoints, skips the vision weights."""
-
-    _tied_weights_keys = {  # noqa: RUF012
-        "lm_head.out_proj.weight": "model.encoder.text_model.embed_tokens.weight"
-    }
-    _keys_to_ignore_on_load_unexpected = [r"vision_tower", r"multi_modal_projector"]  # noqa: RUF012
-
-    def __init__(self, config: T5Gemma2Config) -> None:
-        super().__init__(config)
-        self.model = _TextModel(config)
-        self.lm_head = T5Gemma2LMHead(config.decoder.hidden_size, config.decoder.vocab_size)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head.out_proj
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +69,7 @@ class T5Gemma2Backbone:
         self.info = info
         self.state_dtype = model.dtype
         self.device = model.device
-        self._model = model.eval()
+        self._model: T5Gemma2TextReranker = model.eval()
         self._eager: T5Gemma2Decoder | None = None
         self._lock = threading.Lock()
         self._tokens = tokens
@@ -195,23 +133,7 @@ class T5Gemma2Backbone:
                 raise InputError(f"decoder_weights={decoder_weights!r} can't be compiled. Leave one of the two out.")
         config = read_config(folder)
         tokens = TextTokens(AutoTokenizer.from_pretrained(folder))
-        try:
-            model, report = T5Gemma2TextReranker.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                key_mapping=KEY_MAPPING,
-                output_loading_info=True,
-            )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as err:
-            raise ModelError(f"{folder} could not be loaded as a T5Gemma 2 checkpoint: {err}") from err
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise ModelError(
-                f"{folder} misses {len(missing)} weights (first: {missing[0]}); scores would be random. "
-                f"Fetch or save the checkpoint again."
-            )
+        model = load_model(folder, config, dtype)
         info = BackboneInfo(
             family="t5gemma2",
             name=name,
@@ -413,32 +335,3 @@ def _lean_decoder(
         raise ModelError(f"{asked} can't be had for a decoder with {unknown}. Leave it out.")
     logger.warning("this checkpoint's decoder has %s; it runs in transformers' own code, more slowly.", unknown)
     return None
-
-
-def digest_files(files: Sequence[Path]) -> str:
-    """Sha256 over the contents of files, in the order given, hex."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def read_config(folder: Path) -> T5Gemma2Config:
-    """Read a checkpoint folder's config.
-
-    Raises:
-        ModelError: If the folder is no T5Gemma 2 checkpoint, or has no safetensors.
-    """
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} has no .safetensors file. Save the checkpoint with save_pretrained(); pickles are refused."
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as err:
-        raise ModelError(f"{folder} has no readable config.json: {err}") from err
-    if not isinstance(config, T5Gemma2Config):
-        raise ModelError(f"{folder} is a {config.model_type!r} checkpoint; wanted 't5gemma2' (KaLM-Reranker-V1).")
-    return config

@@ -263,7 +263,8 @@ class LeanDecoder:
         allowed = torch.cat([seen[0], states, seen[1]], 2)  # (B, Q, S + Q)
         dtype = self._decoder.dtype
         mask = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
-        return mask[:, :, None].expand(-1, -1, config.num_attention_heads // config.num_key_value_heads, -1)
+        heads = config.num_attention_heads // config.num_key_value_heads
+        return mask[:, :, None].expand(-1, -1, heads, -1).contiguous()  # laid out here, not in every layer
 
 
 def unknown_parts(decoder: Any) -> str | None:  # noqa: ANN401
