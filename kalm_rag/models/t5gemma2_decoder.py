@@ -54,17 +54,21 @@ class Kept:
     entries: Sequence[Tensor]
     width: int
 
-    def layer(self, index: int) -> Tensor:
-        """Keys and values of one layer, ``(2, B, P + N, K * D)``, zero on padding.
+    def layer(self, index: int, keys: Tensor, values: Tensor) -> Tensor:
+        """Keys and values of one layer, ``(2, B, P + N + Q, K * D)``: kept ones, zero on padding, and new ones behind.
 
         Put together when asked for: all layers at once take memory that is never in the processor's cache.
         """
         rows = [entry[index] for entry in self.entries]
+        out = keys.new_empty(2, len(rows), self.width + keys.shape[1], keys.shape[2])
+        older = out[:, :, : self.width]
         if all(row.shape[1] == self.width for row in rows):
-            return torch.stack(rows, 1)
-        out = rows[0].new_zeros(2, len(rows), self.width, rows[0].shape[2])
-        for place, row in enumerate(rows):
-            out[:, place, : row.shape[1]] = row
+            torch.stack(rows, 1, out=older)
+        else:
+            older.zero_()
+            for place, row in enumerate(rows):
+                older[:, place, : row.shape[1]] = row
+        out[0, :, self.width :], out[1, :, self.width :] = keys, values
         return out
 
 
@@ -196,8 +200,7 @@ class LeanDecoder:
             mask = masks[layer.kind]
             if index == len(self._layers) - 1:  # nothing but the scoring position is read of what it gives
                 x, queries, mask = (_at(t, batch.last) for t in (x, queries, mask))
-            older = self._older(index, batch)
-            x = layer.finish(x, layer.attend(queries, _join(older[0], keys), _join(older[1], values), mask))
+            x = layer.finish(x, layer.attend(queries, *self._seen(index, batch, keys, values), mask))
         return _norm(x[:, 0], self._decoder.norm)
 
     def keep(self, batch: DecoderInput) -> Tensor:
@@ -210,12 +213,10 @@ class LeanDecoder:
         made = []
         for index, layer in enumerate(self._layers):
             x, queries, keys, values = self._project(index, x, batch, ropes[layer.kind])
-            older = self._older(index, batch)
-            seen = _join(keys, older[0]), _join(values, older[1])
-            made.append(torch.stack(seen))
+            seen = self._seen(index, batch, keys, values)
+            made.append(torch.stack(seen).roll(len(batch.ids[0]), 2))  # kept with the prompt's own first
             if index < len(self._layers) - 1:
-                mask = masks[layer.kind].roll(len(batch.ids[0]), -1)  # here the prompt's own keys come first
-                x = layer.finish(x, layer.attend(queries, *seen, mask))
+                x = layer.finish(x, layer.attend(queries, *seen, masks[layer.kind]))
         return torch.stack(made)
 
     def _start(self, batch: DecoderInput) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
@@ -237,14 +238,14 @@ class LeanDecoder:
             x, queries, keys, values = (t[batch.rows] for t in (x, queries, keys, values))
         return x, queries, keys, values
 
-    def _older(self, index: int, batch: DecoderInput) -> tuple[Tensor, Tensor]:
-        """Keys and values beside the prompt's own, ``(B, S, K * D)`` each: kept ones, or the states'."""
+    def _seen(self, index: int, batch: DecoderInput, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the states or kept ones, and the prompt's own behind them: ``(B, S + Q, K * D)`` each."""
         if batch.past is not None:
-            keys, values = batch.past.layer(index)
-            return keys, values
+            seen = batch.past.layer(index, keys, values)
+            return seen[0], seen[1]
         layer = self._layers[index]
-        keys, values = layer.kv(batch.states)
-        return layer.keys(keys, None), values
+        state_keys, state_values = layer.kv(batch.states)
+        return torch.cat([layer.keys(state_keys, None), keys], 1), torch.cat([state_values, values], 1)
 
     def _mask(self, batch: DecoderInput, positions: Tensor, kind: str) -> Tensor:
         """What each prompt token sees in a kind of layer, additive, a row a query head: ``(B, Q, G, S + Q)``.
@@ -295,11 +296,6 @@ def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scal
     scores = torch.baddbmm(mask, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
     shares = scores.softmax(-1, dtype=torch.float32).to(queries.dtype)
     return torch.bmm(shares, values.flatten(0, 1)).view(b, k, r, d)
-
-
-def _join(first: Tensor, second: Tensor) -> Tensor:
-    """Rows behind each other: ``(B, S, E)`` and ``(B, Q, E)`` to ``(B, S + Q, E)``."""
-    return torch.cat([first, second], 1)
 
 
 def _at(x: Tensor, last: Tensor) -> Tensor:
