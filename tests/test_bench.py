@@ -73,6 +73,14 @@ def test_measure_leaves_the_warm_up_out() -> None:
         assert spread.peak_bytes > 50_000_000  # torch is loaded in this process
 
 
+def test_measure_stops_when_enough_was_timed() -> None:
+    calls: list[int] = []
+    measure(lambda: calls.append(1), 3, CPU, enough=0.0)
+    assert len(calls) == 2  # one to warm up, one timed
+    measure(lambda: calls.append(1), 3, CPU, enough=60.0)
+    assert len(calls) == 6
+
+
 def test_quantiles() -> None:
     spread = Spread(seconds=(0.4, 0.1, 0.2, 0.3, 0.5))
     assert spread.p50 == pytest.approx(0.3)

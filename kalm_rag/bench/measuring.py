@@ -5,6 +5,7 @@ Also the made-up text and states that everything is timed on: what they say does
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import random
@@ -72,7 +73,12 @@ class Spread:
 
 
 def measure(
-    run: Callable[[], object], repeats: int, device: torch.device, *, warm_up: Callable[[], object] | None = None
+    run: Callable[[], object],
+    repeats: int,
+    device: torch.device,
+    *,
+    warm_up: Callable[[], object] | None = None,
+    enough: float = math.inf,
 ) -> Spread:
     """Time a function.
 
@@ -81,6 +87,7 @@ def measure(
         repeats: Timed runs, >= 1.
         device: Where the work is done; a CUDA device is waited for.
         warm_up: Done once before; None runs `run` itself once.
+        enough: Stop early after so many seconds of timed runs.
     """
     (warm_up if warm_up is not None else run)()
     _wait(device)
@@ -92,6 +99,8 @@ def measure(
         _wait(device)
         seconds.append(time.perf_counter() - started)
         cpu.append(time.process_time() - worked)
+        if sum(seconds) >= enough:
+            break
     return Spread(seconds=tuple(seconds), cpu=tuple(cpu), peak_bytes=_peak(device))
 
 

@@ -172,7 +172,8 @@ def _published(folder: Path, dtype: str, device: torch.device, case: NanoCase) -
     def score(texts: Sequence[str]) -> None:
         margins.append(reference.margins(query, texts, told, ratio=case.ratio, batch=case.batch))
 
-    spread = measure(lambda: score(case.sample), 1, device, warm_up=lambda: score(case.sample[:2]))
+    # every ratio hangs on it, and what else the machine does moves a run of 10 s by up to half
+    spread = measure(lambda: score(case.sample), 3, device, warm_up=lambda: score(case.sample[:2]), enough=15)
     note = f"batches of {case.batch}"
     if len(case.sample) < case.candidates:
         whole = spread.p50 / len(case.sample) * case.candidates
