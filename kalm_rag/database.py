@@ -6,19 +6,24 @@ With `index.py`, `store/chroma.py` and the framework adapters, the only place th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import chromadb
 import numpy as np
+from chromadb.api.client import Client
 from chromadb.api.shared_system_client import SharedSystemClient
+from chromadb.api.types import validate_metadata
 from chromadb.config import Settings
 from chromadb.errors import NotFoundError
 
 from kalm_rag.embedders import BUNDLED, Embedder
 from kalm_rag.errors import InputError
+from kalm_rag.ranking import check_passages
 from kalm_rag.reranker import Reranker
 from kalm_rag.states import Codec
 from kalm_rag.store import StateStore, open_store, stored_layout
@@ -144,6 +149,64 @@ def records(collection: Collection, *, texts: bool = True) -> Iterator[tuple[lis
             return
         yield page["ids"], page["documents"] if texts else [None] * len(page["ids"])
         offset += len(page["ids"])
+
+
+def check_records(
+    ids: Sequence[str], texts: Sequence[str], metadatas: Sequence[Mapping[str, Any] | None] | None
+) -> tuple[list[str], list[str], list[dict[str, Any] | None]]:
+    """Check one call's records before anything is written; copies, so that nothing of the caller's is kept.
+
+    Raises:
+        InputError: If an id occurs twice, lengths differ, a text is no valid string, or Chroma can't keep metadata.
+    """
+    checked_ids = check_passages(ids)
+    checked = check_passages(texts)
+    given = metadatas if metadatas is not None else [None] * len(checked_ids)
+    metas = [dict(m) if m else None for m in given]  # Chroma refuses an empty mapping
+    if not len(checked_ids) == len(checked) == len(metas):
+        raise InputError(f"got {len(checked_ids)} ids, {len(checked)} texts, {len(metas)} metadatas; wanted one each.")
+    seen: set[str] = set()
+    for i in checked_ids:
+        if i in seen:
+            raise InputError(f"id {i!r} occurs twice in one call; wanted distinct ids.")
+        seen.add(i)
+    for i, meta in zip(checked_ids, metas, strict=True):
+        if meta is not None:
+            try:
+                validate_metadata(meta)  # Chroma does, but when states and references are already written
+            except (ValueError, TypeError) as err:
+                raise InputError(f"metadata of {i!r}: {err}") from err
+    return checked_ids, checked, metas
+
+
+def typed(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as filters see it: 1, 1.0 and True are three values, and None is no value."""
+    return {key: repr(value) for key, value in metadata.items() if value is not None}
+
+
+def live_collections(client: ClientAPI, store: StateStore) -> list[str]:
+    """Ids whose references `StateStore.gc` must keep: a folder's states serve the collections of all its databases.
+
+    Ids that are no UUID aren't Chroma's, so they are somebody's who uses the store without it.
+    """
+    live = [str(collection.id) for collection in client.list_collections()]
+    live += [name for name in store.collections() if not _is_uuid(name)]
+    local: Any = client
+    if local._system.settings.chroma_server_host is not None:
+        return live
+    for database in local._admin_client.list_databases(tenant=client.tenant):
+        if database["name"] != client.database:
+            with closing(Client.from_system(local._system, tenant=client.tenant, database=database["name"])) as other:
+                live += [str(collection.id) for collection in other.list_collections()]
+    return live
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        uuid.UUID(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_vectors(collection: Collection, embedder: Embedder) -> None:

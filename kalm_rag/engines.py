@@ -103,7 +103,7 @@ class EngineSpec:
         """
         with _lock:
             kept = _engines.get(self)
-        if kept is not None and _is_open(kept):
+        if kept is not None and is_open(kept):
             return kept
         fresh = Reranker.from_pretrained(  # the registry makes concurrent askers wait for one load
             self.model,
@@ -118,7 +118,7 @@ class EngineSpec:
         )
         with _lock:
             kept = _engines.get(self)
-            if kept is None or not _is_open(kept):
+            if kept is None or not is_open(kept):
                 _engines[self] = fresh
                 return fresh
         fresh.close()  # another thread was first; the model itself is shared either way
@@ -287,7 +287,8 @@ def rank_candidates(
     return ranking.placed[:top_n]
 
 
-def _is_open(engine: Reranker) -> bool:
+def is_open(engine: Reranker) -> bool:
+    """Whether an engine was not closed."""
     try:
         return engine.info is not None
     except ClosedError:

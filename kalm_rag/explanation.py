@@ -9,6 +9,7 @@ import html
 from dataclasses import dataclass
 
 from kalm_rag.instructions import Instructions, check_text
+from kalm_rag.prompts import as_instructions
 from kalm_rag.ranking import check_query
 from kalm_rag.reranker import Reranker
 from kalm_rag.states import batch_states
@@ -86,7 +87,12 @@ class Explanation:
 
 
 def explain(
-    engine: Reranker, query: str, passage: str, *, instructions: Instructions | None = None, ratio: int | None = None
+    engine: Reranker,
+    query: str,
+    passage: str,
+    *,
+    instructions: Instructions | str | None = None,
+    ratio: int | None = None,
 ) -> Explanation:
     """Score one passage and tell where the decoder looked.
 
@@ -106,7 +112,7 @@ def explain(
     backbone = engine.backbone
     states = batch_states(engine.encode([passage]))
     (relevance,) = engine.score(query, states, instructions=instructions, ratio=ratio)
-    prompt = backbone.prompt(query, instructions if instructions is not None else Instructions())
+    prompt = backbone.prompt(query, as_instructions(instructions) or Instructions())
     vectors, counts = states.on(backbone.device, backbone.state_dtype, ratio)
     words = states.words_on(backbone.device, ratio)
     weights = backbone.attend(prompt, vectors, counts, words)[0].float().cpu().tolist()

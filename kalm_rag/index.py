@@ -18,11 +18,22 @@ import numpy as np
 import torch
 
 from kalm_rag import upkeep
-from kalm_rag.database import PAGE, open_client, open_collection, open_states, records, told_model
+from kalm_rag.database import (
+    PAGE,
+    check_records,
+    live_collections,
+    open_client,
+    open_collection,
+    open_states,
+    records,
+    told_model,
+    typed,
+)
 from kalm_rag.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
 from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.instructions import Instructions
 from kalm_rag.lookup import Missing, Placed, check_missing, find_states, rank_texts
+from kalm_rag.prompts import as_instructions
 from kalm_rag.ranking import check_cut, check_passages, check_query
 from kalm_rag.reranker import Reranker
 from kalm_rag.results import AddReport, BackfillReport, Hit, QueryResult, Timings, VerifyReport
@@ -182,7 +193,7 @@ class ChromaIndex:
                 Nothing is written then.
             StoreError: If the states can't be written. Batches finished before stay.
         """
-        ids, texts, metadatas = _check_records(ids, texts, metadatas)
+        ids, texts, metadatas = check_records(ids, texts, metadatas)
         taken = [found for page in _pages(ids) for found in self.collection.get(ids=page, include=[])["ids"]]
         if taken:
             raise InputError(f"{len(taken)} of {len(ids)} ids exist already (first: {taken[0]!r}). Use upsert(...).")
@@ -192,7 +203,12 @@ class ChromaIndex:
         return report
 
     def upsert(
-        self, ids: Sequence[str], texts: Sequence[str], metadatas: Sequence[Mapping[str, Any] | None] | None = None
+        self,
+        ids: Sequence[str],
+        texts: Sequence[str],
+        metadatas: Sequence[Mapping[str, Any] | None] | None = None,
+        *,
+        refresh: bool = False,
     ) -> AddReport:
         """Add records, or replace those that exist; unchanged ones are left alone, unchanged texts not encoded.
 
@@ -202,15 +218,16 @@ class ChromaIndex:
             ids: Record ids, distinct.
             texts: Passages, one per id.
             metadatas: One mapping per id, or None.
+            refresh: Make the vectors of unchanged records again, too: the embedder has changed.
 
         Raises:
-            InputError: If an id occurs twice, lengths differ, or a text is no valid string.
+            InputError: If an id occurs twice, lengths differ, a text is no valid string, or Chroma can't keep metadata.
             StoreError: If the states can't be written. Batches finished before stay.
         """
-        ids, texts, metadatas = _check_records(ids, texts, metadatas)
+        ids, texts, metadatas = check_records(ids, texts, metadatas)
         report = AddReport()
         for batch in _slices(len(ids)):
-            report += self._replace(ids[batch], texts[batch], metadatas[batch])
+            report += self._replace(ids[batch], texts[batch], metadatas[batch], refresh)
         return report
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -236,7 +253,7 @@ class ChromaIndex:
         *,
         top_n: int | None = 5,
         fetch_k: int = 50,
-        instructions: Instructions | None = None,
+        instructions: Instructions | str | None = None,
         ratio: int | None = None,
         threshold: float | None = None,
         where: Mapping[str, Any] | None = None,
@@ -249,7 +266,7 @@ class ChromaIndex:
             text: The question.
             top_n: Hits wanted, >= 1; None gives all candidates.
             fetch_k: Candidates the vector search gives, >= 1.
-            instructions: System and task text; None takes the model's defaults.
+            instructions: System and task text, or a task alone; None takes the model's defaults.
             ratio: A multiple of the stored ratio, for speed; None takes the stored one.
             threshold: Keep only P(yes) >= this; unscored candidates are dropped too.
             where: Chroma metadata filter.
@@ -279,7 +296,7 @@ class ChromaIndex:
             [c.text for c in candidates],
             missing=policy,
             timings=timings,
-            instructions=instructions,
+            instructions=as_instructions(instructions),
             ratio=ratio,
             threshold=threshold,
             references=self._references(candidates),
@@ -315,7 +332,7 @@ class ChromaIndex:
         States kept for passages that came from elsewhere (another retriever) have no reference and go too; they
         are encoded again when needed.
         """
-        live = [str(c.id) for c in self._client.list_collections()]
+        live = live_collections(self._client, self.store)
         return upkeep.sweep(self.store, str(self.collection.id), records(self.collection, texts=False), live)
 
     def close(self) -> None:
@@ -362,20 +379,30 @@ class ChromaIndex:
             seconds=timings.seconds,
         )
 
-    def _replace(self, ids: list[str], texts: list[str], metadatas: list[dict[str, Any] | None]) -> AddReport:
+    def _replace(
+        self, ids: list[str], texts: list[str], metadatas: list[dict[str, Any] | None], refresh: bool
+    ) -> AddReport:
         """One batch of an upsert: leave alone what is the same, write the rest with the old metadata keys removed."""
         there = self.collection.get(ids=ids, include=["documents", "metadatas"])
         old = {
             i: (text, dict(meta or {}))
             for i, text, meta in zip(there["ids"], there["documents"], there["metadatas"], strict=True)
         }
-        absent = self.store.missing([passage_key(text) for text in texts])
-        todo = [
+        keys = [passage_key(text) for text in texts]
+        absent = self.store.missing(keys)
+        same = {
             row
             for row, (i, text, meta) in enumerate(zip(ids, texts, metadatas, strict=True))
-            if old.get(i) != (text, meta or {}) or passage_key(text) in absent
-        ]
-        unchanged = AddReport(unchanged=len(ids) - len(todo))
+            if not refresh
+            and i in old
+            and (old[i][0], typed(old[i][1])) == (text, typed(meta or {}))
+            and keys[row] not in absent
+        }
+        todo = [row for row in range(len(ids)) if row not in same]
+        unchanged = AddReport(unchanged=len(same))
+        if same:  # somebody else may have written them, without references
+            at = str(self.collection.id)
+            self.store.put_many([], [Reference(collection_id=at, record_id=ids[r], key=keys[r]) for r in sorted(same)])
         if not todo:
             return unchanged
         cleared = []
@@ -428,24 +455,6 @@ def _embedder(embedder: object, engine: Reranker, owned: list[Any]) -> Embedder:
     own = Reranker.from_pretrained("pico", device=engine.devices)
     owned.append(own)
     return BundledEmbedder(own)
-
-
-def _check_records(
-    ids: Sequence[str], texts: Sequence[str], metadatas: Sequence[Mapping[str, Any] | None] | None
-) -> tuple[list[str], list[str], list[dict[str, Any] | None]]:
-    """Check one call's records before anything is written; copies, so that nothing of the caller's is kept."""
-    checked_ids = check_passages(ids)
-    checked = check_passages(texts)
-    given = metadatas if metadatas is not None else [None] * len(checked_ids)
-    metas = [dict(m) if m else None for m in given]  # Chroma refuses an empty mapping
-    if not len(checked_ids) == len(checked) == len(metas):
-        raise InputError(f"got {len(checked_ids)} ids, {len(checked)} texts, {len(metas)} metadatas; wanted one each.")
-    seen: set[str] = set()
-    for i in checked_ids:
-        if i in seen:
-            raise InputError(f"id {i!r} occurs twice in one call; wanted distinct ids.")
-        seen.add(i)
-    return checked_ids, checked, metas
 
 
 def _hit(candidates: Sequence[_Candidate], placed: Placed) -> Hit:

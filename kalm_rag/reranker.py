@@ -26,6 +26,7 @@ from kalm_rag.models.backbone import Backbone, BackboneInfo, CachingBackbone, To
 from kalm_rag.models.prefix_cache import check_bytes
 from kalm_rag.models.registry import acquire, parse_devices, parse_dtype
 from kalm_rag.pooling import check_ratio, repool_factor
+from kalm_rag.prompts import as_instructions
 from kalm_rag.ranking import (
     Ranked,
     Relevance,
@@ -238,7 +239,7 @@ class Reranker:
         query: str,
         states: Sequence[PassageStates] | StateBatch,
         *,
-        instructions: Instructions | None = None,
+        instructions: Instructions | str | None = None,
         ratio: int | None = None,
     ) -> list[Relevance]:
         """Run the decoder over passages that were encoded before.
@@ -246,7 +247,7 @@ class Reranker:
         Args:
             query: The question, not blank.
             states: What `encode` or a store gave, of this model.
-            instructions: System and task text; None takes the model's defaults.
+            instructions: System and task text, or a task alone; None takes the model's defaults.
             ratio: Pool the states further, to this multiple of their ratio; None takes them as they are.
 
         Returns:
@@ -264,7 +265,7 @@ class Reranker:
                 return []
             states = batch_states(states)
         self._check_states(states, ratio)
-        prompt = backbone.prompt(query, instructions if instructions is not None else Instructions())
+        prompt = backbone.prompt(query, as_instructions(instructions) or Instructions())
         request = Request(self._margins, prompt, states, ratio, share=self.batch_size)
         margins = turns_of(backbone).run(request)
         return [Relevance(margin, probability_of(margin)) for margin in margins]
@@ -276,7 +277,7 @@ class Reranker:
         *,
         top_n: int | None = None,
         threshold: float | None = None,
-        instructions: Instructions | None = None,
+        instructions: Instructions | str | None = None,
         ratio: int | None = None,
     ) -> list[Ranked]:
         """Order passages by relevance, best first.
@@ -313,7 +314,7 @@ class Reranker:
         *,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-        instructions: Instructions | None = None,
+        instructions: Instructions | str | None = None,
     ) -> np.ndarray | Tensor | list[Tensor]:
         """Score (query, passage) pairs; stands in for ``CrossEncoder.predict`` of sentence-transformers.
 
@@ -341,7 +342,7 @@ class Reranker:
                 raise InputError(f"pair {position} is {pair!r:.80}; wanted (query, passage).")
             check_query(pair[0], f"query of pair {position}")
         backbone = self.backbone
-        chosen = instructions if instructions is not None else Instructions()
+        chosen = as_instructions(instructions) or Instructions()
         prompts = {query: backbone.prompt(query, chosen) for query in dict.fromkeys(pair[0] for pair in pairs)}
         margins: list[float] = []
         if pairs:
@@ -356,21 +357,21 @@ class Reranker:
         return scores.numpy() if convert_to_numpy else list(scores)
 
     def explain(
-        self, query: str, passage: str, *, instructions: Instructions | None = None, ratio: int | None = None
+        self, query: str, passage: str, *, instructions: Instructions | str | None = None, ratio: int | None = None
     ) -> Explanation:
         """Tell which part of a passage the decoder looked at; see `kalm_rag.explanation.explain`."""
         from kalm_rag.explanation import explain
 
         return explain(self, query, passage, instructions=instructions, ratio=ratio)
 
-    def preview(self, query: str, instructions: Instructions | None = None) -> str:
+    def preview(self, query: str, instructions: Instructions | str | None = None) -> str:
         """Show the exact text that the decoder reads for a query.
 
         Raises:
             InputError: If the query is blank or no valid string.
         """
         check_query(query)
-        return self.backbone.preview(query, instructions if instructions is not None else Instructions())
+        return self.backbone.preview(query, as_instructions(instructions) or Instructions())
 
     def close(self) -> None:
         """Give the model back; the last engine that uses it frees its memory. Closing twice is fine."""

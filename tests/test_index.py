@@ -413,3 +413,62 @@ def test_plain_clients_of_the_same_app_go_on_working(tmp_path: Path, tiny: Reran
         assert chromadb.PersistentClient(str(tmp_path)).list_collections()
         chromadb.EphemeralClient()
         chromadb.Client()
+
+
+def test_a_changed_kind_of_value_is_a_change(index: ChromaIndex) -> None:
+    """Chroma's filters are typed: 0 and False are not the same to them, as they are to Python."""
+    index.upsert(["a"], TEXTS[:1], [{"seen": 0, "price": 1}])
+    assert index.upsert(["a"], TEXTS[:1], [{"seen": False, "price": 1.0}]).unchanged == 0
+    assert [h.id for h in index.query(QUERY, where={"seen": False})] == ["a"]
+    assert index.upsert(["a"], TEXTS[:1], [{"seen": False, "price": 1.0, "gone": None}]).unchanged == 1
+
+
+def test_refresh_makes_vectors_again(index: ChromaIndex) -> None:
+    wrong = [[9.0] * 17]
+    index.collection.update(ids=["a"], embeddings=wrong)
+    assert index.upsert(["a"], TEXTS[:1], [{"n": 1}]).unchanged == 1
+    report = index.upsert(["a"], TEXTS[:1], [{"n": 1}], refresh=True)
+    assert (report.unchanged, report.encoded) == (0, 0)
+    assert index.collection.get(["a"], include=["embeddings"])["embeddings"][0] == pytest.approx(
+        toy_vectors(TEXTS[:1])[0]
+    )
+
+
+def test_metadata_that_chroma_refuses_leaves_all_as_it_was(index: ChromaIndex) -> None:
+    with pytest.raises(InputError, match=r"metadata of 'a': .*which is a dict"):
+        index.upsert(["a"], ["Another text."], [{"x": {"y": 1}}])
+    assert index.verify().clean
+    index.gc()
+    assert index.query(QUERY, missing="raise").from_store == 4
+
+
+def test_an_upsert_of_what_somebody_else_wrote_is_referenced(index: ChromaIndex) -> None:
+    index.collection.add(ids=["e"], documents=TEXTS[:1], embeddings=toy_vectors(TEXTS[:1]))
+    assert index.upsert(["e"], TEXTS[:1]).unchanged == 1
+    index.delete(["a"])
+    index.gc()
+    assert index.query(QUERY, missing="raise", top_n=None).from_store == 4
+
+
+def test_gc_keeps_what_another_database_of_the_folder_uses(tmp_path: Path, tiny: Reranker) -> None:
+    with ChromaIndex.open(tmp_path, model=tiny, embedder=toy_vectors):  # makes the folder
+        pass
+    one = chromadb.PersistentClient(str(tmp_path))
+    one._admin_client.create_database("other")  # type: ignore[attr-defined]
+    clients = one, chromadb.PersistentClient(str(tmp_path), database="other")
+    first, second = (ChromaIndex.open(client=client, model=tiny, embedder=toy_vectors) for client in clients)
+    first.add(IDS[:2], TEXTS[:2])
+    second.add(IDS[2:], TEXTS[2:])
+    assert first.gc().states == 0
+    assert second.query(QUERY, missing="raise").from_store == 2
+    for one in (first, second):
+        one.close()
+
+
+def test_a_task_as_a_string_is_one(index: ChromaIndex, tiny: Reranker) -> None:
+    told = Instructions(task="Find a drink.")
+    assert index.query(QUERY, instructions="Find a drink.").hits == index.query(QUERY, instructions=told).hits
+    assert tiny.rank(QUERY, TEXTS, instructions="Find a drink.") == tiny.rank(QUERY, TEXTS, instructions=told)
+    assert tiny.preview(QUERY, "Find a drink.") == tiny.preview(QUERY, told)
+    with pytest.raises(InputError, match="int"):
+        tiny.rank(QUERY, TEXTS, instructions=3)  # type: ignore[arg-type]

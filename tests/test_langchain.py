@@ -781,3 +781,70 @@ def test_bytes_travel_between_stores_and_damage_is_named(tiny: Reranker, tmp_pat
             view.mset([("x", whole[:5] + b"\0" * 16 + whole[21:])])
         source.close()
         target.close()
+
+
+class Constant(DeterministicFakeEmbedding):
+    """One vector for everything: another embedding model, as far as a collection can tell."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [[1.0, *[0.0] * (self.size - 1)] for _ in texts]
+
+
+def test_added_again_under_other_embeddings_vectors_are_theirs(chroma: KaLMChroma, tiny: Reranker) -> None:
+    """As in Chroma itself; LangChain's ``index(force_update=True)`` counts on it."""
+    given = [Document(TEXTS[0], id="x")]
+    place = {"client": chroma._client, "reranker": tiny, "store": chroma.store}
+    other = KaLMChroma(chroma._collection_name, Constant(size=6), **place)  # type: ignore[arg-type]
+    for add in (other.add_documents, lambda documents: other.update_documents(["x"], documents)):
+        chroma.add_documents(given)
+        add(given)
+        assert list(other.get(include=["embeddings"])["embeddings"][0]) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_engines_are_loaded_again_after_a_release(tiny_folder: Path, tmp_path: Path) -> None:
+    store = KaLMChroma("docs", VECTORS, persist_directory=str(tmp_path), model=str(tiny_folder))
+    store.add_documents(documents())
+    first = store.rerank(QUERY, k=2)
+    release_engines()
+    assert store.rerank(QUERY, k=2) == first
+    assert store.verify().clean
+    store.close()
+    release_engines()
+
+
+def test_no_instructions_in_a_config_leaves_the_components_own(compressor: KaLMDocumentCompressor) -> None:
+    told = compressor.with_instructions("Find animals.")
+    step = told.as_runnable()
+    given = {"query": QUERY, "documents": documents()}
+    assert step.invoke(given, {"configurable": {"kalm_instructions": None}}) == step.invoke(given)
+    assert step.invoke(given) != compressor.as_runnable().invoke(given)
+
+
+def test_a_deep_copy_shares_the_engine(compressor: KaLMDocumentCompressor) -> None:
+    twin = copy.deepcopy(compressor)
+    assert twin.reranker is compressor.reranker
+    assert twin.compress_documents(documents(), QUERY) == compressor.compress_documents(documents(), QUERY)
+
+
+def test_a_filter_of_the_stores_own_kind(tiny: Reranker) -> None:
+    vectors = InMemoryVectorStore(VECTORS)
+    vectors.add_documents(documents())
+    retriever = KaLMRetriever(
+        vectorstore=vectors,
+        compressor=KaLMDocumentCompressor(reranker=tiny),
+        filter=lambda d: d.metadata["place"] == 3,
+    )
+    assert [d.id for d in retriever.invoke(QUERY)] == ["id-3"]
+    with pytest.raises(ValidationError, match="search_kwargs has k; give k"):
+        KaLMRetriever(vectorstore=vectors, search_kwargs={"k": 10})
+
+
+def test_gc_leaves_states_that_were_brought_in_as_bytes(chroma: KaLMChroma, tiny: Reranker) -> None:
+    chroma.add_documents(documents(TEXTS[:1]))
+    kept, made = open_store(":memory:", tiny.layout()), tiny.encode(TEXTS[1:2])
+    kept.put_many(made, [Reference(collection_id="kalm_rag:bytes", record_id="x", key=made[0].key)])
+    source = StateByteStore(kept)
+    ours = StateByteStore(chroma.store)
+    ours.mset([("x", source.mget(["x"])[0])])  # type: ignore[list-item]
+    chroma.gc()
+    assert ours.mget(["x"]) == source.mget(["x"])

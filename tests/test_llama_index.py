@@ -33,8 +33,10 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.tools import RetrieverTool
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from pydantic import ValidationError
@@ -976,3 +978,34 @@ def test_real_relevance_with_the_bundled_model(pico: Reranker) -> None:
     bundle = QueryBundle("What is the capital of France?")
     ranked = KaLMNodePostprocessor(reranker=pico, top_n=1).postprocess_nodes(nodes, query_bundle=bundle)
     assert ranked[0].node.get_content() == texts[2]
+
+
+def test_auto_without_a_prompt_takes_the_defaults(vectors: KaLMChromaVectorStore) -> None:
+    """A retriever tool, or an engine that only retrieves, has nothing to follow."""
+    vectors.add(make_nodes())
+    index = VectorStoreIndex.from_vector_store(vectors, embed_model=EMBEDDING)
+    follower = vectors.as_postprocessor(top_n=2, instructions="auto")
+    plain = vectors.as_postprocessor(top_n=2).postprocess_nodes(index.as_retriever().retrieve(QUERY), query_str=QUERY)
+    engine = RetrieverQueryEngine(index.as_retriever(), NoText(llm=MockLLM()), node_postprocessors=[follower])
+    answer = engine.query(QUERY)
+    assert [n.score for n in answer.source_nodes] == [n.score for n in plain]
+    tool = RetrieverTool.from_defaults(index.as_retriever(), node_postprocessors=[follower])
+    assert len(tool.call(QUERY).raw_output) == 2  # the tool words the query in its own way
+
+
+def test_instructions_may_be_assigned_as_a_task(vectors: KaLMChromaVectorStore) -> None:
+    assigned = vectors.as_postprocessor()
+    assigned.instructions = "Find rivers."  # type: ignore[assignment]
+    given = vectors.as_postprocessor(instructions="Find rivers.")
+    assert assigned.postprocess_nodes(scored(), query_str=QUERY) == given.postprocess_nodes(scored(), query_str=QUERY)
+
+
+def test_a_new_collection_notes_its_model(tmp_path: Path, tiny_folder: Path) -> None:
+    made = KaLMChromaVectorStore.from_params("notes", persist_dir=str(tmp_path), model=str(tiny_folder))
+    made.add(make_nodes())
+    made.close()
+    again = KaLMChromaVectorStore.from_params("notes", persist_dir=str(tmp_path))
+    assert again.model == str(tiny_folder)
+    assert again.as_postprocessor(missing="raise").postprocess_nodes(scored(), query_str=QUERY)
+    again.close()
+    release_engines()

@@ -240,12 +240,13 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         store = shared_store(self.store, engine) if isinstance(self.store, str) else self.store
         if store is None and self.ratio is not None and engine.ratio != self.ratio:
             engine = engine.at(self.ratio)
+        told = (config.get("configurable") or {}).get(CONFIG_KEY)
         placed = rank_candidates(
             engine,
             store,
             query,
             [document.page_content for document in documents],
-            instructions=as_instructions((config.get("configurable") or {}).get(CONFIG_KEY, self.instructions)),
+            instructions=as_instructions(told if told is not None else self.instructions),
             ratio=self.ratio,
             top_n=self.top_n,
             threshold=self.threshold,
@@ -277,6 +278,10 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         state = super().__getstate__()
         fields = {**state["__dict__"], "reranker": None, "store": self._store_place(self.store)}
         return {**state, "__dict__": fields}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy the settings; model and open store are shared, as locks and files can't be copied."""
+        return self.model_copy()
 
 
 class KaLMRerank(RunnableSerializable[dict[str, Any], list[Document]]):

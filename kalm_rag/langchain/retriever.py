@@ -58,7 +58,7 @@ class KaLMRetriever(BaseRetriever):
     instructions: Instructions | None = None
     threshold: float | None = None
     ratio: StrictInt | None = None
-    filter: dict[str, Any] | None = None
+    filter: Any = None
     search_kwargs: dict[str, Any] = Field(default_factory=dict)
     compressor: KaLMDocumentCompressor | None = None
     keep_retrieval_score: bool = False
@@ -72,6 +72,11 @@ class KaLMRetriever(BaseRetriever):
     def _check_settings(self) -> Self:
         _check_counts(self.k, self.fetch_k)
         check_cut(None, self.threshold)
+        if taken := sorted({"k", "fetch_k", "query"} & self.search_kwargs.keys()):
+            raise InputError(
+                f"search_kwargs has {', '.join(taken)}; give k (documents wanted) and fetch_k (candidates) to "
+                f"KaLMRetriever itself."
+            )
         return self
 
     def invoke(self, input: str, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
@@ -89,7 +94,7 @@ class KaLMRetriever(BaseRetriever):
         run_manager: CallbackManagerForRetrieverRun,
         k: int | None = None,
         fetch_k: int | None = None,
-        filter: dict[str, Any] | None = None,
+        filter: Any = None,  # noqa: ANN401 - each vector store has its own kind
         instructions: object = None,
         threshold: float | None = None,
     ) -> list[Document]:
@@ -103,7 +108,7 @@ class KaLMRetriever(BaseRetriever):
         run_manager: AsyncCallbackManagerForRetrieverRun,
         k: int | None = None,
         fetch_k: int | None = None,
-        filter: dict[str, Any] | None = None,
+        filter: Any = None,  # noqa: ANN401 - each vector store has its own kind
         instructions: object = None,
         threshold: float | None = None,
     ) -> list[Document]:
@@ -116,7 +121,7 @@ class KaLMRetriever(BaseRetriever):
         query: str,
         k: int | None,
         fetch_k: int | None,
-        filter: dict[str, Any] | None,
+        filter: Any,  # noqa: ANN401
         instructions: object,
         threshold: float | None,
     ) -> tuple[list[Document], Sequence[Reference], KaLMDocumentCompressor]:

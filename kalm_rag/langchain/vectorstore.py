@@ -20,8 +20,8 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 
 from kalm_rag.database import EMBEDDER_KEY, MODEL_KEY, PAGE, open_collection, open_states, told_model
-from kalm_rag.embedders import BUNDLED, Embedder, wrap_embedder
-from kalm_rag.engines import EngineSpec, pair_store
+from kalm_rag.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
+from kalm_rag.engines import EngineSpec, is_open, pair_store
 from kalm_rag.errors import InputError
 from kalm_rag.index import ChromaIndex
 from kalm_rag.langchain.compressor import KaLMDocumentCompressor
@@ -389,7 +389,9 @@ class KaLMChroma(Chroma):
 
     def _upsert(self, ids: list[str], texts: list[str], metadatas: Sequence[Mapping[str, Any] | None]) -> None:
         try:
-            self.index.upsert(ids, texts, metadatas)
+            index = self.index
+            # as Chroma does: embeddings of the app's own may be others than last time (`index(force_update=True)`)
+            index.upsert(ids, texts, metadatas, refresh=not isinstance(index.embedder, BundledEmbedder))
         except (ValueError, TypeError) as err:
             if "metadata value" not in str(err):
                 raise
@@ -400,10 +402,12 @@ class KaLMChroma(Chroma):
     def _ready(self) -> tuple[Reranker, StateStore]:
         """Engine and store, made on first use, once."""
         with self._lock:
-            if self._parts is None:
+            if self._parts is None or not is_open(self._parts[0]):  # `release_engines` closes what was loaded here
                 engine, store = self._settings["reranker"], self._settings["store"]
                 if engine is None:
                     engine = self._chosen().engine()
+                if self._parts is not None and store is None:
+                    self._parts[1].close()
                 if store is None:
                     store = open_states(
                         self._client, self._collection_name, engine, codec=self._codec, ratio=self._spec.ratio

@@ -162,9 +162,13 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
         if chosen is not None:
             return chosen
         if self.instructions != "auto":
-            return self.instructions
-        engine = self._followed if self._followed is not None else calling_engine(self)
-        return Instructions.from_prompt(engine) if engine is not None else None
+            return as_instructions(self.instructions)  # may have been assigned, in any form
+        if self._followed is not None:
+            return Instructions.from_prompt(self._followed)
+        try:
+            return Instructions.from_prompt(calling_engine(self))
+        except InputError:  # no engine, or one that only retrieves (a RetrieverTool, response_mode="no_text")
+            return None
 
     def _rerank(
         self, nodes: list[NodeWithScore], query: QueryBundle | None, instructions: Instructions | None

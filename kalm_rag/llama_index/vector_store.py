@@ -21,7 +21,7 @@ from llama_index.vector_stores.chroma.base import _to_chroma_filter
 from typing_extensions import Self
 
 from kalm_rag import upkeep
-from kalm_rag.database import MODEL_KEY, PAGE, open_client, open_states, records
+from kalm_rag.database import MODEL_KEY, PAGE, live_collections, open_client, open_states, records
 from kalm_rag.errors import InputError
 from kalm_rag.llama_index.embedding import KaLMEmbedding
 from kalm_rag.llama_index.nodes import node_text, record_node
@@ -88,7 +88,10 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         )  # ChromaVectorStore's own drops what it doesn't know
         if chroma_collection is None:
             client = client if client is not None else self._connect()
-            chroma_collection = client.get_or_create_collection(self.collection_name, **self.collection_kwargs)
+            notes = {**self.collection_kwargs.get("metadata", {}), MODEL_KEY: self._model_name()}
+            chroma_collection = client.get_or_create_collection(
+                self.collection_name, **{**self.collection_kwargs, "metadata": notes}
+            )  # one that is there keeps its own notes
         self._collection = chroma_collection
         self._given_client = client
         self._note_connection()
@@ -196,8 +199,9 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
 
     def gc(self) -> Swept:
         """Drop references of nodes and collections that are gone, then states that nothing refers to."""
-        live = [str(collection.id) for collection in self._client().list_collections()]
-        return upkeep.sweep(self._parts.get()[1], self._collection_id, records(self._collection, texts=False), live)
+        store = self._parts.get()[1]
+        live = live_collections(self._client(), store)
+        return upkeep.sweep(store, self._collection_id, records(self._collection, texts=False), live)
 
     def close(self) -> None:
         """Close the state store that this opened (its postprocessors use it, too); it is opened again when needed."""
@@ -319,6 +323,9 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         elif settings.is_persistent:
             found["persist_dir"] = settings.persist_directory
         self.__dict__.update(found)
+
+    def _model_name(self) -> str:
+        return self.reranker.info.name if self.reranker is not None else self.model
 
     def _place(self) -> str | dict[str, str]:
         if self.persist_dir is not None:
