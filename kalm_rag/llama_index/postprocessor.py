@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from kalm_rag.prompts import as_instructions
 from kalm_rag.ranking import check_cut, check_query
 from kalm_rag.scheduler import giving_up
 
+logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 
 
@@ -165,9 +167,13 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
             return as_instructions(self.instructions)  # may have been assigned, in any form
         if self._followed is not None:
             return Instructions.from_prompt(self._followed)
+        engine = calling_engine(self)
+        if engine is None:
+            return None
         try:
-            return Instructions.from_prompt(calling_engine(self))
-        except InputError:  # no engine, or one that only retrieves (a RetrieverTool, response_mode="no_text")
+            return Instructions.from_prompt(engine)
+        except InputError as err:  # it only retrieves: a RetrieverTool, response_mode="no_text"
+            logger.info("no prompt to follow, so the default instructions hold: %s", err)
             return None
 
     def _rerank(

@@ -88,7 +88,7 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         )  # ChromaVectorStore's own drops what it doesn't know
         if chroma_collection is None:
             client = client if client is not None else self._connect()
-            notes = {**self.collection_kwargs.get("metadata", {}), MODEL_KEY: self._model_name()}
+            notes = {**(self.collection_kwargs.get("metadata") or {}), MODEL_KEY: self._model_name()}
             chroma_collection = client.get_or_create_collection(
                 self.collection_name, **{**self.collection_kwargs, "metadata": notes}
             )  # one that is there keeps its own notes
