@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kalm_rag.engine.reranker import Reranker
     from kalm_rag.index import ChromaIndex
     from kalm_rag.instructions import Instructions
-    from kalm_rag.reranker import Reranker
     from kalm_rag.states import PassageStates
     from kalm_rag.store import open_store
 
 __all__ = ["ChromaIndex", "Instructions", "PassageStates", "Reranker", "open_store"]
-_HOMES = {"ChromaIndex": "index", "Instructions": "instructions", "Reranker": "reranker", "PassageStates": "states"}
+_HOMES = {
+    "ChromaIndex": "index",
+    "Instructions": "instructions",
+    "Reranker": "engine.reranker",
+    "PassageStates": "states",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - importing the package must not import torch or Chroma

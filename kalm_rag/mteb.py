@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from kalm_rag.engines import rank_candidates
+from kalm_rag.engine.reranker import DEFAULT_RATIO, Reranker
 from kalm_rag.errors import InputError, MissingDependencyError
+from kalm_rag.index.lazy_engine import rank_candidates
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import Backbone
 from kalm_rag.models.registry import CHECKPOINTS
-from kalm_rag.reranker import DEFAULT_RATIO, Reranker
 from kalm_rag.states import to_bytes
 from kalm_rag.store import open_store
 

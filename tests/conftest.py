@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from checkpoints import save_tiny
 
-from kalm_rag.reranker import Reranker
+from kalm_rag.engine.reranker import Reranker
 
 
 @pytest.fixture(scope="session")

@@ -35,11 +35,11 @@ def make_states(text: str, layout: Layout, tokens: int | None = None) -> Passage
     return PassageStates(
         vectors=vectors.to(DTYPES[layout.state_dtype]),
         tokens=tokens,
-        found=tokens + seed % 3,
+        total_tokens=tokens + seed % 3,
         ratio=layout.ratio,
         fingerprint=layout.fingerprint,
         key=passage_key(text),
-        words=torch.randint(1, 1 << 16, (tokens,), generator=generator) if layout.words else None,
+        token_ids=torch.randint(1, 1 << 16, (tokens,), generator=generator) if layout.keeps_token_ids else None,
     )
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from transformers import T5Gemma2ForConditionalGeneration
 from typer.testing import CliRunner
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, KalmRagError, ModelError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2 import T5Gemma2Backbone
-from kalm_rag.models.t5gemma2_checkpoint import digest_files
-from kalm_rag.pooling import mean_groups
-from kalm_rag.reranker import Reranker
+from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
+from kalm_rag.models.t5gemma2.checkpoint import digest_files
+from kalm_rag.states.pooling import mean_groups
 
 pytest.importorskip("bm25s", reason="candidate lists need BM25 (extra 'eval')")
 

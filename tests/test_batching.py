@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalm_rag.batching import decode_all
+from kalm_rag.engine.decoder_pass import decode_all
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import KalmRagError
 from kalm_rag.instructions import Instructions
-from kalm_rag.reranker import Reranker
 from kalm_rag.states import batch_states
 
 PASSAGES = [f"passage {i} " * (1 + i) for i in range(9)]
@@ -29,11 +29,11 @@ class Small:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backbone, name)
 
-    def decode(self, prompts: list[Any], states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:
+    def decode(self, prompts: list[Any], states: Tensor, counts: Tensor, token_ids: Tensor | None = None) -> Tensor:
         self.tried.append(len(prompts))
         if len(prompts) > self._rows:
             raise self._error("CUDA out of memory. Tried to allocate 1 EiB")
-        return self._backbone.decode(prompts, states, counts, words)
+        return self._backbone.decode(prompts, states, counts, token_ids)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
@@ -69,7 +69,7 @@ def test_other_errors_pass_through(pico: Reranker) -> None:
 def test_passes_and_padding_are_told(tiny: Reranker, caplog: pytest.LogCaptureFixture) -> None:
     engine = Reranker(tiny.backbone, batch_size=4)
     states = engine.encode(PASSAGES)
-    with caplog.at_level(logging.DEBUG, "kalm_rag.batching"):
+    with caplog.at_level(logging.DEBUG, "kalm_rag.engine.decoder_pass"):
         engine.score("which?", states)
     assert (engine.stats.rows, engine.stats.passes) == (9, 3)
     assert 0 < engine.stats.waste < 0.5
@@ -115,7 +115,9 @@ def test_no_pass_waits_for_the_gpu(model: str, tiny_folder: Path) -> None:
 
         def run() -> torch.Tensor:
             part = batch.select(range(len(PASSAGES)), pin=True)
-            return backbone.decode(prompts, *part.on(backbone.device, torch.float32), part.words_on(backbone.device))
+            return backbone.decode(
+                prompts, *part.on(backbone.device, torch.float32), part.token_ids_on(backbone.device)
+            )
 
         run()  # what is done once, such as choosing kernels, may wait
         torch.cuda.set_sync_debug_mode("error")

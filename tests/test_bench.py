@@ -22,8 +22,8 @@ from kalm_rag.bench.measuring import Spread, machine, measure, measure_stages, r
 from kalm_rag.bench.nano import NanoCase, bench_nano
 from kalm_rag.bench.report import Check, Report, Row, compare, tables
 from kalm_rag.cli import app
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, KalmRagError, MissingDependencyError
-from kalm_rag.reranker import Reranker
 from kalm_rag.states import passage_key
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ import torch
 from checkpoints import save_tiny
 from test_t5gemma2_decoder import load, some_batch
 
-from kalm_rag.engines import EngineSpec, release_engines, settings_of
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
-from kalm_rag.models.compiled import CompiledDecoder, round_up
-from kalm_rag.models.t5gemma2 import T5Gemma2Backbone
-from kalm_rag.reranker import Reranker
+from kalm_rag.index.lazy_engine import EngineSpec, release_engines, spec_of
+from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
+from kalm_rag.models.t5gemma2.compiled import CompiledDecoder, round_up
 from kalm_rag.states import PassageStates
 
 needs_compiler = pytest.mark.skipif(
@@ -87,9 +87,9 @@ def test_ways_to_run_are_checked_before_anything_is_loaded(given: dict[str, obje
 def test_settings_lead_back_to_the_same_way_to_run(tiny_folder: Path) -> None:
     try:
         with Reranker.from_pretrained(str(tiny_folder), decoder_weights="int8", prefix_cache_bytes=12345) as engine:
-            again = EngineSpec(**settings_of(engine)).engine()
+            again = EngineSpec(**spec_of(engine)).engine()
             assert again.backbone is engine.backbone
-            assert settings_of(again) == settings_of(engine)
-            assert settings_of(again)["prefix_cache_bytes"] == 12345
+            assert spec_of(again) == spec_of(engine)
+            assert spec_of(again)["prefix_cache_bytes"] == 12345
     finally:
         release_engines()

@@ -13,7 +13,7 @@ from kalm_rag.cli import app
 from kalm_rag.errors import InputError, MissingDependencyError
 from kalm_rag.evaluation import EvalSet, evaluate
 from kalm_rag.evaluation.curve import curve_table, draw_curve, measure_curve
-from kalm_rag.models.pico import PicoBackbone
+from kalm_rag.models.pico.backbone import PicoBackbone
 
 pytest.importorskip("ir_measures", reason="metrics are in the extra 'eval'")
 pytest.importorskip("bm25s", reason="BM25 is in the extra 'eval'")

@@ -11,8 +11,8 @@ from checkpoints import save_tiny
 from test_index import toy_vectors
 
 from kalm_rag import ChromaIndex, Reranker
-from kalm_rag.documents import CHUNK_CHARACTERS, Source, folder_sources, read_file, split_text, sync, text_digest
 from kalm_rag.errors import InputError, StoreError
+from kalm_rag.index.folder import CHUNK_CHARACTERS, Source, folder_sources, read_file, split_text, sync, text_digest
 
 pytest.importorskip("langchain_text_splitters", reason="extra 'files' is not installed")
 

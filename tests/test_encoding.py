@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalm_rag import encoding
-from kalm_rag.engines import EngineSpec, settings_of
+from kalm_rag.engine import encoder_pass as encoding
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
+from kalm_rag.index.lazy_engine import EngineSpec, spec_of
 from kalm_rag.models import registry
 from kalm_rag.models.registry import parse_devices
-from kalm_rag.reranker import Reranker
 from kalm_rag.states import PassageStates
 
 
@@ -31,7 +31,7 @@ def mixed(count: int) -> list[str]:
 
 def alike(found: Sequence[PassageStates], wanted: Sequence[PassageStates]) -> None:
     assert [s.key for s in found] == [s.key for s in wanted]
-    assert [(s.tokens, s.found) for s in found] == [(s.tokens, s.found) for s in wanted]
+    assert [(s.tokens, s.total_tokens) for s in found] == [(s.tokens, s.total_tokens) for s in wanted]
     assert all(torch.equal(a.vectors, b.vectors) for a, b in zip(found, wanted, strict=True))
 
 
@@ -136,7 +136,7 @@ def test_a_model_on_several_devices_is_given_back(tiny_folder: Path) -> None:
 
 def test_settings_name_all_devices(tiny_folder: Path) -> None:
     with Reranker.from_pretrained(str(tiny_folder), device=["cpu", "cpu"]) as engine:
-        told = settings_of(engine)
+        told = spec_of(engine)
         assert told["device"] == "cpu,cpu"
         assert EngineSpec(**told).device == "cpu,cpu"
 

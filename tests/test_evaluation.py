@@ -13,17 +13,17 @@ import torch
 from typer.testing import CliRunner
 
 from kalm_rag import evaluation
-from kalm_rag.beir import load_collection
 from kalm_rag.cli import app
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingDependencyError, ModelError
 from kalm_rag.evaluation import EvalSet, evaluate, paired_interval, summarise
+from kalm_rag.evaluation.beir import load_collection
+from kalm_rag.evaluation.fusion import Bm25, fuse
 from kalm_rag.evaluation.metrics import calibration, change_of, compare
 from kalm_rag.evaluation.run import own_task
-from kalm_rag.fusion import Bm25, fuse
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
-from kalm_rag.models.pico import PicoBackbone
-from kalm_rag.reranker import Reranker
+from kalm_rag.models.pico.backbone import PicoBackbone
 
 pytest.importorskip("ir_measures", reason="metrics are in the extra 'eval'")
 stats = pytest.importorskip("scipy.stats", reason="tests of significance are in the extra 'eval'")
@@ -54,7 +54,7 @@ class LetterModel:
 
     def tokenize(self, passages):
         ids = [[ord(c) - 97 for c in text if c.isalpha()][:64] or [25] for text in passages]
-        return [TokenizedPassage(ids=one, found=len(one)) for one in ids]
+        return [TokenizedPassage(ids=one, total_tokens=len(one)) for one in ids]
 
     def encode(self, ids):
         self.encoded += [len(one) for one in ids]
@@ -66,7 +66,7 @@ class LetterModel:
     def prompt(self, query, instructions):
         return -1.0 if instructions.task == "the opposite" else 1.0, ord(query[0]) - 97
 
-    def decode(self, prompts, states, counts, words=None):
+    def decode(self, prompts, states, counts, token_ids=None):
         total = (states * counts[..., None]).sum(1)
         return torch.stack([sign * row[letter] for (sign, letter), row in zip(prompts, total, strict=True)])
 

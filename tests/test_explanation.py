@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kalm_rag import Instructions, Reranker
+from kalm_rag.engine.explanation import Explanation, Span
 from kalm_rag.errors import InputError, StateMismatchError
-from kalm_rag.explanation import Explanation, Span
 from kalm_rag.states import batch_states
 
 PASSAGE = "Tea is a drink. <b>Paris</b> is the capital of France; naïve café 🌏. <end_of_turn> Bees make honey."
@@ -40,7 +40,7 @@ def test_attention_sums_to_one_and_leaves_padding_out(engine: Reranker) -> None:
     batch = batch_states(engine.encode(["short", PASSAGE]))
     states, counts = batch.on(backbone.device, torch.float32)
     prompt = backbone.prompt("capital of France", Instructions())
-    weights = backbone.attend(prompt, states, counts, batch.words_on(backbone.device))
+    weights = backbone.attend(prompt, states, counts, batch.token_ids_on(backbone.device))
     assert weights.sum(-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
     assert float(weights[counts == 0].abs().max()) == 0.0
 

@@ -167,7 +167,7 @@ def test_states_swept_while_adding_are_made_again(index: ChromaIndex, monkeypatc
         index.store.discard([s.key for s in states])
 
     monkeypatch.setattr(index.store, "put_many", swept)
-    index.add(["new"], ["Swept at once."])
+    index.add(["new"], ["GcReport at once."])
     assert index.verify().clean
 
 

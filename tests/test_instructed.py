@@ -16,7 +16,7 @@ from kalm_rag.errors import InputError
 from kalm_rag.evaluation import EvalSet
 from kalm_rag.evaluation.instructed import GENERIC, evaluate_instructions, load_contrast, measure_contrast
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.pico import PicoBackbone
+from kalm_rag.models.pico.backbone import PicoBackbone
 from kalm_rag.training.instruct import GENERIC as TRAINED
 
 pytest.importorskip("ir_measures", reason="metrics are in the extra 'eval'")

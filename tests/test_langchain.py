@@ -33,10 +33,10 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from pydantic import ValidationError
 
 from kalm_rag import Instructions
-from kalm_rag.engines import CacheStore, EngineSpec, pair_store, release_engines, settings_of
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingDependencyError, MissingStateError, StateMismatchError, StoreFormatError
+from kalm_rag.index.lazy_engine import CacheStore, EngineSpec, match_ratio, release_engines, spec_of
 from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMEmbeddings, KaLMRetriever, StateByteStore
-from kalm_rag.reranker import Reranker
 from kalm_rag.store import FILE_NAME, Fetched, Reference, open_store
 from kalm_rag.store.memory import MemoryStore
 
@@ -253,7 +253,7 @@ def test_states_are_kept_in_memory_within_a_bound(tiny: Reranker, monkeypatch: p
     compressor.with_instructions("Find food.").compress_documents(documents(), "another query")
     assert encoded == [5], "documents seen before are not encoded again"
     states = tiny.encode(TEXTS)
-    size = pair_store(tiny, None)[1].stats().payload_bytes
+    size = match_ratio(tiny, None)[1].stats().payload_bytes
     bounded = CacheStore(tiny.layout(), max_bytes=size - 1)
     bounded.put_many(states[:4])
     bounded.get_many([states[0].key])  # used just now, so the second goes first
@@ -303,7 +303,7 @@ def test_how_a_model_runs_is_a_setting_like_others(tiny: Reranker, tiny_folder: 
         copied = pickle.loads(pickle.dumps(made))
         assert copied.compress_documents(documents(), QUERY)
         assert copied.engine() is made.engine()
-        assert {key: settings_of(made.engine())[key] for key in ways} == ways
+        assert {key: spec_of(made.engine())[key] for key in ways} == ways
         ready = KaLMDocumentCompressor(reranker=made.engine())
         assert ready.model_dump()["decoder_weights"] == "int8", "or a copy would run another way"
         with pytest.raises(ValidationError, match="both given"):

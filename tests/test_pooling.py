@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalm_rag.errors import InputError, StateMismatchError
-from kalm_rag.pooling import check_ratio, group_counts, mean_groups, repool_factor
+from kalm_rag.states.pooling import check_ratio, group_counts, mean_groups, repool_factor
 
 
 @pytest.mark.parametrize("ratio", [0, -1, True, False, 2.0, "4"], ids=repr)

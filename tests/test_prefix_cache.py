@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.prefix_cache import PrefixCache, entry_keys
-from kalm_rag.reranker import Reranker
+from kalm_rag.models.t5gemma2.prefix_cache import PrefixCache, entry_keys
 from kalm_rag.states import Codec, pack_states, unpack_batch
 
 PASSAGES = ["Paris is the capital of France.", "tea", "", "long words go on " * 12, "tea"]
@@ -57,7 +57,7 @@ def test_changed_text_instructions_ratio_and_codec_are_other_entries(kept: Reran
     states = kept.encode(PASSAGES)
     layout = kept.layout(Codec.INT8)
     rounded = unpack_batch(
-        [pack_states(s, layout) for s in states], [s.tokens for s in states], [s.found for s in states], layout
+        [pack_states(s, layout) for s in states], [s.tokens for s in states], [s.total_tokens for s in states], layout
     )
     told = Instructions(task="Find hot drinks.", system="Be brief.")
     edited = kept.encode([f"{text}!" for text in PASSAGES])

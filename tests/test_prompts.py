@@ -13,8 +13,7 @@ import pytest
 
 from kalm_rag import Instructions
 from kalm_rag.errors import InputError
-from kalm_rag.instructions import DEFAULT_TASK, JUDGE
-from kalm_rag.prompts import as_instructions, from_prompt
+from kalm_rag.instructions import DEFAULT_TASK, JUDGE, as_instructions
 
 LAWYER = "You are a lawyer. Only trust court decisions."
 SHORT = "Answer in one sentence."
@@ -125,7 +124,7 @@ def test_as_instructions() -> None:
     assert as_instructions([("system", LAWYER)]) == Instructions(system=LAWYER)
     with pytest.raises(InputError, match="'auto', which nothing here can follow"):
         as_instructions("auto")
-    assert from_prompt(given) is given
+    assert Instructions.from_prompt(given) is given
 
 
 def test_jinja() -> None:
@@ -137,11 +136,11 @@ def test_jinja() -> None:
         "{% raw %}{{ kept }}{% endraw %}\n{% for d in documents %}\n<doc>{{ d.text }}</doc>\n{% endfor %}\n"
         "Question: {{ question | upper }}"
     )
-    from kalm_rag.prompts.remains import remains
-    from kalm_rag.prompts.templates import parse
+    from kalm_rag.instructions.strip import strip_slots
+    from kalm_rag.instructions.templates import parse
 
-    assert remains(parse(template, "jinja2", {})) == LAWYER + " Quote verbatim.\n{{ kept }}"
-    lenient = remains(parse(template, "jinja2", {"strict": False}))
+    assert strip_slots(parse(template, "jinja2", {})) == LAWYER + " Quote verbatim.\n{{ kept }}"
+    lenient = strip_slots(parse(template, "jinja2", {"strict": False}))
     assert lenient.startswith(LAWYER + " Be lenient.")
 
 
@@ -150,7 +149,7 @@ def test_jinja() -> None:
     [({}, "A"), ({"x": True}, "A"), ({"x": False}, "C"), ({"x": 0}, "C")],
 )
 def test_jinja_branches(values: dict[str, Any], kept: str) -> None:
-    from kalm_rag.prompts.templates import parse
+    from kalm_rag.instructions.templates import parse
 
     parts = parse("{% if x %}A{% elif y %}B{% else %}C{% endif %}.{% if not x %}{% endif %}", "jinja2", values)
     assert "".join(map(str, parts)) == kept + "."
@@ -207,7 +206,7 @@ def test_nothing_a_user_writes_breaks_it() -> None:
 
 
 def test_mustache_sections() -> None:
-    from kalm_rag.prompts.templates import Slot, parse
+    from kalm_rag.instructions.templates import Slot, parse
 
     template = "{{! note }}A{{#flag}} B{{/flag}}{{^docs}} none{{/docs}} {{{raw}}} {{&x}}"
     assert parse(template, "mustache", {"flag": True, "raw": "r"}) == [
@@ -224,7 +223,7 @@ def test_mustache_sections() -> None:
 
 
 def test_partial_that_fails() -> None:
-    from kalm_rag.prompts.templates import parse
+    from kalm_rag.instructions.templates import parse
 
     with pytest.raises(InputError, match="partial variable 'day' could not be computed: division"):
         parse("{day}", "braces", {"day": lambda: 1 / 0})

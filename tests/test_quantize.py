@@ -10,9 +10,9 @@ from checkpoints import save_tiny
 from torch import nn
 from transformers.activations import GELUTanh
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, ModelError
-from kalm_rag.models.quantize import LARGEST, Int8Projection, _round_tokens, check_weights
-from kalm_rag.reranker import Reranker
+from kalm_rag.models.t5gemma2.int8 import LARGEST, Int8Projection, _round_tokens, check_weights
 
 PASSAGES = [
     f"passage {i} about {word} " * (1 + i % 4) for i, word in enumerate("the sea and a hill in it yes no".split())

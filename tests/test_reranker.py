@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from kalm_rag.engine.relevance import Ranked, Relevance, rank_relevances
+from kalm_rag.engine.reranker import Reranker, cut_batches
 from kalm_rag.errors import ClosedError, InputError, ModelError, StateMismatchError
 from kalm_rag.instructions import JUDGE, Instructions
 from kalm_rag.models import registry
-from kalm_rag.ranking import Ranked, Relevance, rank_relevances
-from kalm_rag.reranker import Reranker, cut_batches
 from kalm_rag.states import Codec, batch_states, pack_states, unpack_batch
 
 PASSAGES = ["Paris is the capital of France.", "tea", "", "long words go on " * 40, "Paris is the capital of France."]
@@ -40,7 +40,7 @@ def test_stored_path_equals_fresh_path(engine: Reranker, codec: Codec) -> None:
     states = engine.encode(PASSAGES)
     layout = engine.layout(codec)
     stored = unpack_batch(
-        [pack_states(s, layout) for s in states], [s.tokens for s in states], [s.found for s in states], layout
+        [pack_states(s, layout) for s in states], [s.tokens for s in states], [s.total_tokens for s in states], layout
     )
     fresh, kept = margins(engine.score(QUERY, states)), margins(engine.score(QUERY, stored))
     if codec is Codec.EXACT:
@@ -156,7 +156,7 @@ def test_long_passages_are_cut_and_say_so(engine: Reranker) -> None:
     (states,) = engine.encode(["word " * 100_000])
     assert states.truncated
     assert states.tokens == engine.info.max_passage_tokens
-    assert states.found >= 100_000
+    assert states.total_tokens >= 100_000
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from kalm_rag.engine.queue import DecodeQueue, Request, cancel_on_error, queue_of
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, KalmRagError
 from kalm_rag.instructions import Instructions
-from kalm_rag.reranker import Reranker
-from kalm_rag.scheduler import Request, Turns, giving_up, turns_of
 from kalm_rag.states import StateBatch, batch_states
 
 QUERIES = ["capital of France?", "who drinks tea", "what is iron oxide " * 6, "bees"]
@@ -38,7 +38,7 @@ def states_of(values: Sequence[float]) -> StateBatch:
     """One state a passage; the passage's number is its value."""
     ones = torch.ones(len(values), dtype=torch.long)
     vectors = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
-    return StateBatch(vectors=vectors, scales=None, tokens=ones, found=ones, ratio=1, fingerprint="f")
+    return StateBatch(vectors=vectors, scales=None, tokens=ones, total_tokens=ones, ratio=1, fingerprint="f")
 
 
 class Slow:
@@ -93,7 +93,7 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
-def ask(turns: Turns, decode: Any, prompt: Any, values: Sequence[float], share: int = 4) -> Asked:
+def ask(turns: DecodeQueue, decode: Any, prompt: Any, values: Sequence[float], share: int = 4) -> Asked:
     """Ask in a thread, and come back once the request is in line or being decoded."""
     line, passes = len(turns._line), len(decode.passes)
     asked = Asked(lambda: turns.run(Request(decode, prompt, states_of(values), None, share=share)))
@@ -103,7 +103,7 @@ def ask(turns: Turns, decode: Any, prompt: Any, values: Sequence[float], share: 
 
 
 def test_those_who_wait_share_the_next_pass_and_get_their_own_margins() -> None:
-    turns, slow = Turns(), Slow()
+    turns, slow = DecodeQueue(), Slow()
     first = ask(turns, slow, 10, [0.5])
     others = [ask(turns, slow, p, v) for p, v in ((20, [1.0, 2.0]), (30, [3.0]), (40, [4.0, 5.0]))]
     slow.gate.release(9)
@@ -121,7 +121,7 @@ def test_a_lone_request_waits_for_nothing() -> None:
         seen.append(threading.get_ident())
         return [0.0] * len(prompts)
 
-    turns = Turns()
+    turns = DecodeQueue()
     taken = []
     for _ in range(200):
         request = Request(decode, 1, states_of([1.0]), None, share=4)
@@ -133,7 +133,7 @@ def test_a_lone_request_waits_for_nothing() -> None:
 
 
 def test_nobody_starves_behind_a_big_request() -> None:
-    turns, slow = Turns(), Slow()
+    turns, slow = DecodeQueue(), Slow()
     big = ask(turns, slow, 1, list(map(float, range(12))))
     small = ask(turns, slow, 2, [0.0])
     slow.gate.release(2)
@@ -146,7 +146,7 @@ def test_nobody_starves_behind_a_big_request() -> None:
 
 
 def test_a_big_request_is_not_starved_by_small_ones() -> None:
-    turns, slow = Turns(), Slow()
+    turns, slow = DecodeQueue(), Slow()
     running = ask(turns, slow, 0, [0.0])
     big = ask(turns, slow, 1, list(map(float, range(8))))
     small = [ask(turns, slow, 10 + i, [0.0]) for i in range(6)]
@@ -158,7 +158,7 @@ def test_a_big_request_is_not_starved_by_small_ones() -> None:
 
 
 def test_an_error_hits_only_its_own_request() -> None:
-    turns, slow = Turns(), Slow()
+    turns, slow = DecodeQueue(), Slow()
     first = ask(turns, slow, 0, [0.0])
     good, bad, other = (ask(turns, slow, p, [1.0]) for p in (10, "bad", 20))
     slow.gate.release(9)
@@ -172,7 +172,7 @@ def test_an_error_hits_only_its_own_request() -> None:
 
 
 def test_ctrl_c_in_the_pass_ends_one_request_and_not_the_line() -> None:
-    turns, slow = Turns(), Slow()
+    turns, slow = DecodeQueue(), Slow()
 
     def interrupted(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
         slow(prompts, states, ratio)
@@ -198,7 +198,7 @@ class CutShort(threading.Event):
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals to threads are POSIX")
 @pytest.mark.parametrize("leads", [False, True])
 def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:
-    turns, slow = Turns(), Slow()
+    turns, slow = DecodeQueue(), Slow()
     first = ask(turns, slow, 0, [0.0])
     later: list[Asked] = []
 
@@ -226,7 +226,7 @@ def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:
 
 
 def test_unlike_requests_do_not_share_a_pass() -> None:
-    turns, slow = Turns(), Slow()
+    turns, slow = DecodeQueue(), Slow()
     first = ask(turns, slow, 0, [0.0])
     plain = ask(turns, slow, 1, [1.0])
     other = Asked(lambda: turns.run(Request(slow, 2, states_of([1.0]), 8, share=4)))
@@ -238,9 +238,9 @@ def test_unlike_requests_do_not_share_a_pass() -> None:
 
 
 @contextmanager
-def held(engine: Reranker) -> Iterator[Turns]:
+def held(engine: Reranker) -> Iterator[DecodeQueue]:
     """Keep the model busy for as long as the block lasts."""
-    turns, entered, leave = turns_of(engine.backbone), threading.Event(), threading.Event()
+    turns, entered, leave = queue_of(engine.backbone), threading.Event(), threading.Event()
 
     def decode(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
         entered.set()
@@ -321,7 +321,7 @@ def test_closing_an_engine_ends_its_waiting_requests_only(tiny: Reranker) -> Non
 
 
 def test_a_cancelled_task_is_dropped_before_it_is_decoded() -> None:
-    turns, slow = Turns(), Slow()
+    turns, slow = DecodeQueue(), Slow()
     ended: list[BaseException] = []
 
     def blocking(prompt: int) -> list[float]:
@@ -332,7 +332,7 @@ def test_a_cancelled_task_is_dropped_before_it_is_decoded() -> None:
             raise
 
     async def asking(prompt: int) -> list[float]:
-        with giving_up():
+        with cancel_on_error():
             return await asyncio.to_thread(blocking, prompt)
 
     async def main() -> list[list[float]]:
@@ -411,5 +411,5 @@ def test_a_fork_starts_with_a_free_model(tiny: Reranker) -> None:
         assert turns._busy
         child = os.fork()
         if child == 0:
-            os._exit(1 if turns_of(tiny.backbone)._busy else 0)
+            os._exit(1 if queue_of(tiny.backbone)._busy else 0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -34,7 +34,7 @@ LAYOUTS = st.builds(
     ratio=st.integers(1, 5),
     codec=st.sampled_from(list(Codec)),
     state_dtype=st.sampled_from(FLOATS),
-    words=st.booleans(),
+    keeps_token_ids=st.booleans(),
 )
 
 
@@ -65,7 +65,7 @@ def test_unpacking_agrees_with_a_slow_reference(layout: Layout, tokens: list[int
     assert [len(p) for p in payloads] == [layout.payload_bytes(t) for t in tokens]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of read-only buffers
-        batch = unpack_batch(payloads, tokens, [s.found for s in states], layout)
+        batch = unpack_batch(payloads, tokens, [s.total_tokens for s in states], layout)
     assert batch.vectors.dtype is layout.element
     assert batch.vectors.shape == (len(tokens), max(-(-t // layout.ratio) for t in tokens), layout.hidden_size)
     restored, counts = batch.on(torch.device("cpu"), torch.float32)
@@ -74,10 +74,10 @@ def test_unpacking_agrees_with_a_slow_reference(layout: Layout, tokens: list[int
         assert torch.allclose(restored[index, :n], torch.tensor(slow_unpack(payload, layout, n)), rtol=1e-6, atol=0)
         assert not batch.vectors[index, n:].any()
         assert int(counts[index].sum()) == one.tokens
-        if one.words is not None:
-            assert batch.words is not None
-            ids = one.words.tolist()
-            assert batch.words[index].tolist() == ids + [0] * (max(tokens) - len(ids))
+        if one.token_ids is not None:
+            assert batch.token_ids is not None
+            ids = one.token_ids.tolist()
+            assert batch.token_ids[index].tolist() == ids + [0] * (max(tokens) - len(ids))
             assert payload[len(payload) - 2 * len(ids) :] == struct.pack(f"<{len(ids)}H", *ids)
 
 
@@ -104,7 +104,7 @@ def test_int8_by_hand() -> None:
 def test_exact_codec_is_exact(dtype: str) -> None:
     layout = make_layout(state_dtype=dtype)
     one = make_states("a", layout, 30)
-    batch = unpack_batch([pack_states(one, layout)], [30], [one.found], layout)
+    batch = unpack_batch([pack_states(one, layout)], [30], [one.total_tokens], layout)
     assert batch.vectors.dtype is DTYPES[dtype]
     assert torch.equal(batch.vectors[0], one.vectors)
 
@@ -136,7 +136,7 @@ def test_strided_states_pack_by_value() -> None:
     layout = make_layout(ratio=1, hidden_size=2)
     wide = torch.arange(8.0).view(2, 4)
     one = PassageStates(
-        vectors=wide[:, ::2], tokens=2, found=2, ratio=1, fingerprint=layout.fingerprint, key=passage_key("a")
+        vectors=wide[:, ::2], tokens=2, total_tokens=2, ratio=1, fingerprint=layout.fingerprint, key=passage_key("a")
     )
     assert pack_states(one, layout) == struct.pack("<4f", 0, 2, 4, 6)
 
@@ -148,7 +148,7 @@ def test_key_is_the_sha256_of_the_text() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 4), (0, 4)], ids=str)
 def test_states_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(StateShapeError, match=r"wanted \(3, H\) for 9 tokens at ratio 4"):
-        PassageStates(vectors=torch.zeros(shape), tokens=9, found=9, ratio=4, fingerprint="f", key="k")
+        PassageStates(vectors=torch.zeros(shape), tokens=9, total_tokens=9, ratio=4, fingerprint="f", key="k")
 
 
 def test_unknown_codec() -> None:
@@ -169,37 +169,37 @@ def test_pooling_further_pools_and_refuses() -> None:
 
 
 def test_words_are_laid_out_by_their_states() -> None:
-    layout = make_layout(ratio=2, words=True)
+    layout = make_layout(ratio=2, keeps_token_ids=True)
     states = [make_states("a", layout, 5), make_states("b", layout, 1)]
     batch = batch_states(states)
-    (a, b, c, d, e), (f,) = (one.words.tolist() for one in states if one.words is not None)
-    by_two = batch.words_on(torch.device("cpu"))
+    (a, b, c, d, e), (f,) = (one.token_ids.tolist() for one in states if one.token_ids is not None)
+    by_two = batch.token_ids_on(torch.device("cpu"))
     assert by_two is not None
     assert by_two.tolist() == [[[a, b], [c, d], [e, 0]], [[f, 0], [0, 0], [0, 0]]]
-    by_four = batch.words_on(torch.device("cpu"), 4)
+    by_four = batch.token_ids_on(torch.device("cpu"), 4)
     assert by_four is not None
     assert by_four.tolist() == [[[a, b, c, d], [e, 0, 0, 0]], [[f, 0, 0, 0], [0, 0, 0, 0]]]
-    alone = batch.select([1]).words_on(torch.device("cpu"))
+    alone = batch.select([1]).token_ids_on(torch.device("cpu"))
     assert alone is not None
     assert alone.tolist() == [[[f, 0]]]  # cut with its states
-    assert batch_states([make_states("a", make_layout())]).words_on(torch.device("cpu")) is None
+    assert batch_states([make_states("a", make_layout())]).token_ids_on(torch.device("cpu")) is None
     with pytest.raises(StateMismatchError, match="only multiples of 2"):
-        batch.words_on(torch.device("cpu"), 3)
+        batch.token_ids_on(torch.device("cpu"), 3)
 
 
 def test_words_that_dont_fit() -> None:
-    layout = make_layout(words=True)
+    layout = make_layout(keeps_token_ids=True)
     one = make_states("a", layout, 3)
-    with pytest.raises(StateShapeError, match=r"words have shape \(2,\); wanted \(3,\)"):
-        replace(one, words=torch.tensor([1, 2]))
+    with pytest.raises(StateShapeError, match=r"token ids have shape \(2,\); wanted \(3,\)"):
+        replace(one, token_ids=torch.tensor([1, 2]))
     with pytest.raises(InputError, match="run from 1 to 65536; wanted 0 to 65535"):
-        pack_states(replace(one, words=torch.tensor([1, 2, 1 << 16])), layout)
-    with pytest.raises(StateMismatchError, match="come with no words"):
-        pack_states(replace(one, words=None), layout)
-    with pytest.raises(StateMismatchError, match="come with words"):
+        pack_states(replace(one, token_ids=torch.tensor([1, 2, 1 << 16])), layout)
+    with pytest.raises(StateMismatchError, match="come with no token ids"):
+        pack_states(replace(one, token_ids=None), layout)
+    with pytest.raises(StateMismatchError, match="come with token ids"):
         pack_states(one, make_layout())
     with pytest.raises(StateMismatchError, match="states 1"):  # never scored as if it had no words
-        batch_states([one, replace(one, words=None)])
+        batch_states([one, replace(one, token_ids=None)])
 
 
 def test_select_cuts_to_the_longest_row() -> None:
@@ -217,18 +217,18 @@ def test_select_cuts_to_the_longest_row() -> None:
 
 
 def test_merge_puts_rows_where_they_belong() -> None:
-    layout = make_layout(codec=Codec.INT8, words=True)
+    layout = make_layout(codec=Codec.INT8, keeps_token_ids=True)
     states = [make_states(f"{i}", layout, t) for i, t in enumerate([4, 20, 9, 1])]
 
     def packed(rows: list[int]) -> object:
         some = [states[i] for i in rows]
         return unpack_batch(
-            [pack_states(s, layout) for s in some], [s.tokens for s in some], [s.found for s in some], layout
+            [pack_states(s, layout) for s in some], [s.tokens for s in some], [s.total_tokens for s in some], layout
         )
 
     whole = packed([0, 1, 2, 3])
     merged = merge_batches(4, [([3, 0], packed([3, 0])), ([1, 2], packed([1, 2]))])  # type: ignore[list-item]
-    for name in ("vectors", "scales", "tokens", "found", "words"):
+    for name in ("vectors", "scales", "tokens", "total_tokens", "token_ids"):
         assert torch.equal(getattr(merged, name), getattr(whole, name)), name
 
 
@@ -236,7 +236,7 @@ def test_batching_fresh_states() -> None:
     layout = make_layout()
     states = [make_states(f"{i}", layout, t) for i, t in enumerate([4, 20])]
     batch = batch_states(states)
-    stored = unpack_batch([pack_states(s, layout) for s in states], [4, 20], [s.found for s in states], layout)
+    stored = unpack_batch([pack_states(s, layout) for s in states], [4, 20], [s.total_tokens for s in states], layout)
     assert torch.equal(batch.vectors, stored.vectors)
     with pytest.raises(InputError, match="at least one"):
         batch_states([])

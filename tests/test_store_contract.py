@@ -50,7 +50,7 @@ def check_rows(batch: StateBatch | None, states: list[PassageStates]) -> None:
     assert batch is not None
     assert len(batch) == len(states)
     assert batch.tokens.tolist() == [s.tokens for s in states]
-    assert batch.found.tolist() == [s.found for s in states]
+    assert batch.total_tokens.tolist() == [s.total_tokens for s in states]
     for index, one in enumerate(states):
         assert torch.equal(row(batch, index), one.vectors)
         assert not batch.vectors[index, one.vectors.shape[0] :].any()
@@ -80,18 +80,18 @@ def test_bf16_codec_rounds_to_bfloat16(opener: Opener) -> None:
 
 @pytest.mark.parametrize("codec", list(Codec))
 def test_words_are_kept_beside_the_vectors(opener: Opener, codec: Codec) -> None:
-    layout = make_layout(codec=codec, words=True)
+    layout = make_layout(codec=codec, keeps_token_ids=True)
     states = make_many(5, layout)
     with opener(layout) as store:
         store.put_many(states, refer(states))
         batch = store.get_many([s.key for s in states]).batch
         assert store.verify() == []
     assert batch is not None
-    assert batch.words is not None
+    assert batch.token_ids is not None
     for index, one in enumerate(states):
-        assert one.words is not None
-        assert batch.words[index, : one.tokens].tolist() == one.words.tolist()
-        assert not batch.words[index, one.tokens :].any()
+        assert one.token_ids is not None
+        assert batch.token_ids[index, : one.tokens].tolist() == one.token_ids.tolist()
+        assert not batch.token_ids[index, one.tokens :].any()
 
 
 @pytest.mark.parametrize("hidden", [12, 5])  # 5: the scales then start at an odd byte
@@ -300,7 +300,7 @@ def test_another_models_states_are_invisible(persistent: Opener) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"ratio": 8}, {"codec": Codec.INT8}, {"hidden_size": 24}, {"state_dtype": "float16"}, {"words": True}],
+    [{"ratio": 8}, {"codec": Codec.INT8}, {"hidden_size": 24}, {"state_dtype": "float16"}, {"keeps_token_ids": True}],
     ids=str,
 )
 def test_one_layout_per_model(persistent: Opener, change: dict[str, object]) -> None:
@@ -310,7 +310,7 @@ def test_one_layout_per_model(persistent: Opener, change: dict[str, object]) -> 
 
 
 def test_stored_layout_can_be_adopted(tmp_path: Path, chroma_client: object) -> None:
-    layout = make_layout(codec=Codec.INT8, ratio=2, words=True)
+    layout = make_layout(codec=Codec.INT8, ratio=2, keeps_token_ids=True)
     for where, name in ((tmp_path, ""), (tmp_path / "one.sqlite3", ""), (chroma_client, "adopt")):
         assert stored_layout(where, layout.fingerprint, name=name) is None
         open_store(where, layout, name=name).close()

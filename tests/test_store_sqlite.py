@@ -309,7 +309,10 @@ def outcome(broken: Path, layout: object, states: list[PassageStates]) -> str:
     for index, position in enumerate(fetched.found):
         assert fetched.batch is not None
         assert torch.equal(fetched.batch.vectors[index], states[position].vectors)
-        assert (int(fetched.batch.tokens[index]), int(fetched.batch.found[index])) == (60, states[position].found)
+        assert (int(fetched.batch.tokens[index]), int(fetched.batch.found[index])) == (
+            60,
+            states[position].total_tokens,
+        )
     return "missing" if fetched.missing else "right"
 
 

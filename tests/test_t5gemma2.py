@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Gemma2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2 import T5Gemma2Backbone
-from kalm_rag.models.t5gemma2_text import TextTokens
-from kalm_rag.reranker import Reranker
+from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
+from kalm_rag.models.t5gemma2.protocol import TextTokens
 
 JUDGE = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
@@ -177,7 +177,7 @@ def test_segments_tokenise_as_the_whole(tiny: Reranker) -> None:
 
 def test_long_passage_is_cut_and_says_so(tiny: Reranker) -> None:
     (states,) = tiny.encode(["word " * 100_000])
-    assert (states.tokens, states.truncated, states.found > 400_000) == (1024, True, True)
+    assert (states.tokens, states.truncated, states.total_tokens > 400_000) == (1024, True, True)
 
 
 def test_wrong_folders_are_named(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from checkpoints import save_tiny
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ModelError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2 import Prompt, T5Gemma2Backbone
-from kalm_rag.reranker import Reranker
+from kalm_rag.models.t5gemma2.backbone import Prompt, T5Gemma2Backbone
 
 SHAPES = {
     "grouped heads, both kinds of layer, window below the prompt": {},

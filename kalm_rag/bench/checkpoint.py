@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from kalm_rag.bench.measuring import random_text, words_used
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2_text import PASSAGE_TEMPLATE, PROMPT_TEMPLATE, USER_TEMPLATE
-from kalm_rag.pooling import mean_groups
+from kalm_rag.models.t5gemma2.protocol import PASSAGE_TEMPLATE, PROMPT_TEMPLATE, USER_TEMPLATE
+from kalm_rag.states.pooling import mean_groups
 
 NANO: Mapping[str, Any] = MappingProxyType(
     {

@@ -17,8 +17,8 @@ from kalm_rag.bench.nano import open_nano
 from kalm_rag.bench.pico import WORDS
 from kalm_rag.bench.query import Query
 from kalm_rag.bench.serving import FETCH_K, Filled
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.instructions import Instructions
-from kalm_rag.reranker import Reranker
 from kalm_rag.states import PassageStates, batch_states
 from kalm_rag.store import open_store
 

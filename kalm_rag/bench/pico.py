@@ -13,11 +13,11 @@ import torch
 from kalm_rag.bench.measuring import QUERY, measure, random_text, stretch_states
 from kalm_rag.bench.query import Query, query_rows
 from kalm_rag.bench.report import Row, row_of
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import MissingDependencyError
 from kalm_rag.index import ChromaIndex
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.pico_encoder import find_encoder
-from kalm_rag.reranker import Reranker
+from kalm_rag.models.pico.encoder import find_encoder
 from kalm_rag.store import open_store
 
 WORDS = 143

@@ -73,7 +73,14 @@ def _draw_bytes(path: Path) -> Path:
     for name, width, dtype, tokens, words in SIZES:
         for codec, style in ((Codec.BF16, "o-"), (Codec.INT8, "s--")):
             layouts = [
-                Layout(fingerprint="", hidden_size=width, ratio=ratio, codec=codec, state_dtype=dtype, words=words)
+                Layout(
+                    fingerprint="",
+                    hidden_size=width,
+                    ratio=ratio,
+                    codec=codec,
+                    state_dtype=dtype,
+                    keeps_token_ids=words,
+                )
                 for ratio in RATIOS
             ]
             sizes = [layout.payload_bytes(tokens) / 1000 for layout in layouts]

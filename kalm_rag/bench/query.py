@@ -8,10 +8,10 @@ import torch
 
 from kalm_rag.bench.measuring import measure_stages
 from kalm_rag.bench.report import Row, row_of
+from kalm_rag.engine.reranker import Reranker
+from kalm_rag.index.candidates import Ranking, rank_texts
+from kalm_rag.index.results import Timings
 from kalm_rag.instructions import Instructions
-from kalm_rag.lookup import Ranking, rank_texts
-from kalm_rag.reranker import Reranker
-from kalm_rag.results import Timings
 from kalm_rag.store import StateStore
 
 

@@ -284,7 +284,7 @@ def _measure(model: Backbone, gathered: Gathered, library: Library, layout: Layo
         sizes += [len(payload) for payload in payloads]
         began = time.perf_counter()
         batch = unpack_batch(payloads, tokens, tokens, layout)
-        placed = *batch.on(model.device, torch.float32), batch.words_on(model.device)
+        placed = *batch.on(model.device, torch.float32), batch.token_ids_on(model.device)
         prompt = model.prompt(query, Instructions())
         scores.append(model.decode([prompt] * len(rows), *placed).float().cpu())
         spent.append(1000 * (time.perf_counter() - began))
@@ -293,18 +293,18 @@ def _measure(model: Backbone, gathered: Gathered, library: Library, layout: Layo
 
 def _pack(library: Library, rows: Sequence[int], layout: Layout) -> tuple[list[bytes], list[int]]:
     """Bytes of passages as a store of this layout holds them, and their tokens."""
-    states, _, words = library.batch(rows, layout.ratio, torch.device("cpu"))  # (B, N, H), (B, N, r)
+    states, _, token_ids = library.batch(rows, layout.ratio, torch.device("cpu"))  # (B, N, H), (B, N, r)
     tokens = library.tokens[library.spots(rows)].tolist()
     payloads = [
         pack_states(
             PassageStates(
                 vectors=one[: -(-size // layout.ratio)].to(DTYPES[layout.state_dtype]),
                 tokens=size,
-                found=size,
+                total_tokens=size,
                 ratio=layout.ratio,
                 fingerprint=layout.fingerprint,
                 key=str(row),
-                words=None if words is None else words[place].flatten()[:size],
+                token_ids=None if token_ids is None else token_ids[place].flatten()[:size],
             ),
             layout,
         )

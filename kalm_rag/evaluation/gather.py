@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kalm_rag.beir import Collection, load_collection
 from kalm_rag.errors import InputError
+from kalm_rag.evaluation.beir import Collection, load_collection
 from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
-from kalm_rag.pooling import check_ratio, group_counts, group_ids, mean_groups
+from kalm_rag.states.pooling import check_ratio, group_counts, group_ids, mean_groups
 
 POOLED = "pooled"
 
-Placed: TypeAlias = "tuple[Tensor, Tensor, Tensor | None]"
+RankedCandidate: TypeAlias = "tuple[Tensor, Tensor, Tensor | None]"
 """States, counts and words of some passages, as `Backbone.decode` takes them."""
 
 
@@ -128,7 +128,7 @@ class Library:
         """Where corpus rows are among the passages read."""
         return torch.tensor(rows if self.place is None else [self.place[row] for row in rows], dtype=torch.long)
 
-    def batch(self, rows: Sequence[int], ratio: int, device: torch.device) -> Placed:
+    def batch(self, rows: Sequence[int], ratio: int, device: torch.device) -> RankedCandidate:
         """Give passages' states pooled to `ratio` as `Backbone.decode` takes them: states, counts and words."""
         spots = self.spots(rows)
         flat, _ = _padded(self.starts, spots)
@@ -319,7 +319,7 @@ def _write_passages(model: Backbone, texts: Sequence[str], ratio: int, stem: Pat
                     file.write(one[: sizes[row]].contiguous().view(torch.uint8).numpy().tobytes())
             bar.update(len(rows))
     np.save(stem.with_suffix(".npy"), vectors)
-    words = keep and model.info.keeps_words
+    words = keep and model.info.keeps_token_ids
     if words:
         ids = np.concatenate([np.asarray(one.ids, dtype=np.int32) for one in tokenized])
         np.save(stem.with_suffix(".ids.npy"), ids)

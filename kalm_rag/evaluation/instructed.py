@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kalm_rag.beir import read_instructions
 from kalm_rag.errors import InputError
+from kalm_rag.evaluation.beir import read_instructions
 from kalm_rag.evaluation.gather import (
     EvalSet,
     Gathered,
     Library,
-    Placed,
+    RankedCandidate,
     as_retriever,
     gather,
     library_of,
@@ -238,7 +238,7 @@ def _steer(where: str, text: str) -> Instructions:
     return Instructions(task=text) if where == "task" else Instructions(system=text)
 
 
-def _margins(backbone: Backbone, query: str, steer: Instructions, placed: Placed) -> Tensor:
+def _margins(backbone: Backbone, query: str, steer: Instructions, placed: RankedCandidate) -> Tensor:
     prompt = backbone.prompt(query, steer)
     margins = backbone.decode([prompt] * len(placed[0]), *placed).float().cpu()
     if not bool(margins.isfinite().all()):

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalm_rag.beir import Collection
 from kalm_rag.errors import MissingDependencyError
+from kalm_rag.evaluation.beir import Collection
 
 RESAMPLES = 2000
 """Bootstrap draws behind an interval."""

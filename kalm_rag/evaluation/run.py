@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kalm_rag.errors import InputError
+from kalm_rag.evaluation.fusion import Bm25, fuse
 from kalm_rag.evaluation.gather import EvalSet, Gathered, Library, as_retriever, check_ratios, gather, library_of
 from kalm_rag.evaluation.metrics import (
     best_first,
@@ -29,7 +30,6 @@ from kalm_rag.evaluation.metrics import (
     query_metrics,
 )
 from kalm_rag.evaluation.report import EvalReport, EvalRow
-from kalm_rag.fusion import Bm25, fuse
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
 

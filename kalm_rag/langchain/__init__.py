@@ -1,6 +1,6 @@
 """LangChain: a document compressor, a Chroma vector store and a retriever that score stored passage states.
 
-Thin: states are found by content (`kalm_rag.engines.rank_candidates`), the engine scores them, the classes here
+Thin: states are found by content (`kalm_rag.index.candidates`), the engine scores them, the classes here
 speak the framework's language: documents, callbacks, configs. Needs ``langchain-core``; `KaLMChroma` needs
 ``langchain-chroma``, too.
 """

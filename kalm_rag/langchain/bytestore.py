@@ -9,7 +9,7 @@ import torch
 from langchain_core.stores import BaseStore
 
 from kalm_rag.errors import InputError, StoreFormatError
-from kalm_rag.states import PassageStates, StateBatch, pack_words, to_bytes, unpack_batch
+from kalm_rag.states import PassageStates, StateBatch, pack_token_ids, to_bytes, unpack_batch
 from kalm_rag.store import Reference, StateStore
 
 _MAGIC = b"kalm1"
@@ -72,7 +72,7 @@ class StateByteStore(BaseStore[str, bytes]):
         layout = self._store.layout
         if len(value) < _HEAD.size or not value.startswith(_MAGIC):
             raise InputError(f"value of {record!r} is not what StateByteStore gives ({len(value)} bytes).")
-        _, fingerprint, key, tokens, found = _HEAD.unpack_from(value)
+        _, fingerprint, key, tokens, total_tokens = _HEAD.unpack_from(value)
         payload = value[_HEAD.size :]
         if fingerprint.hex() == layout.fingerprint and len(payload) != layout.payload_bytes(tokens):
             raise StoreFormatError(
@@ -80,24 +80,24 @@ class StateByteStore(BaseStore[str, bytes]):
                 f"for {tokens} tokens at ratio {layout.ratio}, codec {layout.codec.value}."
             )
         vectors = torch.zeros(-(-tokens // layout.ratio) or 1, layout.hidden_size)
-        words = None
+        token_ids = None
         if fingerprint.hex() == layout.fingerprint:
-            batch = unpack_batch([payload], [tokens], [found], layout)
-            vectors, words = batch.on(torch.device("cpu"), torch.float32)[0][0], batch.words
+            batch = unpack_batch([payload], [tokens], [total_tokens], layout)
+            vectors, token_ids = batch.on(torch.device("cpu"), torch.float32)[0][0], batch.token_ids
         return PassageStates(  # another model's are refused by the store, which names both
             vectors=vectors,
             tokens=tokens,
-            found=found,
+            total_tokens=total_tokens,
             ratio=layout.ratio,
             fingerprint=fingerprint.hex(),
             key=key.hex(),
-            words=None if words is None else words[0],
+            token_ids=None if token_ids is None else token_ids[0],
         )
 
 
 def _write(batch: StateBatch, row: int, key: str) -> bytes:
-    length, tokens, found = int(batch.lengths[row]), int(batch.tokens[row]), int(batch.found[row])
-    head = _HEAD.pack(_MAGIC, bytes.fromhex(batch.fingerprint), bytes.fromhex(key), tokens, found)
+    length, tokens, total_tokens = int(batch.lengths[row]), int(batch.tokens[row]), int(batch.total_tokens[row])
+    head = _HEAD.pack(_MAGIC, bytes.fromhex(batch.fingerprint), bytes.fromhex(key), tokens, total_tokens)
     scales = b"" if batch.scales is None else to_bytes(batch.scales[row, :length].clone())
-    words = b"" if batch.words is None else pack_words(batch.words[row, :tokens])
-    return head + to_bytes(batch.vectors[row, :length].clone()) + scales + words
+    token_ids = b"" if batch.token_ids is None else pack_token_ids(batch.token_ids[row, :tokens])
+    return head + to_bytes(batch.vectors[row, :length].clone()) + scales + token_ids

@@ -22,14 +22,13 @@ from langchain_core.runnables.config import (
 from pydantic import ConfigDict, Field, StrictInt, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
-from kalm_rag.engines import EngineSpec, rank_candidates, settings_of, shared_store
+from kalm_rag.checks import check_cut, check_query
+from kalm_rag.engine.queue import cancel_on_error
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
-from kalm_rag.instructions import Instructions
-from kalm_rag.lookup import Missing, Placed
-from kalm_rag.prompts import as_instructions
-from kalm_rag.ranking import check_cut, check_query
-from kalm_rag.reranker import Reranker
-from kalm_rag.scheduler import giving_up
+from kalm_rag.index.candidates import Missing, RankedCandidate
+from kalm_rag.index.lazy_engine import EngineSpec, rank_candidates, shared_store, spec_of
+from kalm_rag.instructions import Instructions, as_instructions
 from kalm_rag.store import Reference, StateStore
 
 SCORE = "relevance_score"
@@ -138,7 +137,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
             given = _ENGINE_FIELDS & self.model_fields_set
             if given:
                 raise InputError(f"reranker and {', '.join(sorted(given))} were both given; wanted one of them.")
-            self.__dict__.update(settings_of(self.reranker))  # so that what is written down makes the same engine
+            self.__dict__.update(spec_of(self.reranker))  # so that what is written down makes the same engine
         check_cut(self.top_n, self.threshold)
         self._spec()
         return self
@@ -221,7 +220,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         manager = get_async_callback_manager_for_config(config)
         traced = await manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
-            with giving_up():
+            with cancel_on_error():
                 ranked = await run_in_executor(None, self._rank, documents, query, config, references)
         except BaseException as err:  # cancelled too: a start without an end stays open in a trace for ever
             await traced.on_chain_error(err)
@@ -255,7 +254,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         )
         return [self._scored(documents[one.index], one) for one in placed]
 
-    def _scored(self, document: Document, placed: Placed) -> Document:
+    def _scored(self, document: Document, placed: RankedCandidate) -> Document:
         metadata = {key: value for key, value in document.metadata.items() if key not in (SCORE, MARGIN)}
         if self.keep_retrieval_score:
             if SCORE in document.metadata:

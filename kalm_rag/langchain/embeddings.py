@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.embeddings import Embeddings
 
-from kalm_rag.embedders import BUNDLED, BundledEmbedder
-from kalm_rag.engines import EngineSpec
-from kalm_rag.reranker import Reranker
+from kalm_rag.engine.reranker import Reranker
+from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
+from kalm_rag.index.lazy_engine import EngineSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,11 +39,11 @@ class KaLMEmbeddings(Embeddings):
         return self.query(text)
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of passages, shape ``(passages, 384)``; see `kalm_rag.embedders.Embedder`."""
+        """Vectors of passages, shape ``(passages, 384)``; see `kalm_rag.index.embedders.Embedder`."""
         return self.embedder().passages(texts)
 
     def query(self, text: str) -> list[float]:
-        """Vector of a query; see `kalm_rag.embedders.Embedder`."""
+        """Vector of a query; see `kalm_rag.index.embedders.Embedder`."""
         return self.embedder().query(text)
 
     def embedder(self, engine: Reranker | None = None) -> BundledEmbedder:

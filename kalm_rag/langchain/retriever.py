@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
@@ -16,15 +15,24 @@ from langchain_core.vectorstores import VectorStore
 from pydantic import ConfigDict, Field, StrictInt, field_validator, model_validator
 from typing_extensions import Self
 
+from kalm_rag.checks import check_cut, check_query
 from kalm_rag.errors import InputError
-from kalm_rag.instructions import Instructions
+from kalm_rag.instructions import Instructions, as_instructions
 from kalm_rag.langchain.compressor import CONFIG_KEY, RETRIEVAL_SCORE, KaLMDocumentCompressor
-from kalm_rag.prompts import as_instructions
-from kalm_rag.ranking import check_cut, check_query
 from kalm_rag.store import Reference
 
-if TYPE_CHECKING:
-    from kalm_rag.langchain.vectorstore import KaLMChroma
+
+@runtime_checkable
+class KeepsStates(Protocol):
+    """A vector store with states beside its vectors."""
+
+    def as_compressor(self) -> KaLMDocumentCompressor:
+        """What scores its documents."""
+        ...
+
+    def references(self, documents: Sequence[Document]) -> list[Reference]:
+        """Records behind documents that a search gave."""
+        ...
 
 
 class KaLMRetriever(BaseRetriever):
@@ -166,10 +174,9 @@ class KaLMRetriever(BaseRetriever):
         return own.as_compressor() if own is not None else KaLMDocumentCompressor()
 
 
-def _own(vectorstore: VectorStore) -> KaLMChroma | None:
-    """The vector store if it is ours. Asked this way, a retriever over another one needs no langchain-chroma."""
-    module = sys.modules.get("kalm_rag.langchain.vectorstore")
-    return vectorstore if module is not None and isinstance(vectorstore, module.KaLMChroma) else None
+def _own(vectorstore: VectorStore) -> KeepsStates | None:
+    """The vector store if it keeps states of its own, as `KaLMChroma` does."""
+    return vectorstore if isinstance(vectorstore, KeepsStates) else None
 
 
 def _with_configured(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:

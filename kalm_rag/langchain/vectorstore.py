@@ -19,19 +19,20 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 
-from kalm_rag.database import EMBEDDER_KEY, MODEL_KEY, PAGE, open_collection, open_states, told_model
-from kalm_rag.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
-from kalm_rag.engines import EngineSpec, is_open, pair_store
+from kalm_rag.checks import check_passages
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index import ChromaIndex
+from kalm_rag.index.candidates import Missing, check_missing
+from kalm_rag.index.collection import EMBEDDER_KEY, MODEL_KEY, PAGE, collection_model, open_collection, open_states
+from kalm_rag.index.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
+from kalm_rag.index.lazy_engine import EngineSpec, is_open, match_ratio
+from kalm_rag.index.results import BackfillReport, VerifyReport
 from kalm_rag.langchain.compressor import KaLMDocumentCompressor
 from kalm_rag.langchain.embeddings import KaLMEmbeddings
-from kalm_rag.lookup import Missing, check_missing
-from kalm_rag.ranking import check_passages
-from kalm_rag.reranker import Reranker
-from kalm_rag.results import BackfillReport, VerifyReport
+from kalm_rag.langchain.retriever import KaLMRetriever
 from kalm_rag.states import Codec, passage_key
-from kalm_rag.store import Reference, StateStore, Swept
+from kalm_rag.store import GcReport, Reference, StateStore
 
 if TYPE_CHECKING:
     from chromadb.api import CreateCollectionConfiguration
@@ -346,8 +347,6 @@ class KaLMChroma(Chroma):
             where_document: Chroma document filter.
             settings: Arguments of `KaLMDocumentCompressor`: instructions, threshold, ratio, missing, keep_margin.
         """
-        from kalm_rag.langchain.retriever import KaLMRetriever  # which works on any vector store, so it knows this one
-
         search = {} if where_document is None else {"where_document": where_document}
         retriever = KaLMRetriever(
             vectorstore=self,
@@ -376,7 +375,7 @@ class KaLMChroma(Chroma):
         """Encode what is missing, e.g. for a collection that somebody else filled; see `ChromaIndex.backfill`."""
         return self.index.backfill()
 
-    def gc(self) -> Swept:
+    def gc(self) -> GcReport:
         """Drop states that no record uses; see `ChromaIndex.gc`."""
         return self.index.gc()
 
@@ -412,13 +411,13 @@ class KaLMChroma(Chroma):
                     store = open_states(
                         self._client, self._collection_name, engine, codec=self._codec, ratio=self._spec.ratio
                     )
-                self._parts = pair_store(engine, store)
+                self._parts = match_ratio(engine, store)
             return self._parts
 
     def _chosen(self) -> EngineSpec:
         if self._settings["model"] is not None:
             return self._spec
-        told = told_model(self._client, self._collection_name)
+        told = collection_model(self._client, self._collection_name)
         return self._spec if told is None else EngineSpec(**{**vars(self._spec), "model": told})
 
     def __reduce__(self) -> tuple[Any, ...]:

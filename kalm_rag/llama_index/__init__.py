@@ -1,7 +1,7 @@
 """LlamaIndex adapter: rerank retrieved nodes with the decoder over stored states; keep states while indexing.
 
-Thin: states are found by content (`kalm_rag.lookup`), scored by the engine, mended by `kalm_rag.upkeep`. The only
-room that imports LlamaIndex.
+Thin: states are found by content (`kalm_rag.index.candidates`), scored by the engine, mended by
+`kalm_rag.index.upkeep`. The only room that imports LlamaIndex.
 """
 
 from __future__ import annotations

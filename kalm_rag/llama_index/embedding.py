@@ -8,11 +8,11 @@ import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import ConfigDict, Field
 
-from kalm_rag.embedders import BUNDLED, BundledEmbedder
 from kalm_rag.errors import InputError
-from kalm_rag.llama_index.parts import EngineFields
-from kalm_rag.lookup import find_states
-from kalm_rag.results import Timings
+from kalm_rag.index.candidates import find_states
+from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
+from kalm_rag.index.results import Timings
+from kalm_rag.llama_index.fields import EngineFields
 
 
 class KaLMEmbedding(EngineFields, BaseEmbedding):

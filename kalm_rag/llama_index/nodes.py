@@ -8,7 +8,7 @@ from typing import Any
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, TextNode
 from llama_index.core.vector_stores.utils import legacy_metadata_dict_to_node, metadata_dict_to_node
 
-from kalm_rag.instructions import check_text
+from kalm_rag.checks import check_text
 
 SCORE_KEY = "retrieval_score"
 """Metadata key of the score a node came with; the name that LlamaIndex's own rerankers use."""

@@ -16,16 +16,15 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 from typing_extensions import Self
 
-from kalm_rag.engines import rank_candidates
+from kalm_rag.checks import check_cut, check_query
+from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.errors import InputError
-from kalm_rag.instructions import Instructions
+from kalm_rag.index.candidates import Missing, check_missing
+from kalm_rag.index.lazy_engine import rank_candidates
+from kalm_rag.instructions import Instructions, as_instructions
+from kalm_rag.llama_index.fields import EngineFields
 from kalm_rag.llama_index.nodes import node_text, with_score
-from kalm_rag.llama_index.parts import EngineFields
 from kalm_rag.llama_index.steering import calling_engine, override, overriding
-from kalm_rag.lookup import Missing, check_missing
-from kalm_rag.prompts import as_instructions
-from kalm_rag.ranking import check_cut, check_query
-from kalm_rag.scheduler import giving_up
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
@@ -155,7 +154,7 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         """Rerank in a thread, so that the loop goes on."""
-        with giving_up():
+        with cancel_on_error():
             return await asyncio.to_thread(self._rerank, nodes, query_bundle, self._current())
 
     def _current(self) -> Instructions | None:

@@ -12,9 +12,9 @@ from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from typing_extensions import Self
 
 from kalm_rag.errors import InputError
+from kalm_rag.index.upkeep import BATCH
+from kalm_rag.llama_index.fields import EngineFields
 from kalm_rag.llama_index.nodes import node_text
-from kalm_rag.llama_index.parts import EngineFields
-from kalm_rag.upkeep import BATCH
 
 
 class KaLMStateTransform(EngineFields, TransformComponent):

@@ -20,17 +20,17 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.chroma.base import _to_chroma_filter
 from typing_extensions import Self
 
-from kalm_rag import upkeep
-from kalm_rag.database import MODEL_KEY, PAGE, live_collections, open_client, open_states, records
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
+from kalm_rag.index import upkeep
+from kalm_rag.index.collection import MODEL_KEY, PAGE, live_collections, open_client, open_states, records
+from kalm_rag.index.results import BackfillReport, VerifyReport
 from kalm_rag.llama_index.embedding import KaLMEmbedding
+from kalm_rag.llama_index.fields import EngineFields, Parts
 from kalm_rag.llama_index.nodes import node_text, record_node
-from kalm_rag.llama_index.parts import EngineFields, Parts
 from kalm_rag.llama_index.postprocessor import KaLMNodePostprocessor
-from kalm_rag.reranker import Reranker
-from kalm_rag.results import BackfillReport, VerifyReport
 from kalm_rag.states import Codec, passage_key
-from kalm_rag.store import Reference, StateStore, Swept
+from kalm_rag.store import GcReport, Reference, StateStore
 from kalm_rag.store.base import chunked
 from kalm_rag.store.opening import store_file
 
@@ -197,7 +197,7 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         engine, store = self._parts.get()
         return upkeep.backfill(engine, store, self._collection_id, self._pages())
 
-    def gc(self) -> Swept:
+    def gc(self) -> GcReport:
         """Drop references of nodes and collections that are gone, then states that nothing refers to."""
         store = self._parts.get()[1]
         live = live_collections(self._client(), store)

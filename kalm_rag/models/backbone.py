@@ -1,7 +1,7 @@
 """What a reranking model must offer the engine: passages to token states, and a decoder over pooled states.
 
-The engine (`kalm_rag.reranker`) owns batching, pooling, threads and stores; a backbone owns tokens and weights.
-Two families implement this: `kalm_rag.models.t5gemma2` (KaLM checkpoints) and `kalm_rag.models.pico`.
+The engine (`kalm_rag.engine.reranker`) owns batching, pooling, threads and stores; a backbone owns tokens and weights.
+Two families implement this: `kalm_rag.models.t5gemma2.backbone` (KaLM checkpoints) and `kalm_rag.models.pico.backbone`.
 Letters: B passages, T tokens, N pooled states, H width.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.prefix_cache import PrefixCache
+from kalm_rag.models.t5gemma2.prefix_cache import PrefixCache
 from kalm_rag.states import Codec, Layout
 
 
@@ -27,11 +27,11 @@ class TokenizedPassage:
 
     Attributes:
         ids: Token ids the encoder reads, at least one.
-        found: Tokens the whole passage has; more than ``len(ids)`` when it was cut.
+        total_tokens: Tokens the whole passage has; more than ``len(ids)`` when it was cut.
     """
 
     ids: Sequence[int]
-    found: int
+    total_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,8 @@ class BackboneInfo:
         max_passage_tokens: Where passages are cut, template included.
         dtype: Computing dtype, e.g. ``"float32"``.
         state_dtype: Dtype that states are made and exactly stored in.
-        keeps_words: Whether the decoder also compares the passages' words as they are, so that the encoder's token ids
-            are kept with the states. They change no state, so they are not in the fingerprint.
+        keeps_token_ids: Whether the decoder also compares the passages' tokens as they are, so that their ids are
+            kept with the states. They change no state, so they are not in the fingerprint.
     """
 
     family: str
@@ -61,7 +61,7 @@ class BackboneInfo:
     max_passage_tokens: int
     dtype: str
     state_dtype: str
-    keeps_words: bool = False
+    keeps_token_ids: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -89,11 +89,11 @@ class BackboneInfo:
             ratio=ratio,
             codec=Codec.parse(codec),
             state_dtype=self.state_dtype,
-            words=self.keeps_words,
+            keeps_token_ids=self.keeps_token_ids,
         )
 
 
-def whole_numbers(values: Sequence[int], device: torch.device) -> Tensor:
+def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:
     """Indices as int64 on a device; to a GPU by way of pinned memory, so that nothing waits for what it is doing."""
     made = torch.tensor(values, dtype=torch.long)
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
@@ -131,7 +131,7 @@ class Backbone(Protocol):
         """Prepare one query under its instructions; the result is opaque and may be used for many passages."""
         ...
 
-    def decode(self, prompts: Sequence[Any], states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:
+    def decode(self, prompts: Sequence[Any], states: Tensor, counts: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Score each passage under its own prompt.
 
         Args:
@@ -139,15 +139,15 @@ class Backbone(Protocol):
                 where the family allows it).
             states: Pooled states, shape ``(B, N, H)``, right-padded, float32 or the computing dtype, on the device.
             counts: Tokens behind each state, float32 ``(B, N)``; 0 marks padding, which must not change a score.
-            words: Ids of the tokens behind each state, int64 ``(B, N, r)``, 0 where there is none; for models that
-                keep them (`BackboneInfo.keeps_words`), else None.
+            token_ids: Ids of the tokens behind each state, int64 ``(B, N, r)``, 0 where there is none; for models that
+                keep them (`BackboneInfo.keeps_token_ids`), else None.
 
         Returns:
             Margins, float32 ``(B,)`` on the device: logit(yes) - logit(no), higher is more relevant.
         """
         ...
 
-    def attend(self, prompt: Any, states: Tensor, counts: Tensor, words: Tensor | None = None) -> Tensor:  # noqa: ANN401
+    def attend(self, prompt: Any, states: Tensor, counts: Tensor, token_ids: Tensor | None = None) -> Tensor:  # noqa: ANN401
         """Tell where the decoder looks under one prompt.
 
         Returns:

@@ -195,14 +195,14 @@ def _load(
             raise InputError(
                 f"revision {revision!r} was given for 'pico', which ships with this package; leave it out."
             )
-        from kalm_rag.models.pico import PicoBackbone  # its encoder is an optional dependency
+        from kalm_rag.models.pico.backbone import PicoBackbone  # its encoder is an optional dependency
 
         return PicoBackbone.load(device=device, dtype=dtype)
     if trained:
-        from kalm_rag.models.pico import PicoBackbone
+        from kalm_rag.models.pico.backbone import PicoBackbone
 
         return PicoBackbone.load(device=device, dtype=dtype, weights=_identity(name))
-    from kalm_rag.models.t5gemma2 import T5Gemma2Backbone  # transformers' model code is slow to import
+    from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone  # transformers' model code is slow to import
 
     folder, commit, weights = find_checkpoint(name, revision)
     return T5Gemma2Backbone.load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kalm_rag.store.base import Fetched, Reference, StateStore, StoreStats, Swept
+from kalm_rag.store.base import Fetched, GcReport, Reference, StateStore, StoreStats
 from kalm_rag.store.opening import FILE_NAME, open_store, stored_layout
 
-__all__ = ["FILE_NAME", "Fetched", "Reference", "StateStore", "StoreStats", "Swept", "open_store", "stored_layout"]
+__all__ = ["FILE_NAME", "Fetched", "GcReport", "Reference", "StateStore", "StoreStats", "open_store", "stored_layout"]

@@ -19,10 +19,10 @@ from kalm_rag.states import Layout, PassageStates
 from kalm_rag.store.base import (
     Closing,
     Fetched,
+    GcReport,
     Reference,
     StoredRow,
     StoreStats,
-    Swept,
     assemble,
     check_ids,
     check_keys,
@@ -159,7 +159,7 @@ class ChromaStore(Closing):
         check_keys(unique)
         return self._delete("s:" + key for key in unique)
 
-    def gc(self, live_collections: Iterable[str] | None = None) -> Swept:
+    def gc(self, live_collections: Iterable[str] | None = None) -> GcReport:
         """Drop references of collections that are gone, then unused states. Reads what it drops."""
         live = None if live_collections is None else set(live_collections)
         gone, used = [], set()
@@ -175,7 +175,7 @@ class ChromaStore(Closing):
         for chunk in chunked(unused, READ_IDS):
             size += sum(len(read_row(record_id, fields).payload) for record_id, fields in self._get(ids=chunk))
         self._delete(gone)
-        return Swept(states=self._delete(unused), payload_bytes=size)
+        return GcReport(states=self._delete(unused), payload_bytes=size)
 
     def stats(self) -> StoreStats:
         """Count what is stored. Reads every state (Chroma gives no sums): slow on a large store; disk can't be told."""

@@ -59,7 +59,9 @@ def read_marks(collection: Any) -> Layout:  # noqa: ANN401 (Collection, untyped 
         version = fields.pop("format")
         if version not in FORMATS.values():
             raise ValueError("another byte format")
-        layout = Layout(**{**fields, "codec": Codec.parse(fields["codec"]), "words": version == FORMATS[True]})
+        layout = Layout(
+            **{**fields, "codec": Codec.parse(fields["codec"]), "keeps_token_ids": version == FORMATS[True]}
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise StoreFormatError(
             f"collection {collection.name} is not a kalm_rag state store, or is damaged (metadata {marks!r}). Nothing "
@@ -71,7 +73,7 @@ def read_marks(collection: Any) -> Layout:  # noqa: ANN401 (Collection, untyped 
 def state_record(row: StoredRow) -> Record:
     """Record of one passage's states: id and metadata."""
     text = base64.b64encode(row.payload).decode("ascii")
-    fields: dict[str, str | int] = {"kind": "state", "tokens": row.tokens, "found": row.found, "payload": text}
+    fields: dict[str, str | int] = {"kind": "state", "tokens": row.tokens, "found": row.total_tokens, "payload": text}
     return "s:" + row.key, {**fields, "checksum": row.checksum}
 
 

@@ -10,10 +10,10 @@ from kalm_rag.states import Layout, PassageStates
 from kalm_rag.store.base import (
     Closing,
     Fetched,
+    GcReport,
     Reference,
     StoredRow,
     StoreStats,
-    Swept,
     assemble,
     check_ids,
     check_keys,
@@ -105,7 +105,7 @@ class MemoryStore(Closing):
             self._check_open()
             return sum(self._rows.pop(key, None) is not None for key in unique)
 
-    def gc(self, live_collections: Iterable[str] | None = None) -> Swept:
+    def gc(self, live_collections: Iterable[str] | None = None) -> GcReport:
         """Drop references of collections that are gone, then unused states."""
         live = None if live_collections is None else set(live_collections)
         with self._lock:
@@ -114,7 +114,7 @@ class MemoryStore(Closing):
                 self._uses = {name: records for name, records in self._uses.items() if name in live}
             used = {key for records in self._uses.values() for key in records.values()}
             gone = [self._rows.pop(key) for key in self._rows.keys() - used]
-        return Swept(states=len(gone), payload_bytes=sum(len(row.payload) for row in gone))
+        return GcReport(states=len(gone), payload_bytes=sum(len(row.payload) for row in gone))
 
     def stats(self) -> StoreStats:
         """Count what is stored; nothing is on disk."""

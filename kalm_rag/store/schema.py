@@ -170,7 +170,7 @@ def read_namespace(connection: sqlite3.Connection, fingerprint: str, path: Path)
             ratio=int(ratio),
             codec=Codec.parse(codec),
             state_dtype=state_dtype,
-            words=version == FORMATS[True],
+            keeps_token_ids=version == FORMATS[True],
         )
     except (InputError, ValueError) as err:
         raise StoreFormatError(f"{path} is damaged: namespace row {row!r}. {REBUILD}") from err

@@ -12,10 +12,10 @@ from kalm_rag.states import Codec, Layout, PassageStates
 from kalm_rag.store.base import (
     Closing,
     Fetched,
+    GcReport,
     Reference,
     StoredRow,
     StoreStats,
-    Swept,
     assemble,
     check_ids,
     check_keys,
@@ -124,7 +124,7 @@ class SqliteStore(Closing):
         rows = [make_row(one, self.layout) for one in states]
         check_references(references)
         here = self._namespace
-        values = [(here, bytes.fromhex(r.key), r.tokens, r.found, r.checksum, r.payload) for r in rows]
+        values = [(here, bytes.fromhex(r.key), r.tokens, r.total_tokens, r.checksum, r.payload) for r in rows]
         uses = [(here, r.collection_id, r.record_id, bytes.fromhex(r.key)) for r in references]
         with self._writing() as connection:
             connection.executemany(
@@ -208,7 +208,7 @@ class SqliteStore(Closing):
                     count += connection.execute(f"DELETE FROM states WHERE {chosen}", values).rowcount
         return count
 
-    def gc(self, live_collections: Iterable[str] | None = None) -> Swept:
+    def gc(self, live_collections: Iterable[str] | None = None) -> GcReport:
         """Drop references of collections that are gone, then unused states, then give the space back to the disk.
 
         Works in short transactions: readers are not held up, other writers only for moments.
@@ -231,7 +231,7 @@ class SqliteStore(Closing):
             states, payload = states + count, payload + size
         if self.writable:
             self._give_back_space()
-        return Swept(states=states, payload_bytes=payload)
+        return GcReport(states=states, payload_bytes=payload)
 
     def stats(self) -> StoreStats:
         """Count what is stored; disk bytes are the file's and its log's, all models together."""

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, KalmRagError
-from kalm_rag.fusion import fuse
+from kalm_rag.evaluation.fusion import fuse
 from kalm_rag.models.registry import PICO, find_checkpoint, parse_device, parse_dtype
-from kalm_rag.models.t5gemma2 import T5Gemma2Backbone
-from kalm_rag.models.t5gemma2_checkpoint import read_config
-from kalm_rag.reranker import Reranker
+from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
+from kalm_rag.models.t5gemma2.checkpoint import read_config
 from kalm_rag.training.checkpoint import REPORT, check_out, save_checkpoint, stored_dtypes, whole_folder
 from kalm_rag.training.dev import mean_ndcg
 from kalm_rag.training.learner import Learner

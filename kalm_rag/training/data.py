@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kalm_rag.beir import load_collection, read_instructions
 from kalm_rag.errors import InputError
-from kalm_rag.fusion import Bm25, fuse
-from kalm_rag.models.pico_encoder import HIDDEN_SIZE, MiniLMEncoder
-from kalm_rag.pooling import group_ids, mean_groups
+from kalm_rag.evaluation.beir import load_collection, read_instructions
+from kalm_rag.evaluation.fusion import Bm25, fuse
+from kalm_rag.models.pico.encoder import HIDDEN_SIZE, MiniLMEncoder
+from kalm_rag.states.pooling import group_ids, mean_groups
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kalm_rag.models.pico import PicoBackbone
+from kalm_rag.models.pico.backbone import PicoBackbone
 from kalm_rag.training.data import Lists
 from kalm_rag.training.losses import calibrate
 

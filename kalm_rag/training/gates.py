@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kalm_rag.models.pico import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoBackbone
+from kalm_rag.models.pico.backbone import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoBackbone
 from kalm_rag.training.data import Lists, read_texts
 from kalm_rag.training.instruct import generic, kind_of_text, split_query, split_side
 
@@ -25,7 +25,7 @@ GENERIC_WEIGHT = 3.0
 are."""
 
 
-def settle_gates(backbone: PicoBackbone, lists: Sequence[Lists], *, seed: int, pairs: int, steps: int = 600) -> None:
+def fit_gates(backbone: PicoBackbone, lists: Sequence[Lists], *, seed: int, pairs: int, steps: int = 600) -> None:
     """Train the gate alone, on pairs of a query and a generic or specific instruction.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kalm_rag.models.pico import PicoBackbone
+from kalm_rag.models.pico.backbone import PicoBackbone
 from kalm_rag.training.data import Lists
 
 RANDOMS = 4
@@ -61,7 +61,7 @@ def margins_of(backbone: PicoBackbone, lists: Lists, ratio: int) -> Tensor:
     return torch.stack(out).clone()
 
 
-def harden(lists: Lists, margins: Tensor) -> None:
+def set_hard_negatives(lists: Lists, margins: Tensor) -> None:
     """Draw candidates by the model's own ranks from now on, and leave out those that look like unlabelled positives.
 
     Args:
@@ -87,5 +87,5 @@ def mine(backbone: PicoBackbone, lists: Sequence[Lists], margins: list[list[Tens
     """
     for one, scores in zip(lists, margins, strict=True):
         scores.append(margins_of(backbone, one, 1))
-        harden(one, scores[-1])
+        set_hard_negatives(one, scores[-1])
         one.soft = torch.stack(scores).mean(0)

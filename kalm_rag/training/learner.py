@@ -16,8 +16,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from kalm_rag.errors import KalmRagError
-from kalm_rag.models.t5gemma2 import T5Gemma2Backbone
-from kalm_rag.pooling import mean_groups
+from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
+from kalm_rag.states.pooling import mean_groups
 from kalm_rag.training.lists import TextLists
 from kalm_rag.training.lora import add_lora, fold_lora
 from kalm_rag.training.losses import distillation_loss, listwise_loss

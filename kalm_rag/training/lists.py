@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kalm_rag.beir import Collection, load_collection, read_instructions
-from kalm_rag.embedders import BundledEmbedder
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingDependencyError
-from kalm_rag.fusion import Bm25, fuse
+from kalm_rag.evaluation.beir import Collection, load_collection, read_instructions
+from kalm_rag.evaluation.fusion import Bm25, fuse
+from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.instructions import Instructions
-from kalm_rag.reranker import Reranker
 from kalm_rag.training.data import DEPTH, RANDOMS
 
 logger = logging.getLogger(__name__)

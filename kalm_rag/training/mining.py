@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kalm_rag.reranker import Reranker
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.training.lists import TextLists
 
 HARDEST = 20

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from kalm_rag.errors import InputError
-from kalm_rag.models.pico import PicoBackbone, WordCodes
-from kalm_rag.models.pico_decoder import DecoderConfig, PicoDecoder
-from kalm_rag.models.pico_encoder import MiniLMEncoder
+from kalm_rag.models.pico.backbone import PicoBackbone, WordCodes
+from kalm_rag.models.pico.decoder import DecoderConfig, PicoDecoder
+from kalm_rag.models.pico.encoder import MiniLMEncoder
 from kalm_rag.training.data import Lists, TokenStates, load_source
 from kalm_rag.training.dev import DevScore, calibrate_on, score_dev, settle_lexical
-from kalm_rag.training.gates import settle_gates
+from kalm_rag.training.gates import fit_gates
 from kalm_rag.training.hard_lists import mine, narrow_lists
 from kalm_rag.training.stages import peak_memory
 from kalm_rag.training.trainer import Stage, TrainConfig, Trainer
@@ -108,7 +108,7 @@ def train(
     backbone.decoder.lexical_scale.zero_()  # the rest learns on its own; see `PicoDecoder`
     losses = _learn(backbone, lists, config, stages, out, seconds, minutes)
     started = time.perf_counter()
-    settle_gates(backbone, lists, seed=config.seed, pairs=config.gate_pairs)
+    fit_gates(backbone, lists, seed=config.seed, pairs=config.gate_pairs)
     seconds["gates"] = time.perf_counter() - started
     if dev_lists:
         settle_lexical(backbone, dev_lists)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from kalm_rag.engine.reranker import DEFAULT_RATIO
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2_text import MAX_PASSAGE_TOKENS
-from kalm_rag.pooling import check_ratio
-from kalm_rag.reranker import DEFAULT_RATIO
+from kalm_rag.models.t5gemma2.protocol import MAX_PASSAGE_TOKENS
+from kalm_rag.states.pooling import check_ratio
 
 FUSION, OWN = "fusion", "self"
 """Teachers that need no model: retrieval scores, and the model itself as it enters the stage, unpooled."""

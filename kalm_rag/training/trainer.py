@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from kalm_rag.errors import InputError
-from kalm_rag.models.pico import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoBackbone
-from kalm_rag.models.pico_decoder import Prepared
+from kalm_rag.models.pico.backbone import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoBackbone
+from kalm_rag.models.pico.decoder import Prepared
 from kalm_rag.training.data import SOURCES, Lists, Source
 from kalm_rag.training.instruct import generic, split_query
 from kalm_rag.training.losses import distillation_loss, listwise_loss

@@ -20,8 +20,8 @@ from langchain_tests.integration_tests import (
     VectorStoreIntegrationTests,
 )
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.langchain import KaLMChroma, KaLMRetriever, StateByteStore
-from kalm_rag.reranker import Reranker
 from kalm_rag.store import Reference, open_store
 
 

@@ -1,0 +1,309 @@
+"""The commands that measure: eval, eval-instructions, curve. Thin; all work is done by `kalm_rag.evaluation`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from kalm_rag.cli.terminal import AsJson, System, Task, err, errors, out, print_json, stages
+from kalm_rag.errors import InputError
+from kalm_rag.instructions import Instructions
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help must not
+    from kalm_rag.evaluation.gather import EvalSet
+    from kalm_rag.evaluation.instructed import InstructionReport
+    from kalm_rag.evaluation.metrics import Change
+    from kalm_rag.evaluation.report import EvalReport, EvalRow, Summary
+    from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
+
+app = typer.Typer()
+
+Data = Annotated[
+    list[str],
+    typer.Option(help="BEIR folder: FOLDER, FOLDER:SPLIT or FOLDER:SPLIT:pooled. Give it once a set."),
+]
+Split = Annotated[str, typer.Option(help="Judgements of sets that name no split.")]
+Pooled = Annotated[bool, typer.Option(help="Rank only the passages that a query's judgements name, in every set.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        help="pico, nano, small, large, a repository id, a checkpoint folder, or a folder of pico's weights. "
+        "Give it again to compare others with the first.",
+        show_default=False,
+    ),
+]
+Ratios = Annotated[str, typer.Option(help="Pooling ratios, each a multiple of the first.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Candidates retrieved (a pooled set has its own).")]
+MaxQueries = Annotated[int | None, typer.Option(help="Only the first so many queries of a set.", show_default=False)]
+Cache = Annotated[Path | None, typer.Option(help="Folder that keeps states for another run.", show_default=False)]
+
+
+@app.command("eval")
+def evaluate(
+    data: Data,
+    split: Split = "test",
+    pooled: Pooled = False,
+    model: Models = None,
+    ratios: Ratios = "1,4,16,32",
+    top_k: TopK = 50,
+    max_queries: MaxQueries = None,
+    system: System = None,
+    task: Task = None,
+    own_instruction: Annotated[
+        bool, typer.Option("--own-instruction", help="A folder's instruction.txt, where it has one, is the task.")
+    ] = False,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure retrieval, BM25, their fusion and reranking on BEIR sets: nDCG@10, gains with p values, calibration."""
+    with errors():
+        sets = _sets(data, split, pooled)
+        tasks = _tasks(sets, task, own_instruction)
+        wanted = _numbers(ratios, "ratios")
+        with _loaded(model) as (pico, models):
+            from kalm_rag.evaluation import evaluate as measure
+            from kalm_rag.evaluation import summarise
+
+            reports = []
+            for one, own in zip(sets, tasks, strict=True):
+                err.print(f"[bold]{escape(one.name)}[/bold]")
+                report = measure(
+                    one.folder,
+                    one.split,
+                    models[0],
+                    others=models[1:],
+                    pooled=one.pooled,
+                    retriever=pico,
+                    ratios=wanted,
+                    top_k=top_k,
+                    max_queries=max_queries,
+                    instructions=Instructions(system=system, task=own),
+                    cache=cache,
+                )
+                reports.append(report)
+                if not as_json:
+                    _print_report(report)
+        summary = summarise(reports)
+        if as_json:
+            print_json({"sets": [one.to_dict() for one in reports], "summary": [one.to_dict() for one in summary]})
+        elif len(reports) > 1:
+            _print_summary(summary)
+
+
+@app.command("eval-instructions")
+def evaluate_instructions(
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="BEIR folder as in eval; none measures on the bundled contrast set alone.", show_default=False
+        ),
+    ] = None,
+    split: Split = "test",
+    pooled: Pooled = False,
+    model: Models = None,
+    ratio: Annotated[int, typer.Option(help="Pooling ratio.")] = 4,
+    top_k: TopK = 50,
+    max_queries: MaxQueries = None,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what instructions do: generic ones must change nothing, specific ones must bring up what they ask for."""
+    with errors():
+        sets = _sets(data or [], split, pooled)
+        with _loaded(model) as (pico, models):
+            from kalm_rag.evaluation.instructed import evaluate_instructions as measure
+
+            reports = [
+                measure(sets, one, retriever=pico, ratio=ratio, top_k=top_k, max_queries=max_queries, cache=cache)
+                for one in models
+            ]
+        if as_json:
+            print_json({"models": [one.to_dict() for one in reports]})
+            return
+        for report in reports:
+            _print_instructions(report)
+
+
+@app.command()
+def curve(
+    data: Data,
+    split: Split = "test",
+    pooled: Pooled = False,
+    model: Annotated[str, typer.Option(help="As in eval.")] = "pico",
+    ratios: Ratios = "1,2,4,8,16,32,64",
+    codecs: Annotated[str, typer.Option(help="How states are kept, with commas between.")] = "bf16,int8,exact",
+    top_k: TopK = 50,
+    max_queries: MaxQueries = None,
+    table: Annotated[Path, typer.Option(help="Where the markdown table goes.")] = Path("curve.md"),
+    plot: Annotated[Path, typer.Option(help="Where the plot goes: svg, png or pdf.")] = Path("curve.svg"),
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure nDCG@10, bytes per passage and ms per query at each ratio and codec; write a table and a plot."""
+    with errors():
+        from kalm_rag.evaluation.curve import check_plot, curve_table, draw_curve, measure_curve
+
+        check_plot(plot)
+        sets, wanted = _sets(data, split, pooled), _numbers(ratios, "ratios")
+        with _loaded([model]) as (pico, models):
+            found = measure_curve(
+                sets,
+                models[0],
+                retriever=pico,
+                ratios=wanted,
+                codecs=codecs.split(","),
+                top_k=top_k,
+                max_queries=max_queries,
+                cache=cache,
+            )
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(curve_table(found), encoding="utf-8")
+        draw_curve(found, plot)
+        if as_json:
+            print_json(found.to_dict())
+            return
+        out.file.write(curve_table(found))
+        out.print(f"\ntable in {table}, plot in {plot}")
+
+
+@contextmanager
+def _loaded(names: Sequence[str] | None) -> Iterator[tuple[EmbeddingBackbone, list[Backbone]]]:
+    """The retriever (pico's encoder) and the models to measure."""
+    from kalm_rag.engine.reranker import Reranker
+
+    with ExitStack() as stack:
+        with err.status("loading models ..."):
+            pico = stack.enter_context(Reranker.from_pretrained("pico"))
+            engines = [stack.enter_context(Reranker.from_pretrained(name)) for name in names or ["pico"]]
+        yield cast("EmbeddingBackbone", pico.backbone), [one.backbone for one in engines]
+
+
+def _sets(data: Sequence[str], split: str, pooled: bool) -> list[EvalSet]:
+    from kalm_rag.evaluation.gather import EvalSet
+
+    sets = [EvalSet.parse(text, split=split, pooled=pooled) for text in data]
+    names = [one.name for one in sets]
+    if len(set(names)) < len(names):
+        raise InputError(f"sets are {', '.join(names)}; wanted each name once.")
+    return sets
+
+
+def _tasks(sets: Sequence[EvalSet], task: str | None, own: bool) -> list[str | None]:
+    """The task of each set."""
+    from kalm_rag.evaluation.run import own_task
+
+    if not own:
+        return [task] * len(sets)
+    found = [own_task(one.folder) for one in sets]
+    if not any(found):
+        raise InputError(f"none of {', '.join(one.name for one in sets)} has an instruction.txt for --own-instruction.")
+    return [text if text is not None else task for text in found]
+
+
+def _numbers(text: str, what: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{what} is {text!r}; wanted whole numbers with commas between, e.g. 1,4,16.") from error
+
+
+def _print_report(report: EvalReport) -> None:
+    out.print(
+        f"[bold]{escape(report.name)}[/bold]: {report.queries} queries, {report.passages} passages, "
+        f"{'at most' if report.pooled else 'top'} {report.top_k} candidates "
+        f"{'judged' if report.pooled else 'by all-MiniLM-L6-v2'}, recall among them {report.rows[0].recall_k:.4f}"
+        + (f"; task: {escape(report.task[:60])} ..." if report.task else "")
+    )
+    table = _table("ranking", "r", "nDCG@10", "MRR@10", "R@10", "ECE", "ECE 1:1", "Brier", "kept", "dropped", "ms")
+    for row in report.rows:
+        sure: list[str] = [""] * 6
+        if (one := row.calibration) is not None:
+            shares = ["-" if share is None else f"{share:.1%}" for share in (one.kept, one.dropped)]
+            sure = [f"{one.ece:.4f}", _figure(one.balanced_ece), f"{one.brier:.4f}", *shares, f"{row.milliseconds:.0f}"]
+        figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.recall_10)]
+        table.add_row(_label(row), _ratio(row), *figures, *sure)
+    out.print(table)
+    _print_changes(report.rows)
+    out.print("seconds: " + stages(report.seconds) + "\n")
+
+
+def _print_summary(rows: Sequence[Summary]) -> None:
+    out.print(f"[bold]mean of {rows[0].sets} sets[/bold]")
+    table = _table("ranking", "r", "nDCG@10", "ECE", "ECE 1:1", "worst gain", "where")
+    for row in rows:
+        errors = [_figure(row.ece), _figure(row.balanced_ece)]
+        worst = "" if row.worst_gain is None else f"{row.worst_gain:+.4f}"
+        table.add_row(_label(row), _ratio(row), f"{row.ndcg_10:.4f}", *errors, worst, escape(row.worst_set or ""))
+    out.print(table)
+    _print_changes(rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _print_changes(rows: Sequence[EvalRow] | Sequence[Summary]) -> None:
+    """Gains of nDCG@10 with 95% intervals and p values, where there are any."""
+    extra = ["over first model"] if any(row.over_first for row in rows) else []
+    table = _table("ranking", "r", "over retrieval (95%), p", "over fusion (95%), p", *extra)
+    for row in rows:
+        changes = [row.over_retrieval, row.over_fusion] + ([row.over_first] if extra else [])
+        if any(changes):
+            table.add_row(_label(row), _ratio(row), *[_change(one) for one in changes])
+    out.print(table)
+
+
+def _print_instructions(report: InstructionReport) -> None:
+    kinds = list(report.contrast[0].kinds)
+    out.print(f"[bold]{_name(report.model)}[/bold], r={report.ratio}: is the kind asked for above the other kind?")
+    table = _table("instruction", "accuracy (95%)", "both ways", "weakest contrast")
+    for one in report.contrast:
+        weak = min(kinds, key=lambda kind: one.kinds[kind])
+        shown = f"{one.accuracy:.3f} ({one.low:.3f} {one.high:.3f})"
+        table.add_row(one.where, shown, f"{one.both:.3f}", f"{one.kinds[weak]:.2f} {weak}")
+    out.print(table)
+    if report.drift:
+        out.print("generic instructions must change nothing: change of nDCG@10")
+        table = _table("set", "queries", "nDCG@10", "mean |change|", "worst", "own task (95%), p")
+        for drift in report.drift:
+            figures = [f"{drift.ndcg_10:.4f}", f"{drift.mean:.4f}", f"{drift.worst:+.4f}"]
+            table.add_row(escape(drift.name), str(drift.queries), *figures, _change(drift.own_task))
+        out.print(table)
+    if report.following:
+        out.print("one query under many users' instructions, over the query's candidates")
+        table = _table("set", "asked", "pairs", "nDCG@10", "MRR@10", "robustness@10", "over query (95%), p")
+        for row in report.following:
+            figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.robustness_10)]
+            table.add_row(escape(row.name), row.asked, str(row.instructions), *figures, _change(row.over_query))
+        out.print(table)
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _label(row: EvalRow | Summary) -> str:
+    return row.ranking if row.model is None else _name(row.model)
+
+
+def _name(model: str) -> str:
+    return escape(Path(model).name)
+
+
+def _ratio(row: EvalRow | Summary) -> str:
+    return "" if row.ratio is None else str(row.ratio)
+
+
+def _change(change: Change | None) -> str:
+    if change is None:
+        return ""
+    test = "" if change.p is None else " <.001" if change.p < 0.001 else f" {change.p:.3f}"
+    return f"{change.mean:+.4f} ({change.low:+.3f} {change.high:+.3f}){test}"

@@ -1,0 +1,142 @@
+"""The commands that make weights: ``kalm-rag train`` and ``collect-text``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kalm_rag.cli.terminal import errors, out
+from kalm_rag.errors import InputError
+from kalm_rag.instructions import Instructions
+
+app = typer.Typer()
+
+_ADAPT = (
+    *("split", "dev_split", "steps", "lists", "candidates", "learning_rate", "teacher", "lora", "accumulate"),
+    *("checkpointing", "max_tokens", "system", "task", "device", "dtype"),
+)
+_BASE = "Weights to go on from: pico's of an earlier stage, or a checkpoint folder, repository id or name (nano)."
+
+
+def _option(text: str) -> Any:  # noqa: ANN401 - typer's own type is private
+    """An option that only a checkpoint as --base reads; None takes the recipe's default, named in brackets."""
+    return typer.Option(help=text, show_default=False, rich_help_panel="With a checkpoint as --base")
+
+
+@app.command()
+def train(
+    data: Annotated[list[Path], typer.Option(help="Folder of BEIR folders (pico: its card says which); may repeat.")],
+    to: Annotated[Path, typer.Option("--out", help="Where the weights go.")],
+    seed: Annotated[int, typer.Option(help="Fixes every draw.")] = 0,
+    minutes: Annotated[float | None, typer.Option(help="Stop learning after so many.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help=_BASE, show_default=False)] = None,
+    stage: Annotated[str, typer.Option(help="general, hard, distil, or all of them one after another.")] = "all",
+    plot: Annotated[Path | None, typer.Option(help="Draw the losses here (svg, png, pdf).", show_default=False)] = None,
+    split: Annotated[str | None, _option("Labelled queries to learn from (train).")] = None,
+    dev_split: Annotated[str | None, _option("Labelled queries to measure on (a held-out tenth of the split).")] = None,
+    steps: Annotated[int | None, _option("Batches a stage (1000).")] = None,
+    lists: Annotated[int | None, _option("Queries a batch (8).")] = None,
+    candidates: Annotated[int | None, _option("Passages a query (8).")] = None,
+    learning_rate: Annotated[float | None, _option("Peak (1e-5; 1e-4 with --lora).")] = None,
+    teacher: Annotated[str | None, _option("Soft labels of stage distil: fusion, self, or a model (fusion).")] = None,
+    lora: Annotated[int | None, _option("Rank of low-rank updates; 0 learns all weights (0).")] = None,
+    accumulate: Annotated[int | None, _option("Parts a batch is computed in: less memory, same result (1).")] = None,
+    checkpointing: Annotated[bool | None, _option("Compute layers twice instead of keeping them.")] = None,
+    max_tokens: Annotated[int | None, _option("Where passages are cut while learning (1024).")] = None,
+    system: Annotated[str | None, _option("System instruction that queries are asked under.")] = None,
+    task: Annotated[str | None, _option("Task that queries are asked under.")] = None,
+    device: Annotated[str | None, _option("cpu, cuda or cuda:N (cuda where there is one).")] = None,
+    dtype: Annotated[str | None, _option("bf16 or fp32 (bf16 on cuda).")] = None,
+) -> None:
+    """Train pico's decoder from scratch (half an hour on 2 cores, 9 GB), or adapt a T5Gemma 2 with --base.
+
+    Both learn in stages. general: labels over candidates of all retrieval ranks. hard: negatives the model finds
+    itself, without those that are likely relevant. distil: soft labels. Each stage gives whole weights, which the next
+    one takes as --base. A checkpoint such as KaLM-Reranker-V1-Nano as --base learns from your own labelled queries.
+    """
+    settings = {name: value for name, value in locals().items() if name in _ADAPT and value is not None}
+    with errors():
+        logging.getLogger("kalm_rag").setLevel(logging.INFO)
+        if plot is not None:
+            from kalm_rag.evaluation.curve import check_plot
+
+            check_plot(plot)  # before the work, not after it
+        if base is None or (Path(base) / "pico.safetensors").is_file():
+            if settings:
+                raise InputError(f"{', '.join(settings)} given for pico, whose recipe has its own.")
+            losses = _train_pico(data, to, seed=seed, stage=stage, base=base, minutes=minutes)
+        elif len(data) > 1:
+            raise InputError(f"--data was given {len(data)} times; with a checkpoint as --base, wanted one folder.")
+        else:
+            losses = _adapt(base, data[0], to, settings | {"seed": seed, "stage": stage}, minutes=minutes)
+        if plot is not None:
+            from kalm_rag.training.plot import draw_losses
+
+            draw_losses(losses, plot)
+            out.print(f"losses drawn in {plot}")
+
+
+def _train_pico(
+    data: list[Path], to: Path, *, seed: int, stage: str, base: str | None, minutes: float | None
+) -> dict[str, list[float]]:
+    """Train, show the figures on held-out queries, give the losses by stage."""
+    from kalm_rag.training.recipe import train as run
+
+    start = None if base is None else Path(base)
+    report = run(data, to, seed=seed, stage=stage, base=start, minutes=minutes)
+    table = Table("held out, nDCG@10", "ratio", "retrieval", "BM25 + retrieval", "reranked")
+    for score in report.dev:
+        figures = [f"{value:.4f}" for value in (score.retrieval, score.fusion, score.reranked)]
+        table.add_row(score.name, str(score.ratio), *figures)
+    out.print(table)
+    out.print(f"{report.steps} steps in {report.seconds['total']:.0f} s; weights in {report.folder}")
+    return report.losses
+
+
+@app.command("collect-text")
+def collect_text(
+    packages: Annotated[Path, typer.Argument(help="Folder with a folder a package: dpkg -x NAME.deb FOLDER/NAME.")],
+    to: Annotated[Path, typer.Option("--out", help="Where the BEIR folders go.")],
+    descriptions: Annotated[
+        Path | None, typer.Option(help="Debian's Translation-en, unpacked to text.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Fixes what is drawn.")] = 0,
+) -> None:
+    """Make training collections of Debian's documentation: headings and sections, package descriptions."""
+    with errors():
+        from kalm_rag.training.documentation import collect_text as collect
+
+        for folder in collect(packages, to, descriptions=descriptions, seed=seed):
+            out.print(f"wrote {folder}")
+
+
+def _adapt(
+    base: str, data: Path, to: Path, settings: dict[str, Any], *, minutes: float | None
+) -> dict[str, list[float]]:
+    """Adapt a checkpoint, show its figures on held-out queries, give the losses by stage."""
+    from transformers.utils import logging as transformers_logging
+
+    from kalm_rag.training.adapt import adapt
+    from kalm_rag.training.stages import AdaptConfig
+
+    transformers_logging.disable_progress_bar()
+    steer = Instructions(system=settings.pop("system", None), task=settings.pop("task", None))
+    device, dtype = settings.pop("device", None), settings.pop("dtype", None)
+    config = AdaptConfig(**settings, instructions=steer)
+    reports = adapt(base, data, to, config=config, minutes=minutes, device=device, dtype=dtype)
+    table = Table("stage", "held out, nDCG@10", "ratio", "queries", "retrieval", "before", "after")
+    for report in reports:
+        for row in report.dev:
+            figures = [f"{value:.4f}" for value in (row.retrieval, row.before, row.after)]
+            table.add_row(report.stage, escape(row.name), str(row.ratio), str(row.queries), *figures)
+    out.print(table)
+    if fell := sum(len(report.fell) for report in reports):
+        out.print(f"[yellow]{fell} of these figures fell[/yellow]: look at them before you use the checkpoint")
+    for report in reports:
+        out.print(f"{report.stage}: {report.steps} steps, {sum(report.seconds.values()):.0f} s; {report.folder}")
+    return {report.stage: report.losses for report in reports}

@@ -1,0 +1,126 @@
+"""Retrieval vectors for a Chroma collection: from pico's own states, or from whatever embedder the app has.
+
+Knows no collection. An embedder of the app's is used as it is, told apart by the methods it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+
+from kalm_rag.engine.reranker import Reranker
+from kalm_rag.errors import InputError
+from kalm_rag.models.backbone import EmbeddingBackbone
+from kalm_rag.states import StateBatch, batch_states
+
+BUNDLED = "all-MiniLM-L6-v2"
+"""Name of the vectors that pico's encoder gives; the same model as Chroma's default embedding function."""
+
+
+class Embedder(Protocol):
+    """Texts to retrieval vectors, float32."""
+
+    name: str
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of passages, shape ``(passages, width)``."""
+        ...
+
+    def query(self, text: str) -> list[float]:
+        """Vector of a query."""
+        ...
+
+
+class BundledEmbedder:
+    """Vectors of pico's frozen encoder: unit length, width 384.
+
+    A passage's vector is the mean of its pooled states, so whoever has the states has the vector without another
+    encoder pass.
+
+    Args:
+        engine: An engine over pico.
+    """
+
+    name = BUNDLED
+
+    def __init__(self, engine: Reranker) -> None:
+        self._engine = engine
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        """Encode passages and give their vectors, shape ``(passages, 384)``."""
+        return self.from_states(batch_states(self._engine.encode(texts, show_progress=False)))
+
+    def from_states(self, states: StateBatch) -> np.ndarray:
+        """Vectors of passages whose states are at hand, shape ``(passages, 384)``."""
+        backbone = cast("EmbeddingBackbone", self._engine.backbone)
+        vectors, counts = states.on(backbone.device, torch.float32)
+        return backbone.embed_states(vectors, counts).float().cpu().numpy()
+
+    def query(self, text: str) -> list[float]:
+        """Vector of a query, length 384."""
+        return cast("list[float]", cast("EmbeddingBackbone", self._engine.backbone).embed_query(text).tolist())
+
+
+class AppEmbedder:
+    """An embedder of the app's: two functions and a name."""
+
+    def __init__(
+        self, name: str, passages: Callable[[list[str]], Any], query: Callable[[str], Any] | None = None
+    ) -> None:
+        self.name = name
+        self._passages = passages
+        self._query = query if query is not None else lambda text: passages([text])[0]
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of passages.
+
+        Raises:
+            InputError: If the app's embedder gives anything but one finite vector per text.
+        """
+        vectors = np.asarray(self._passages(list(texts)), dtype=np.float32)
+        if vectors.ndim != 2 or vectors.shape[0] != len(texts) or not np.isfinite(vectors).all():
+            raise InputError(
+                f"embedder {self.name} gave shape {vectors.shape} for {len(texts)} texts; wanted ({len(texts)}, width) "
+                f"of finite numbers."
+            )
+        return vectors
+
+    def query(self, text: str) -> list[float]:
+        """Vector of a query."""
+        return cast("list[float]", np.asarray(self._query(text), dtype=np.float32).tolist())
+
+
+def wrap_embedder(embedder: object) -> Embedder:
+    """Make an `Embedder` of what apps have.
+
+    Args:
+        embedder: A sentence-transformers model (``encode``), a LangChain ``Embeddings`` (``embed_documents``), a
+            LlamaIndex embedding (``get_text_embedding_batch``), a Chroma embedding function or any function from a
+            list of texts to vectors.
+
+    Raises:
+        InputError: If it is none of these.
+    """
+    if isinstance(embedder, BundledEmbedder | AppEmbedder):
+        return embedder
+    name = type(embedder).__name__
+    some = cast("Any", embedder)
+    if hasattr(some, "embed_documents"):
+        return AppEmbedder(name, some.embed_documents, some.embed_query)
+    if hasattr(some, "get_text_embedding_batch"):
+        return AppEmbedder(name, some.get_text_embedding_batch, some.get_query_embedding)
+    if hasattr(some, "encode"):
+        encode = getattr(some, "encode_document", some.encode)  # asymmetric models have a prompt for each side
+        query = getattr(some, "encode_query", some.encode)
+        return AppEmbedder(name, lambda texts: encode(texts, show_progress_bar=False), query)
+    if hasattr(some, "embed_query") and callable(some):  # Chroma's protocol
+        return AppEmbedder(name, some, lambda text: some.embed_query([text])[0])
+    if callable(some):
+        return AppEmbedder(getattr(some, "__name__", name), some)
+    raise InputError(
+        f"embedder is {name}; wanted a sentence-transformers model, a LangChain or LlamaIndex embedding, a Chroma "
+        f"embedding function, or a function from texts to vectors."
+    )

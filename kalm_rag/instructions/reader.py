@@ -1,0 +1,249 @@
+"""RAG prompts of any make to `Instructions`: LlamaIndex and LangChain prompts, engines, chains, messages, strings.
+
+Imports neither framework: an object is told by the attributes it has. The template is parsed, never formatted; what
+the app fills in per query (documents, question, history) goes, with labels, fences and tags. System messages' remains
+become the system text, human messages' the task. A single-string prompt has no system message, so all of it is task.
+Example turns (a human message that an assistant message answers) and assistant messages are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+from kalm_rag.errors import InputError
+from kalm_rag.instructions.strip import strip_slots
+from kalm_rag.instructions.templates import Parts, Slot, Values, jinja_messages, parse
+
+DOCUMENT_SLOTS = frozenset(
+    "context documents docs context_str sources passages summaries context_msg context_list input_documents".split()
+)
+"""Usual names of the slot that takes the retrieved documents; they tell an answering prompt from the others."""
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "human": "human",
+    "user": "human",
+    "ai": "ai",
+    "assistant": "ai",
+    "model": "ai",
+    "chatbot": "ai",
+}
+_INNER = ("_query_engine", "combine_documents_chain", "combine_docs_chain", "llm_chain", "prompt")
+"""Where engines over engines and LangChain's older chains keep what has the prompt."""
+_WANTED = (
+    "a string, (role, text) pairs, a LangChain or LlamaIndex prompt template, an LCEL chain, a query engine or a chat "
+    "engine"
+)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """One message of a prompt: role (system, human, ai or other) and its parts."""
+
+    role: str
+    parts: Parts
+
+
+def read_prompt(prompt: object) -> tuple[str | None, str | None]:
+    r"""Read the system and task text of an app out of its RAG prompt. Changes nothing of the prompt.
+
+    Args:
+        prompt: A string (in f-string, LlamaIndex, Jinja or mustache format), (role, text) pairs, messages, any prompt
+            template of LangChain or LlamaIndex, or something that has one: LCEL chain, query engine, chat engine.
+            Where several are found, the one that takes documents is read (``text_qa_template`` first).
+
+    Returns:
+        System and task text, None where nothing is left.
+
+    Raises:
+        InputError: If it is none of these, or holds no prompt.
+
+    Example:
+        >>> read_prompt([("system", "Only trust primary sources.\n\n{context}"), ("human", "{question}")])
+        ('Only trust primary sources.', None)
+    """
+    messages = _read(prompt, {})
+    answered = [m.role == "human" and n.role == "ai" for m, n in pairwise(messages)]
+    texts: dict[str, list[str]] = {"system": [], "human": []}
+    for message, is_example in zip(messages, [*answered, False][: len(messages)], strict=True):
+        left = "" if is_example or message.role not in texts else strip_slots(message.parts)
+        if left:
+            texts[message.role].append(left)
+    return "\n".join(texts["system"]) or None, "\n".join(texts["human"]) or None
+
+
+def _read(prompt: object, values: Values, llm: object = None) -> list[_Message]:
+    """Messages of whatever holds a prompt; partial variables of what is around it in `values`."""
+    if isinstance(prompt, str):
+        return [_Message("human", parse(prompt, "plain", values))]
+    if isinstance(prompt, Mapping):
+        return _read_mapping(prompt, values, llm)
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        return _read_list(prompt, values)
+    for reader in (_read_llama, _read_langchain, _read_message, _read_holder):
+        messages = reader(cast("Any", prompt), values, llm)
+        if messages is not None:
+            return messages
+    raise InputError(f"prompt is {type(prompt).__name__}; wanted {_WANTED}.")
+
+
+def _read_mapping(prompt: Mapping[Any, Any], values: Values, llm: object) -> list[_Message]:
+    """A message as a dict, or prompts by name (what ``get_prompts()`` of LlamaIndex gives)."""
+    if "role" in prompt and "content" in prompt:
+        return [_Message(_role(prompt["role"]), _content(prompt["content"], "plain", values))]
+    return _choose(list(prompt.items()), values, llm)
+
+
+def _read_list(prompt: Sequence[object], values: Values) -> list[_Message]:
+    if len(prompt) == 2 and isinstance(prompt, tuple) and _is_pair(prompt):
+        prompt = [prompt]
+    if not prompt:
+        raise InputError(f"prompt is an empty {type(prompt).__name__}; wanted {_WANTED}.")
+    messages: list[_Message] = []
+    for item in prompt:
+        if isinstance(item, tuple | list) and _is_pair(item):
+            messages.append(_Message(_role(item[0]), _content(item[1], "plain", values)))
+        else:
+            messages += _read(item, values)
+    return messages
+
+
+def _is_pair(item: Sequence[object]) -> bool:
+    return len(item) == 2 and isinstance(item[0], str) and item[0].lower() in {*_ROLES, "placeholder", "tool"}
+
+
+def _read_llama(prompt: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401 - told by attributes
+    """LlamaIndex's five kinds of template."""
+    if hasattr(prompt, "default_template") and hasattr(prompt, "conditionals"):
+        chosen = prompt.default_template
+        if llm is not None:
+            chosen = next((t for condition, t in prompt.conditionals or [] if condition(llm)), chosen)
+        return _read(chosen, values, llm)
+    if not hasattr(prompt, "template_var_mappings"):
+        return None
+    mappings = prompt.template_var_mappings or {}
+    filled = {**values, **{mappings.get(name, name): value for name, value in (prompt.kwargs or {}).items()}}
+    if hasattr(prompt, "selector"):
+        return _read(prompt.selector.default_prompt, filled, llm)
+    if hasattr(prompt, "message_templates"):
+        return [
+            _Message(_role(message.role), _content(_blocks(message), "braces", filled))
+            for message in prompt.message_templates
+        ]
+    if hasattr(prompt, "template_str"):
+        return [_Message(_role(role), parts) for role, parts in jinja_messages(prompt.template_str, filled)]
+    return [_Message("human", parse(prompt.template, "braces", filled))]
+
+
+def _read_langchain(prompt: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
+    """LangChain's templates: chat, string, few-shot, and the message templates inside a chat prompt."""
+    filled = {**values, **(getattr(prompt, "partial_variables", None) or {})}
+    if isinstance(getattr(prompt, "messages", None), Sequence):
+        return [message for item in prompt.messages for message in _read(item, filled, llm)]
+    if hasattr(prompt, "variable_name"):
+        return [_Message("other", [Slot(prompt.variable_name)])]
+    if hasattr(prompt, "example_prompt"):
+        ends = (getattr(prompt, "prefix", ""), getattr(prompt, "suffix", ""))
+        return [_Message("human", [p for e in ends if e for p in ["\n", *parse(e, prompt.template_format, filled)]])]
+    if hasattr(prompt, "template_format") and isinstance(getattr(prompt, "template", None), str):
+        return [_Message("human", parse(prompt.template, prompt.template_format, filled))]
+    inner = getattr(prompt, "prompt", None)
+    if inner is None or not hasattr(prompt, "format_messages"):
+        return None
+    own = getattr(prompt, "role", None) or type(prompt).__name__.split("MessagePromptTemplate")[0]
+    pieces = inner if isinstance(inner, list) else [inner]
+    texts = [p for p in pieces if isinstance(getattr(p, "template", None), str)]  # not images, not tool blocks
+    return [_Message(_role(own), [part for p in texts for m in _read(p, filled, llm) for part in m.parts])]
+
+
+def _read_message(message: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
+    """A message of either framework outside a template; LangChain's are static, so their braces are literal."""
+    del llm
+    if hasattr(message, "role") and (hasattr(message, "blocks") or hasattr(message, "content")):
+        static = hasattr(message, "type")  # LangChain's ChatMessage
+        return [_Message(_role(message.role), _content(_blocks(message), "literal" if static else "braces", values))]
+    if hasattr(message, "content") and isinstance(getattr(message, "type", None), str):
+        return [_Message(_role(message.type), _content(message.content, "literal", values))]
+    return None
+
+
+def _read_holder(holder: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
+    """Query engines, chat engines and chains: whatever keeps its prompts for itself."""
+    llm = getattr(holder, "_llm", None) or getattr(getattr(holder, "_response_synthesizer", None), "_llm", None) or llm
+    system = _chat_engine_parts(holder, values, llm)
+    if system is not None:
+        return system
+    if not callable(getattr(holder, "get_prompts", None)) and not hasattr(holder, "_query_engine"):
+        return None
+    found = _prompts_of(holder)
+    if not found:
+        inner = next((i for name in _INNER if (i := getattr(holder, name, None)) is not None), None)
+        if inner is not None:
+            return _read(inner, values, llm)
+        raise InputError(f"{type(holder).__name__} holds no prompt (get_prompts() is empty); wanted {_WANTED}.")
+    return _choose(found, values, llm)
+
+
+def _prompts_of(holder: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401
+    """Prompts of a query engine by name, or of a chain by place (later ones count more: they answer)."""
+    found = holder.get_prompts() if callable(getattr(holder, "get_prompts", None)) else []
+    return list(found.items()) if isinstance(found, Mapping) else list(enumerate(found))
+
+
+def _chat_engine_parts(engine: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
+    """LlamaIndex's chat engines: prefix messages and system prompt are static, the context template is a template."""
+    names = ("_prefix_messages", "_system_prompt", "_context_prompt_template", "_context_template")
+    if not any(hasattr(engine, name) for name in names):
+        return None
+    messages: list[_Message] = []
+    if isinstance(getattr(engine, "_system_prompt", None), str):
+        messages.append(_Message("system", parse(engine._system_prompt, "literal", values)))
+    for message in getattr(engine, "_prefix_messages", None) or []:
+        messages.append(_Message(_role(message.role), _content(_blocks(message), "literal", values)))
+    for name in names[2:]:
+        template = getattr(engine, name, None)
+        if template is not None:  # these engines put it into the system message
+            messages += [_Message("system", m.parts) for m in _read(template, values, llm)]
+    return messages
+
+
+def _choose(prompts: Sequence[tuple[Any, Any]], values: Values, llm: object) -> list[_Message]:
+    """The prompt that answers from documents; among chain steps the last, among named ones the first."""
+    if not prompts:
+        raise InputError(f"there is no prompt in it; wanted {_WANTED}.")
+    best: tuple[tuple[bool, bool, int], list[_Message]] | None = None
+    for place, (name, prompt) in enumerate(prompts):
+        messages = _read(prompt, values, llm)
+        slots = {part.name for m in messages for part in m.parts if isinstance(part, Slot)}
+        takes = any(slot.split(".")[-1].lower() in DOCUMENT_SLOTS for slot in slots)
+        worth = (str(name).endswith("text_qa_template"), takes, place if isinstance(name, int) else -place)
+        if best is None or worth > best[0]:
+            best = (worth, messages)
+    return best[1] if best is not None else []
+
+
+def _role(role: object) -> str:
+    name = str(getattr(role, "value", role)).lower()
+    return _ROLES.get(name, "other")
+
+
+def _blocks(message: Any) -> object:  # noqa: ANN401
+    """Content of a message: LlamaIndex keeps it in blocks, of which only text ones have a text."""
+    blocks = getattr(message, "blocks", None)
+    return [block.text for block in blocks if hasattr(block, "text")] if blocks is not None else message.content
+
+
+def _content(content: object, template_format: str, values: Values) -> Parts:
+    """Parts of a content: a string, or a list of strings and ``{"type": "text"}`` blocks; images are left out."""
+    if isinstance(content, str):
+        return parse(content, template_format, values)
+    parts: Parts = []
+    for block in content if isinstance(content, Sequence) else []:
+        text = block.get("text") if isinstance(block, Mapping) else block
+        if isinstance(text, str):
+            parts += [*(["\n"] if parts else []), *parse(text, template_format, values)]
+    return parts

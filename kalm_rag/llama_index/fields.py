@@ -1,0 +1,256 @@
+"""What the LlamaIndex components share: fields that name engine and store, and the two themselves, made on first use.
+
+Fields survive ``to_dict``/``from_dict`` and pickling; the engine and an open store never travel.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serializer, field_validator, model_validator
+from llama_index.core.schema import BaseComponent
+from typing_extensions import Self
+
+from kalm_rag.engine.reranker import Reranker
+from kalm_rag.errors import InputError
+from kalm_rag.index.lazy_engine import EngineSpec, match_ratio, shared_store, spec_of
+from kalm_rag.states import PassageStates, passage_key
+from kalm_rag.store import Reference, StateStore
+
+Opener = Callable[[Reranker], StateStore]
+
+
+class Parts:
+    """An engine and a store, made on first use and shared by the components that were given them.
+
+    Args:
+        spec: Which engine; equal specs share one in a process.
+        reranker: A ready engine instead, yours to close.
+        store: A store; its place (folder, file or ``":memory:"``), opened once in a process; the parts of another
+            component, to use its store; or None for the process's bounded cache.
+        opener: Opens a store of these parts' own, instead of `store`.
+        place: How that one is written down.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        reranker: Reranker | None = None,
+        store: StateStore | Parts | str | None = None,
+        opener: Opener | None = None,
+        place: str | dict[str, str] | None = None,
+    ) -> None:
+        self.spec, self.reranker = spec, reranker
+        self.place = place if opener is not None else describe_store(store)
+        self._given, self._opener = store, opener
+        self._opened: StateStore | None = None
+        self._opened_for: Reranker | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> tuple[Reranker, StateStore]:
+        """Give engine and store at one ratio, loading and opening what isn't there yet. Safe from many threads.
+
+        Raises:
+            ModelError: If the model can't be loaded.
+            StoreError: If the store can't be opened; StoreFormatError if it is damaged.
+            ClosedError: If a ready engine was closed.
+        """
+        engine = self.reranker if self.reranker is not None else self.spec.engine()
+        store = self._find_store(engine)
+        if store is None and self.spec.ratio is not None and engine.ratio != self.spec.ratio:
+            engine = engine.at(self.spec.ratio)
+        return match_ratio(engine, store)
+
+    def close(self) -> None:
+        """Close the store that these parts opened for themselves; it is opened again when needed."""
+        with self._lock:
+            if self._opener is not None and self._opened is not None:
+                self._opened.close()
+            self._opened = self._opened_for = None
+
+    def _find_store(self, engine: Reranker) -> StateStore | None:
+        if isinstance(self._given, Parts):
+            return self._given.get()[1]
+        if self._opener is None and not isinstance(self._given, str):
+            return self._given
+        with self._lock:
+            if self._opener is not None and self._opened is None:
+                self._opened = self._opener(engine)
+            elif isinstance(self._given, str) and self._opened_for is not engine:
+                self._opened = shared_store(self._given, engine)  # `release_engines` closes it, with the engine
+                self._opened_for = engine
+            return self._opened
+
+    def keep(self, texts: Sequence[str], references: Sequence[Reference] = ()) -> None:
+        """Encode the texts that have no states yet; keep them with the references, in one transaction.
+
+        Raises:
+            StoreError: If they can't be written.
+        """
+        engine, store = self.get()
+        keys = [passage_key(text) for text in texts]
+        absent = store.missing(keys)
+        todo = {key: text for key, text in zip(keys, texts, strict=True) if key in absent}
+        states: list[PassageStates] = engine.encode(list(todo.values()), show_progress=False)
+        store.put_many(states, references)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parts:
+        return self  # a copy of a component shares model and store
+
+
+class EngineFields(BaseComponent):
+    """Fields of every component of ours. Those of the engine can't be changed after construction."""
+
+    model: str = Field(default="pico", frozen=True, description="Model name, repository id or folder.")
+    revision: str | None = Field(default=None, frozen=True, description="Commit, tag or branch; None: the pinned one.")
+    device: str | None = Field(default=None, frozen=True, description="cpu, cuda, cuda:1; None: CUDA if there is one.")
+    dtype: str | None = Field(default=None, frozen=True, description="bf16 or fp32; None: what fits the device.")
+    ratio: int | None = Field(
+        default=None, frozen=True, description="Tokens a state stands for; None: as stored, or 4."
+    )
+    batch_size: int = Field(default=64, frozen=True, description="Most passages in one pass.")
+    decoder_weights: str | None = Field(default=None, frozen=True, description="int8: faster scoring on the CPU.")
+    compiled: bool = Field(default=False, frozen=True, description="Compile the decoder, at the first query.")
+    prefix_cache_bytes: int | None = Field(
+        default=None, frozen=True, description="Most bytes of decoder work kept between queries; None: the model's."
+    )
+    store: Any = Field(
+        default=None,
+        frozen=True,
+        description="Where states are: a StateStore, a folder or .sqlite3 file, a KaLMChromaVectorStore, or None for "
+        "the process's bounded cache.",
+    )
+    reranker: Any = Field(
+        default=None, frozen=True, exclude=True, repr=False, description="A ready engine instead of model."
+    )
+    _parts: Parts = PrivateAttr()
+
+    @field_validator("device", "dtype", mode="before")
+    @classmethod
+    def _name(cls, value: object) -> object:
+        return value if value is None or isinstance(value, str) else str(value).removeprefix("torch.")
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _check_store(cls, value: object) -> object:
+        return read_store(value)
+
+    @model_validator(mode="after")
+    def _make_parts(self) -> Self:
+        if not hasattr(self, "_parts"):
+            self.__dict__.update(name_engine(self.reranker, self.model_fields_set & {"model", "revision"}))
+            given = getattr(self.store, "parts", None)
+            if isinstance(given, Parts):
+                self._parts = self._share(given)
+            else:
+                self._parts = Parts(self._spec(), reranker=self.reranker, store=self.store)
+        return self
+
+    def _share(self, given: Parts) -> Parts:
+        """Use the store of a `KaLMChromaVectorStore`, opened once for both, and its engine unless one was named.
+
+        Where only the way it runs is another, it is another engine of the same model.
+        """
+        spec, reranker = self._spec(), self.reranker
+        if reranker is None and not self.model_fields_set & set(SPEC_FIELDS):
+            other = {field: getattr(self, field) for field in self.model_fields_set & set(RUN_FIELDS)}
+            spec, reranker = replace(given.spec, **other), None if other else given.reranker
+            self.__dict__.update({field: getattr(spec, field) for field in (*SPEC_FIELDS, *RUN_FIELDS)})
+        return Parts(spec, reranker=reranker, store=given)
+
+    @field_serializer("store")
+    def _write_store(self, value: object) -> str | dict[str, str] | None:
+        return self._written_store()
+
+    @property
+    def parts(self) -> Parts:
+        """Engine and store, made on first use."""
+        return self._parts
+
+    def _spec(self) -> EngineSpec:
+        return EngineSpec(**{field: getattr(self, field) for field in (*SPEC_FIELDS, *RUN_FIELDS, "ratio")})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by what ``to_dict`` says; neither model nor open store travels.
+
+        Raises:
+            InputError: If the store is in memory or remote, and so would be lost.
+        """
+        written = self._written_store()
+        if isinstance(written, dict):
+            raise InputError(
+                f"{self.class_name()} uses a live {written['live']}, which can't be pickled. Give store= a "
+                f"folder or a .sqlite3 file, which every process can open."
+            )
+        return _restore, (type(self), BaseComponent.to_dict(self))
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self.model_copy()  # a deep copy would copy the model
+
+    def _written_store(self) -> str | dict[str, str] | None:
+        """What ``to_dict`` says of the store."""
+        return self._parts.place
+
+
+SPEC_FIELDS = ("model", "revision", "device", "dtype")
+"""Fields that say which model, where."""
+RUN_FIELDS = ("batch_size", "decoder_weights", "compiled", "prefix_cache_bytes")
+"""Fields that say how it runs."""
+
+
+def read_store(value: object) -> Any:  # noqa: ANN401 - a store, a component that has one, its place, or None
+    """Check what components take as ``store=``.
+
+    Raises:
+        InputError: If it is nothing that holds states, or the written trace of a store that was live.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, str) or isinstance(getattr(value, "parts", None), Parts):
+        return value
+    if isinstance(value, dict) and "live" in value:
+        raise InputError(
+            f"store was a live {value['live']} when this was written down, which can't be reopened from a description. "
+            f"Pass store= again: from_dict(data, store=...)."
+        )
+    if callable(getattr(value, "get_many", None)) and hasattr(value, "layout"):
+        return value
+    raise InputError(
+        f"store is {type(value).__name__}; wanted a StateStore, a folder, a .sqlite3 file, a KaLMChromaVectorStore "
+        f"or None."
+    )
+
+
+def describe_store(store: object) -> str | dict[str, str] | None:
+    """Write a store down: its file where it has one, else what kind it was."""
+    if store is None or isinstance(store, str):
+        return store
+    if isinstance(store, Parts):
+        return store.place
+    path = getattr(store, "path", None)
+    return str(path) if path is not None else {"live": type(store).__name__}
+
+
+def name_engine(reranker: object, also: set[str]) -> dict[str, Any]:
+    """Fields that lead back to a ready engine, so that serialisation doesn't lose it; nothing for None.
+
+    Raises:
+        InputError: If it is no engine, or `also` says that a model was named too.
+        ClosedError: If it was closed.
+    """
+    if reranker is None:
+        return {}
+    if not isinstance(reranker, Reranker):
+        raise InputError(f"reranker is {type(reranker).__name__}; wanted a kalm_rag.Reranker, or give model=.")
+    if also:
+        raise InputError(f"both reranker and {' and '.join(sorted(also))} were given; wanted one of them.")
+    return spec_of(reranker)
+
+
+def _restore(kind: type[EngineFields], data: dict[str, Any]) -> EngineFields:
+    return kind.from_dict(data)
