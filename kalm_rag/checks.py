@@ -6,6 +6,7 @@ A message says what was found, what was wanted and what to do next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 from kalm_rag.errors import InputError
 
@@ -57,13 +58,34 @@ def check_query(query: object, what: str = "query") -> None:
         raise InputError(f"{what} is blank; wanted the text to search for.")
 
 
+def check_count(value: object, name: str, least: int = 1, hint: str = "") -> int:
+    """Give a whole number back as an ``int``; a ``bool`` is none, an integer of numpy is one.
+
+    Args:
+        value: The value to check.
+        name: The caller's argument, as the message names it.
+        least: The smallest number allowed.
+        hint: What the message says after the bound, e.g. ``", or None for all"``.
+
+    Raises:
+        InputError: If it is no whole number, or below `least`.
+
+    Example:
+        >>> check_count(3, "top_n")
+        3
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name} is {value!r}; wanted a whole number >= {least}{hint}.")
+    return int(value)
+
+
 def check_cut(top_n: int | None, threshold: float | None) -> None:
     """Refuse a cut that means nothing.
 
     Raises:
         InputError: If `top_n` is not a whole number >= 1, or `threshold` is outside [0, 1].
     """
-    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
-        raise InputError(f"top_n is {top_n!r}; wanted a whole number >= 1, or None for all.")
+    if top_n is not None:
+        check_count(top_n, "top_n", hint=", or None for all")
     if threshold is not None and not 0.0 <= threshold <= 1.0:
         raise InputError(f"threshold is {threshold!r}; wanted P(yes) in [0, 1], or None for all.")
