@@ -1,0 +1,131 @@
+"""Whose instructions hold: given ones, the engine's around, followed ones, overrides."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from llama_index.core import PromptTemplate, VectorStoreIndex
+from llama_index.core.llms import MockLLM
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers.no_text import NoText
+from llama_index.core.tools import RetrieverTool
+from llama_nodes import EMBEDDING, QUERY, documents, engine_of, expected, got, index_of, make_nodes, same, scored
+
+from kalm_rag import Instructions, Reranker
+from kalm_rag.errors import InputError
+from kalm_rag.llama_index import KaLMChromaVectorStore, KaLMNodePostprocessor
+
+LAW = Instructions(task="Find statutes only.")
+
+
+class TestInstructions:
+    def test_what_can_be_given(self, tiny: Reranker) -> None:
+        nodes = scored()
+        prompt = PromptTemplate("Find statutes only.\n\nContext:\n{context_str}\n\nQuestion: {query_str}\nAnswer:")
+        for given in (LAW, "Find statutes only.", prompt, {"task": "Find statutes only."}):
+            post = KaLMNodePostprocessor(reranker=tiny, instructions=given, top_n=None)
+            same(got(post.postprocess_nodes(nodes, query_str=QUERY)), expected(tiny, nodes, LAW))
+            assert post.preview(QUERY) == tiny.preview(QUERY, LAW)
+        assert got(post.postprocess_nodes(nodes, query_str=QUERY)) != expected(tiny, nodes)  # they do steer
+
+    @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+    def test_auto_follows_the_prompt_of_the_engine_around(self, vectors: KaLMChromaVectorStore, is_async: bool) -> None:
+        """One postprocessor in two query engines: each query has the instructions of its own engine's prompt, now."""
+        engine = vectors.parts.get()[0]
+        post = vectors.as_postprocessor(instructions="auto", top_n=None)
+        index = index_of(vectors, documents())
+
+        def template(task: str) -> PromptTemplate:
+            return PromptTemplate(f"{task}\n\nContext:\n{{context_str}}\n\nQuestion: {{query_str}}\nAnswer:")
+
+        apps = {task: engine_of(index, post, text_qa_template=template(task)) for task in ("Find laws.", "Find jokes.")}
+
+        def check(app: Any, task: str) -> None:
+            response = asyncio.run(app.aquery(QUERY)) if is_async else app.query(QUERY)
+            nodes = response.source_nodes
+            same(got(nodes), expected(engine, nodes, Instructions(task=task)))
+
+        for task, app in apps.items():
+            check(app, task)
+        apps["Find laws."].update_prompts({"response_synthesizer:text_qa_template": template("Find poems.")})
+        check(apps["Find laws."], "Find poems.")
+        assert post.preview(QUERY) == engine.preview(QUERY)  # nobody around: the defaults
+
+    def test_auto_follows_a_chat_engine(self, vectors: KaLMChromaVectorStore) -> None:
+        engine = vectors.parts.get()[0]
+        post = vectors.as_postprocessor(instructions="auto", top_n=None)
+        chat = index_of(vectors, documents()).as_chat_engine(
+            chat_mode="context",
+            llm=MockLLM(max_tokens=4),
+            system_prompt="Only trust geographers.",
+            node_postprocessors=[post],
+            similarity_top_k=10,
+        )
+        nodes = chat.chat(QUERY).source_nodes
+        wanted = Instructions.from_prompt(chat)
+        assert wanted.system is not None
+        assert "Only trust geographers." in wanted.system
+        same(got(nodes), expected(engine, nodes, wanted))
+
+    def test_follow_reads_the_prompt_at_each_query(self, vectors: KaLMChromaVectorStore) -> None:
+        engine = vectors.parts.get()[0]
+        post = vectors.as_postprocessor(top_n=None)
+        app = engine_of(index_of(vectors, documents()), post)
+        assert post.follow(app) is post
+        for task in ("Find laws.", "Find jokes."):
+            prompt = PromptTemplate(f"{task}\n{{context_str}}\n{{query_str}}")
+            app.update_prompts({"response_synthesizer:text_qa_template": prompt})
+            assert post.preview(QUERY) == engine.preview(QUERY, Instructions(task=task))
+        with pytest.raises(InputError, match="prompt is int"):
+            post.follow(3)
+
+    def test_override_holds_for_one_thread_or_task_only(self, tiny: Reranker) -> None:
+        post = KaLMNodePostprocessor(reranker=tiny, top_n=None)
+        nodes = scored()
+        plain, law = expected(tiny, nodes), expected(tiny, nodes, LAW)
+        with post.use("Find statutes only."):
+            same(got(post.postprocess_nodes(nodes, query_str=QUERY)), law)
+            same(got(asyncio.run(post.apostprocess_nodes(nodes, query_str=QUERY))), law)
+            with ThreadPoolExecutor(1) as pool:
+                same(got(pool.submit(post.postprocess_nodes, nodes, None, QUERY).result()), plain)
+            other = KaLMNodePostprocessor(reranker=tiny, top_n=None)
+            same(got(other.postprocess_nodes(nodes, query_str=QUERY)), plain)
+            with post.use(None):
+                same(got(post.postprocess_nodes(nodes, query_str=QUERY)), plain)
+        same(got(post.postprocess_nodes(nodes, query_str=QUERY)), plain)
+
+        async def ask(task: str) -> dict[str, Any]:
+            with post.use(task):
+                await asyncio.sleep(0)
+                return got(await post.apostprocess_nodes(nodes, query_str=QUERY))
+
+        async def both() -> list[dict[str, Any]]:
+            return await asyncio.gather(ask("Find statutes only."), ask("Find jokes."), ask("Find statutes only."))
+
+        first, joke, again = asyncio.run(both())
+        same(first, law)
+        same(joke, expected(tiny, nodes, Instructions(task="Find jokes.")))
+        same(again, law)
+
+
+def test_auto_without_a_prompt_takes_the_defaults(vectors: KaLMChromaVectorStore) -> None:
+    """A retriever tool, or an engine that only retrieves, has nothing to follow."""
+    vectors.add(make_nodes())
+    index = VectorStoreIndex.from_vector_store(vectors, embed_model=EMBEDDING)
+    follower = vectors.as_postprocessor(top_n=2, instructions="auto")
+    plain = vectors.as_postprocessor(top_n=2).postprocess_nodes(index.as_retriever().retrieve(QUERY), query_str=QUERY)
+    engine = RetrieverQueryEngine(index.as_retriever(), NoText(llm=MockLLM()), node_postprocessors=[follower])
+    answer = engine.query(QUERY)
+    assert [n.score for n in answer.source_nodes] == [n.score for n in plain]
+    tool = RetrieverTool.from_defaults(index.as_retriever(), node_postprocessors=[follower])
+    assert len(tool.call(QUERY).raw_output) == 2  # the tool words the query in its own way
+
+
+def test_instructions_may_be_assigned_as_a_task(vectors: KaLMChromaVectorStore) -> None:
+    assigned = vectors.as_postprocessor()
+    assigned.instructions = "Find rivers."  # type: ignore[assignment]
+    given = vectors.as_postprocessor(instructions="Find rivers.")
+    assert assigned.postprocess_nodes(scored(), query_str=QUERY) == given.postprocess_nodes(scored(), query_str=QUERY)
