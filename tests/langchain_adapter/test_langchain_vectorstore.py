@@ -1,0 +1,257 @@
+"""The Chroma vector store: writing, records of others, upkeep, persistence."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib
+import pickle
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain_chroma", reason="langchain-chroma is not installed (extra 'langchain')")
+
+from langchain_chroma import Chroma
+from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.indexing import InMemoryRecordManager, index
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_documents import QUERY, TEXTS, VECTORS, documents
+
+from kalm_rag.engine.reranker import Reranker
+from kalm_rag.errors import InputError, MissingDependencyError
+from kalm_rag.index.lazy_engine import release_engines
+from kalm_rag.langchain import KaLMChroma, KaLMEmbeddings, KaLMRetriever
+from kalm_rag.store import FILE_NAME
+
+
+def test_writing_keeps_states_in_step(chroma: KaLMChroma) -> None:
+    given = documents()
+    before = copy.deepcopy(given)
+    assert chroma.add_documents(given) == [d.id for d in given]
+    assert given == before
+    assert chroma.verify().clean
+    assert chroma.store.stats().states == 5
+    chroma.add_texts(["Steel rusts.", "New."], ids=["id-0", "z"], metadatas=[{"only": 1}])
+    assert chroma.get_by_ids(["z", "nope", "id-0", "z"]) == [
+        Document("New.", id="z"),
+        Document(
+            "Steel rusts.", id="id-0", metadata={"only": 1}
+        ),  # Chroma's own upsert would merge the old metadata in
+    ]
+    chroma.update_documents(["id-1"], [Document("Changed.", metadata={"new": True})])
+    assert chroma.get_by_ids(["id-1"])[0].metadata == {"new": True}
+    assert chroma.verify().clean
+    chroma.delete(["id-2", "unknown"])
+    chroma.delete(where={"place": 3})
+    chroma.delete([])
+    assert len(chroma.get()["ids"]) == 4
+    assert chroma.verify().clean
+    assert chroma.gc().states == 3, "cats, rain and honey are used by no record any more"
+    assert chroma.store.stats().states == 4
+
+
+def test_writing_from_generators_and_without_ids(chroma: KaLMChroma) -> None:
+    ids = chroma.add_texts(f"Text {i}." for i in range(5))
+    assert len(set(ids)) == 5
+    assert [d.page_content for d in chroma.get_by_ids(ids)] == [f"Text {i}." for i in range(5)]
+    more = chroma.add_documents(d for d in [Document("a", id="mine"), Document("b")])
+    assert more[0] == "mine"
+    assert asyncio.run(chroma.aadd_documents(iter([Document("c", id="yours")]))) == ["yours"]
+    assert chroma.add_texts([]) == []
+    assert chroma.get_by_ids([]) == []
+    assert chroma.verify().clean
+
+
+def test_bad_writes(chroma: KaLMChroma) -> None:
+    chroma.add_documents(documents())
+    with pytest.raises(InputError, match=r"1 of 2 ids are unknown \(first: 'nope'\)"):
+        chroma.update_documents(["id-0", "nope"], [Document("x"), Document("y")])
+    assert chroma.get_by_ids(["id-0"])[0].page_content == TEXTS[0]
+    with pytest.raises(InputError, match="id 'a' occurs twice"):
+        chroma.add_texts(["x", "y"], ids=["a", "a"])
+    with pytest.raises(InputError, match="got 1 ids, 2 texts"):
+        chroma.add_texts(["x", "y"], ids=["a"])
+    with pytest.raises(InputError, match="passages is one string"):
+        chroma.add_texts("text")
+    with pytest.raises(InputError, match="filter_complex_metadata"):
+        chroma.add_texts(["x"], metadatas=[{"nested": {"a": 1}}])
+    with pytest.raises(InputError, match="neither ids nor a filter"):
+        chroma.delete()
+    with pytest.raises(InputError, match="unknown arguments: force"):
+        chroma.delete(["id-0"], force=True)
+    with pytest.raises(InputError, match="unknown arguments: metadata"):
+        chroma.add_texts(["x"], metadata=[{}])
+
+
+def test_thousands_in_one_call(chroma: KaLMChroma) -> None:
+    """Chroma takes 5,461 records a call; langchain-chroma's ``add_texts`` hands over all of them."""
+    count = 6000
+    ids = chroma.add_documents([Document(f"n{i % 4000}", id=str(i)) for i in range(count)])
+    assert len(ids) == count
+    assert chroma._collection.count() == count
+    assert chroma.store.stats().states == 4000, "the same text under two ids is encoded and stored once"
+    assert len(chroma.get_by_ids(ids)) == count
+
+
+def test_records_of_others(chroma: KaLMChroma, tiny: Reranker) -> None:
+    """Records that plain Chroma wrote: without states, without metadata, without text, edited behind our back."""
+    plain = Chroma(chroma._collection_name, VECTORS, client=chroma._client)
+    plain.add_texts(TEXTS, ids=list("abcde"))
+    chroma._collection.add(ids=["bare"], embeddings=[[0.0] * 6])
+    assert chroma.verify().missing == list("abcde")
+    assert [d.id for d in chroma.get_by_ids(["e", "bare", "a"])] == ["e", "a"]
+    found = KaLMRetriever(vectorstore=chroma, k=5).invoke(QUERY)
+    assert [d.page_content for d in found] == [TEXTS[r.index] for r in tiny.rank(QUERY, TEXTS)]
+    chroma.gc()
+    assert not chroma.verify().missing, "states encoded at query time are kept with their records"
+    chroma.backfill()
+    assert chroma.verify().clean
+    plain.update_document("a", Document("Edited.", metadata={"by": "another"}))
+    assert chroma.verify().stale == ["a"]
+    fresh = next(d for d in KaLMRetriever(vectorstore=chroma, k=5).invoke(QUERY) if d.id == "a")
+    assert fresh.metadata["relevance_score"] == pytest.approx(tiny.rank(QUERY, ["Edited."])[0].probability, abs=1e-6)
+
+
+@pytest.mark.parametrize("cleanup", ["incremental", "full"])
+def test_indexing_api(chroma: KaLMChroma, cleanup: Any) -> None:
+    manager = InMemoryRecordManager("test")
+    manager.create_schema()
+
+    def run(docs: list[Document]) -> Any:
+        return index(docs, manager, chroma, cleanup=cleanup, source_id_key="source", key_encoder="sha256")
+
+    def from_source(*texts: str) -> list[Document]:
+        return [Document(t, metadata={"source": "s"}) for t in texts]
+
+    assert run(from_source("one", "two", "three"))["num_added"] == 3
+    assert run(from_source("one", "two", "three"))["num_skipped"] == 3
+    changed = run(from_source("one", "four"))
+    assert (changed["num_added"], changed["num_deleted"]) == (1, 2)
+    assert chroma.verify().clean
+    assert chroma.gc().states == 2
+    assert chroma.store.stats().states == chroma.store.stats().references == 2
+
+
+def test_searching_is_chromas_own(chroma: KaLMChroma) -> None:
+    chroma.add_documents(documents())
+    plain = Chroma(chroma._collection_name, VECTORS, client=chroma._client)
+    assert chroma.similarity_search(QUERY, k=3) == plain.similarity_search(QUERY, k=3)
+    assert chroma.as_retriever().invoke(QUERY) == plain.as_retriever().invoke(QUERY)
+    reranked = chroma.rerank(QUERY, k=2, filter={"place": {"$gt": 1}}, instructions="Find food.", keep_margin=True)
+    assert all(d.metadata["place"] > 1 and "relevance_margin" in d.metadata for d in reranked)
+    assert len(chroma.rerank(QUERY, k=2, where_document={"$contains": "honey"})) == 1
+
+
+def test_collections_come_and_go(chroma: KaLMChroma) -> None:
+    chroma.add_documents(documents())
+    chroma.reset_collection()
+    assert chroma.store.stats().references == 0
+    chroma.add_texts(["again"])
+    assert chroma.verify().clean
+    assert chroma.gc().states == 5
+
+
+def test_constructors_and_persistence(tiny: Reranker, tiny_folder: Path, tmp_path: Path) -> None:
+    made = KaLMChroma.from_documents(
+        documents(),
+        VECTORS,
+        collection_name="kept",
+        persist_directory=str(tmp_path),
+        model=str(tiny_folder),
+        device="cpu",
+        codec="int8",
+        ratio=2,
+    )
+    assert (tmp_path / FILE_NAME).exists()
+    wanted = made.rerank(QUERY)
+    made.close()
+    again = KaLMChroma("kept", VECTORS, str(tmp_path))  # model, ratio and codec are those it was made with
+    assert again.rerank(QUERY) == wanted
+    assert (again.store.layout.ratio, again.store.layout.codec.value) == (2, "int8")
+    retriever = KaLMRetriever(vectorstore=again, k=2, instructions="Find food.")
+    copied = pickle.loads(pickle.dumps(retriever))
+    assert copied.invoke(QUERY) == retriever.invoke(QUERY)
+    assert len(pickle.dumps(retriever)) < 10_000
+    assert (
+        len(
+            KaLMChroma.from_texts(
+                iter(["a", "b"]), VECTORS, reranker=tiny, collection_name="ab" + uuid.uuid4().hex
+            ).get()["ids"]
+        )
+        == 2
+    )
+    for store in (again, copied.vectorstore):
+        store.close()
+
+
+def test_bad_stores(chroma: KaLMChroma, tiny: Reranker) -> None:
+    with pytest.raises(InputError, match="only a KaLMChroma made with persist_directory"):
+        pickle.dumps(chroma)
+    with pytest.raises(InputError, match="reranker and model settings were both given"):
+        KaLMChroma(reranker=tiny, model="nano")
+    with pytest.raises(InputError, match="missing is 'guess'"):
+        KaLMChroma(missing="guess")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'modle'"):
+        KaLMChroma(modle="nano")  # type: ignore[call-arg]
+
+
+def test_bundled_vectors(pico: Reranker) -> None:
+    """Without an embedding function one encoder pass gives vector and states; foreign vectors are refused."""
+    store = KaLMChroma(f"bundled-{uuid.uuid4()}", reranker=pico)
+    store.add_texts(TEXTS)
+    assert [d.page_content for d in store.similarity_search(QUERY, k=1)] == ["Bees make honey."]
+    assert [d.page_content for d in store.rerank(QUERY, k=1)] == ["Bees make honey."]
+    vector = store._collection.get(limit=1, include=["embeddings", "documents"])
+    same = KaLMEmbeddings(reranker=pico).embed_documents(vector["documents"])[0]
+    assert same == pytest.approx(list(vector["embeddings"][0]), abs=1e-3)
+    assert store.similarity_search_with_relevance_scores(QUERY, k=1)[0][1] > 0.5
+    foreign = Chroma(f"foreign-{uuid.uuid4()}", VECTORS, client=store._client)
+    foreign.add_texts(["x"])
+    with pytest.raises(InputError, match="holds vectors of width 6 made by another embedder"):
+        KaLMChroma(foreign._collection_name, client=store._client, reranker=pico)
+
+
+def test_missing_framework_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [m for m in sys.modules if m.startswith("kalm_rag.langchain")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "langchain_chroma", None)
+    package = importlib.import_module("kalm_rag.langchain")
+    with pytest.raises(MissingDependencyError, match=r"needs langchain-chroma.* pip install 'kalm-rag\[langchain\]'"):
+        _ = package.KaLMChroma
+    assert package.KaLMRetriever(vectorstore=InMemoryVectorStore(VECTORS)).k == 4, "the others need langchain-core only"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = package.nothing
+
+
+class Constant(DeterministicFakeEmbedding):
+    """One vector for everything: another embedding model, as far as a collection can tell."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [[1.0, *[0.0] * (self.size - 1)] for _ in texts]
+
+
+def test_added_again_under_other_embeddings_vectors_are_theirs(chroma: KaLMChroma, tiny: Reranker) -> None:
+    """As in Chroma itself; LangChain's ``index(force_update=True)`` counts on it."""
+    given = [Document(TEXTS[0], id="x")]
+    place = {"client": chroma._client, "reranker": tiny, "store": chroma.store}
+    other = KaLMChroma(chroma._collection_name, Constant(size=6), **place)  # type: ignore[arg-type]
+    for add in (other.add_documents, lambda documents: other.update_documents(["x"], documents)):
+        chroma.add_documents(given)
+        add(given)
+        assert list(other.get(include=["embeddings"])["embeddings"][0]) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_engines_are_loaded_again_after_a_release(tiny_folder: Path, tmp_path: Path) -> None:
+    store = KaLMChroma("docs", VECTORS, persist_directory=str(tmp_path), model=str(tiny_folder))
+    store.add_documents(documents())
+    first = store.rerank(QUERY, k=2)
+    release_engines()
+    assert store.rerank(QUERY, k=2) == first
+    assert store.verify().clean
+    store.close()
+    release_engines()
