@@ -5,6 +5,9 @@ A message says what was found, what was wanted and what to do next.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class KalmRagError(Exception):
     """Base of every error this package raises on purpose."""
@@ -47,3 +50,36 @@ class ClosedError(KalmRagError, RuntimeError):
 
 class MissingDependencyError(KalmRagError, ImportError):
     """An optional package that is not installed. The message names module, extra and pip line."""
+
+
+def missing_extra(package: str, extra: str, purpose: str, hint: str = "") -> MissingDependencyError:
+    """Word the error about a package that is not installed.
+
+    Args:
+        package: What is missing, e.g. ``"langchain-chroma"`` or ``"the module scipy"``.
+        extra: The extra of ours that brings it.
+        purpose: What needs it, e.g. ``"drawing the curve"``.
+        hint: What helps instead, e.g. ``"or pass a folder"``.
+
+    Example:
+        >>> str(missing_extra("the module scipy", "eval", "testing for significance"))
+        "testing for significance needs the module scipy, which is not installed. Run: pip install 'kalm-rag[eval]'."
+    """
+    more = f", {hint}" if hint else ""
+    return MissingDependencyError(
+        f"{purpose} needs {package}, which is not installed. Run: pip install 'kalm-rag[{extra}]'{more}."
+    )
+
+
+def require(module: str, extra: str, purpose: str, hint: str = "") -> Any:  # noqa: ANN401 - a module
+    """Import a module that an extra brings; see `missing_extra` for the other arguments.
+
+    Raises:
+        MissingDependencyError: If it is not installed, or needs one that is not. A module that is installed and fails
+            in another way says so itself.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as err:
+        top = (err.name or module).split(".")[0]
+        raise missing_extra(f"the module {top}", extra, purpose, hint) from err

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kalm_rag.checks import check_cut, check_passages, check_query, check_text
+from kalm_rag.checks import check_count, check_cut, check_passages, check_query, check_text
 from kalm_rag.engine.decoder_pass import DecodeLog, DecodeStats, cut_batches, decode_all
 from kalm_rag.engine.encoder_pass import encode_texts
 from kalm_rag.engine.explanation import Explanation, attended_spans
@@ -72,9 +72,7 @@ class Reranker:
         helpers: Sequence[Backbone] = (),
     ) -> None:
         self.ratio = check_ratio(ratio)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size is {batch_size!r}; wanted a whole number >= 1.")
-        self.batch_size = batch_size
+        self.batch_size = check_count(batch_size, "batch_size")
         for helper in helpers:
             if helper.info.fingerprint != backbone.info.fingerprint:
                 raise InputError(f"helper is {helper.info}; wanted the same model as {backbone.info}.")

