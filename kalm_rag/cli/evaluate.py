@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
-from kalm_rag.cli.terminal import AsJson, System, Task, err, errors, out, print_json, stages
+from kalm_rag.cli.terminal import (
+    MEASURING,
+    AsJson,
+    System,
+    Task,
+    err,
+    errors,
+    out,
+    print_json,
+    print_text,
+    shown,
+    stages,
+    working,
+)
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
 
@@ -27,7 +39,7 @@ app = typer.Typer()
 
 Data = Annotated[
     list[str],
-    typer.Option(help="BEIR folder: FOLDER, FOLDER:SPLIT or FOLDER:SPLIT:pooled. Give it once a set."),
+    typer.Option(help="BEIR folder: FOLDER, FOLDER:SPLIT or FOLDER:SPLIT:pooled. Give it once per set."),
 ]
 Split = Annotated[str, typer.Option(help="Judgements of sets that name no split.")]
 Pooled = Annotated[bool, typer.Option(help="Rank only the passages that a query's judgements name, in every set.")]
@@ -37,16 +49,16 @@ Models = Annotated[
         "--model",
         help="pico, nano, small, large, a repository id, a checkpoint folder, or a folder of pico's weights. "
         "Give it again to compare others with the first.",
-        show_default=False,
+        show_default="pico",
     ),
 ]
 Ratios = Annotated[str, typer.Option(help="Pooling ratios, each a multiple of the first.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Candidates retrieved (a pooled set has its own).")]
-MaxQueries = Annotated[int | None, typer.Option(help="Only the first so many queries of a set.", show_default=False)]
-Cache = Annotated[Path | None, typer.Option(help="Folder that keeps states for another run.", show_default=False)]
+MaxQueries = Annotated[int | None, typer.Option(help="Only the first so many queries of a set.", show_default="all")]
+Cache = Annotated[Path | None, typer.Option(help="Folder that keeps states for another run.", show_default="none")]
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=MEASURING)
 def evaluate(
     data: Data,
     split: Split = "test",
@@ -74,7 +86,7 @@ def evaluate(
 
             reports = []
             for one, own in zip(sets, tasks, strict=True):
-                err.print(f"[bold]{escape(one.name)}[/bold]")
+                err.print(f"[bold]{shown(one.name)}[/bold]")
                 report = measure(
                     one.folder,
                     one.split,
@@ -98,13 +110,11 @@ def evaluate(
             _print_summary(summary)
 
 
-@app.command("eval-instructions")
+@app.command("eval-instructions", rich_help_panel=MEASURING)
 def evaluate_instructions(
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            help="BEIR folder as in eval; none measures on the bundled contrast set alone.", show_default=False
-        ),
+        typer.Option(help="BEIR folder as in eval.", show_default="the bundled contrast set alone"),
     ] = None,
     split: Split = "test",
     pooled: Pooled = False,
@@ -132,7 +142,7 @@ def evaluate_instructions(
             _print_instructions(report)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURING)
 def curve(
     data: Data,
     split: Split = "test",
@@ -170,8 +180,8 @@ def curve(
         if as_json:
             print_json(found.to_dict())
             return
-        out.file.write(curve_table(found))
-        out.print(f"\ntable in {table}, plot in {plot}")
+        print_text(curve_table(found))
+        out.print(f"table in {shown(str(table))}, plot in {shown(str(plot))}", soft_wrap=True)
 
 
 @contextmanager
@@ -180,7 +190,7 @@ def _loaded(names: Sequence[str] | None) -> Iterator[tuple[EmbeddingBackbone, li
     from kalm_rag.engine.reranker import Reranker
 
     with ExitStack() as stack:
-        with err.status("loading models ..."):
+        with working("loading models ..."):
             pico = stack.enter_context(Reranker.from_pretrained("pico"))
             engines = [stack.enter_context(Reranker.from_pretrained(name)) for name in names or ["pico"]]
         yield cast("EmbeddingBackbone", pico.backbone), [one.backbone for one in engines]
@@ -217,10 +227,10 @@ def _numbers(text: str, what: str) -> list[int]:
 
 def _print_report(report: EvalReport) -> None:
     out.print(
-        f"[bold]{escape(report.name)}[/bold]: {report.queries} queries, {report.passages} passages, "
+        f"[bold]{shown(report.name)}[/bold]: {report.queries} queries, {report.passages} passages, "
         f"{'at most' if report.pooled else 'top'} {report.top_k} candidates "
         f"{'judged' if report.pooled else 'by all-MiniLM-L6-v2'}, recall among them {report.rows[0].recall_k:.4f}"
-        + (f"; task: {escape(report.task[:60])} ..." if report.task else "")
+        + (f"; task: {shown(report.task[:60])} ..." if report.task else "")
     )
     table = _table("ranking", "r", "nDCG@10", "MRR@10", "R@10", "ECE", "ECE 1:1", "Brier", "kept", "dropped", "ms")
     for row in report.rows:
@@ -241,7 +251,7 @@ def _print_summary(rows: Sequence[Summary]) -> None:
     for row in rows:
         errors = [_figure(row.ece), _figure(row.balanced_ece)]
         worst = "" if row.worst_gain is None else f"{row.worst_gain:+.4f}"
-        table.add_row(_label(row), _ratio(row), f"{row.ndcg_10:.4f}", *errors, worst, escape(row.worst_set or ""))
+        table.add_row(_label(row), _ratio(row), f"{row.ndcg_10:.4f}", *errors, worst, shown(row.worst_set or ""))
     out.print(table)
     _print_changes(rows)
 
@@ -267,22 +277,22 @@ def _print_instructions(report: InstructionReport) -> None:
     table = _table("instruction", "accuracy (95%)", "both ways", "weakest contrast")
     for one in report.contrast:
         weak = min(kinds, key=lambda kind: one.kinds[kind])
-        shown = f"{one.accuracy:.3f} ({one.low:.3f} {one.high:.3f})"
-        table.add_row(one.where, shown, f"{one.both:.3f}", f"{one.kinds[weak]:.2f} {weak}")
+        accuracy = f"{one.accuracy:.3f} ({one.low:.3f} {one.high:.3f})"
+        table.add_row(one.where, accuracy, f"{one.both:.3f}", f"{one.kinds[weak]:.2f} {weak}")
     out.print(table)
     if report.drift:
         out.print("generic instructions must change nothing: change of nDCG@10")
         table = _table("set", "queries", "nDCG@10", "mean |change|", "worst", "own task (95%), p")
         for drift in report.drift:
             figures = [f"{drift.ndcg_10:.4f}", f"{drift.mean:.4f}", f"{drift.worst:+.4f}"]
-            table.add_row(escape(drift.name), str(drift.queries), *figures, _change(drift.own_task))
+            table.add_row(shown(drift.name), str(drift.queries), *figures, _change(drift.own_task))
         out.print(table)
     if report.following:
         out.print("one query under many users' instructions, over the query's candidates")
         table = _table("set", "asked", "pairs", "nDCG@10", "MRR@10", "robustness@10", "over query (95%), p")
         for row in report.following:
             figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.robustness_10)]
-            table.add_row(escape(row.name), row.asked, str(row.instructions), *figures, _change(row.over_query))
+            table.add_row(shown(row.name), row.asked, str(row.instructions), *figures, _change(row.over_query))
         out.print(table)
 
 
@@ -295,7 +305,7 @@ def _label(row: EvalRow | Summary) -> str:
 
 
 def _name(model: str) -> str:
-    return escape(Path(model).name)
+    return shown(Path(model).name)
 
 
 def _ratio(row: EvalRow | Summary) -> str:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from kalm_rag.cli.terminal import errors, out
+from kalm_rag.cli.terminal import TRAINING, errors, out, shown
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
 
@@ -28,7 +27,7 @@ def _option(text: str) -> Any:  # noqa: ANN401 - typer's own type is private
     return typer.Option(help=text, show_default=False, rich_help_panel="With a checkpoint as --base")
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def train(
     data: Annotated[list[Path], typer.Option(help="Folder of BEIR folders (pico: its card says which); may repeat.")],
     to: Annotated[Path, typer.Option("--out", help="Where the weights go.")],
@@ -39,9 +38,9 @@ def train(
     plot: Annotated[Path | None, typer.Option(help="Draw the losses here (svg, png, pdf).", show_default=False)] = None,
     split: Annotated[str | None, _option("Labelled queries to learn from (train).")] = None,
     dev_split: Annotated[str | None, _option("Labelled queries to measure on (a held-out tenth of the split).")] = None,
-    steps: Annotated[int | None, _option("Batches a stage (1000).")] = None,
-    lists: Annotated[int | None, _option("Queries a batch (8).")] = None,
-    candidates: Annotated[int | None, _option("Passages a query (8).")] = None,
+    steps: Annotated[int | None, _option("Batches per stage (1000).")] = None,
+    lists: Annotated[int | None, _option("Queries per batch (8).")] = None,
+    candidates: Annotated[int | None, _option("Passages per query (8).")] = None,
     learning_rate: Annotated[float | None, _option("Peak (1e-5; 1e-4 with --lora).")] = None,
     teacher: Annotated[str | None, _option("Soft labels of stage distil: fusion, self, or a model (fusion).")] = None,
     lora: Annotated[int | None, _option("Rank of low-rank updates; 0 learns all weights (0).")] = None,
@@ -78,7 +77,7 @@ def train(
             from kalm_rag.training.plot import draw_losses
 
             draw_losses(losses, plot)
-            out.print(f"losses drawn in {plot}")
+            out.print(f"losses drawn in {shown(str(plot))}", soft_wrap=True)
 
 
 def _train_pico(
@@ -94,13 +93,16 @@ def _train_pico(
         figures = [f"{value:.4f}" for value in (score.retrieval, score.fusion, score.reranked)]
         table.add_row(score.name, str(score.ratio), *figures)
     out.print(table)
-    out.print(f"{report.steps} steps in {report.seconds['total']:.0f} s; weights in {report.folder}")
+    out.print(
+        f"{report.steps} steps in {report.seconds['total']:.0f} s; weights in {shown(str(report.folder))}",
+        soft_wrap=True,
+    )
     return report.losses
 
 
-@app.command("collect-text")
+@app.command("collect-text", rich_help_panel=TRAINING)
 def collect_text(
-    packages: Annotated[Path, typer.Argument(help="Folder with a folder a package: dpkg -x NAME.deb FOLDER/NAME.")],
+    packages: Annotated[Path, typer.Argument(help="Folder with one folder per package: dpkg -x NAME.deb FOLDER/NAME.")],
     to: Annotated[Path, typer.Option("--out", help="Where the BEIR folders go.")],
     descriptions: Annotated[
         Path | None, typer.Option(help="Debian's Translation-en, unpacked to text.", show_default=False)
@@ -112,7 +114,7 @@ def collect_text(
         from kalm_rag.training.documentation import collect_text as collect
 
         for folder in collect(packages, to, descriptions=descriptions, seed=seed):
-            out.print(f"wrote {folder}")
+            out.print(f"wrote {shown(str(folder))}", soft_wrap=True)
 
 
 def _adapt(
@@ -133,10 +135,13 @@ def _adapt(
     for report in reports:
         for row in report.dev:
             figures = [f"{value:.4f}" for value in (row.retrieval, row.before, row.after)]
-            table.add_row(report.stage, escape(row.name), str(row.ratio), str(row.queries), *figures)
+            table.add_row(report.stage, shown(row.name), str(row.ratio), str(row.queries), *figures)
     out.print(table)
     if fell := sum(len(report.fell) for report in reports):
         out.print(f"[yellow]{fell} of these figures fell[/yellow]: look at them before you use the checkpoint")
     for report in reports:
-        out.print(f"{report.stage}: {report.steps} steps, {sum(report.seconds.values()):.0f} s; {report.folder}")
+        out.print(
+            f"{report.stage}: {report.steps} steps, {sum(report.seconds.values()):.0f} s; {shown(str(report.folder))}",
+            soft_wrap=True,
+        )
     return {report.stage: report.losses for report in reports}

