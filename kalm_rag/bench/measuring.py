@@ -67,10 +67,6 @@ class Spread:
         """Median CPU seconds of a run."""
         return float(np.median(self.cpu)) if self.cpu else None
 
-    def cost(self, clock: str) -> float:
-        """Median seconds by a clock, ``"wall"`` or ``"cpu"``."""
-        return self.cpu50 if clock == "cpu" and self.cpu50 is not None else self.p50
-
 
 def measure(
     run: Callable[[], object],

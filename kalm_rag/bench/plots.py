@@ -1,7 +1,4 @@
-"""Pictures of a benchmark: latency against candidates, bytes against ratio, and the laws of growth.
-
-Drawn with matplotlib (extra ``bench``), without a display.
-"""
+"""Pictures of a benchmark: latency against candidates, and bytes against ratio. matplotlib is in the extra ``plot``."""
 
 from __future__ import annotations
 
@@ -10,9 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kalm_rag.bench.laws import Law
+from kalm_rag.bench.report import CANDIDATES, Row
 from kalm_rag.errors import InputError, MissingDependencyError
 from kalm_rag.states import Codec, Layout
 
@@ -33,12 +28,12 @@ def check_plots(folder: Path) -> None:
     _figures()
 
 
-def draw(folder: Path, laws: Sequence[Law]) -> list[Path]:
+def draw(folder: Path, rows: Sequence[Row]) -> list[Path]:
     """Draw all pictures there is data for.
 
     Args:
         folder: Where they go; made if absent.
-        laws: Series by number of candidates make the latency picture; all of them that of growth.
+        rows: Those by number of candidates make the latency picture.
 
     Returns:
         The files written.
@@ -48,19 +43,18 @@ def draw(folder: Path, laws: Sequence[Law]) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     out = [_draw_bytes(folder / "bytes_by_ratio.png")]
-    by_candidates = [law for law in laws if law.variable == "candidates"]
+    by_candidates = [row for row in rows if row.stage == CANDIDATES]
     if by_candidates:
         out.append(_draw_latency(folder / "latency_by_candidates.png", by_candidates))
-    if len(laws) > len(by_candidates):
-        out.append(_draw_growth(folder / "growth.png", laws))
     return out
 
 
-def _draw_latency(path: Path, laws: Sequence[Law]) -> Path:
+def _draw_latency(path: Path, rows: Sequence[Row]) -> Path:
     figure = _figures()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for law in laws:
-        _series(axes, law, f"{law.what} ({law.note})")
+    for group in dict.fromkeys(row.group for row in rows):
+        points = [(row.passages, 1000 * row.p50) for row in rows if row.group == group and row.p50 is not None]
+        axes.plot(*zip(*points, strict=True), "o-", label=group)
     _finish(axes, "Latency of a query over stored states", "candidates", "ms")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
@@ -90,28 +84,6 @@ def _draw_bytes(path: Path) -> Path:
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return path
-
-
-def _draw_growth(path: Path, laws: Sequence[Law]) -> Path:
-    columns = 2
-    lines = -(-len(laws) // columns)
-    figure = _figures()(figsize=(11, 3.4 * lines), layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes, law in zip(grid, laws, strict=False):
-        _series(axes, law, f"{law.formula}, exponent {law.exponent:.2f}")
-        _finish(axes, f"{law.what}\n{law.note}", law.variable, "ms")
-        axes.legend(fontsize="small")
-    for axes in grid[len(laws) :]:
-        axes.set_visible(False)
-    figure.savefig(path, dpi=150)
-    return path
-
-
-def _series(axes: Any, law: Law, label: str) -> None:  # noqa: ANN401 - matplotlib is imported on use
-    n, seconds = zip(*law.points, strict=True)
-    (points,) = axes.plot(n, [1000 * one for one in seconds], "o", label=label)
-    line = np.geomspace(n[0], n[-1], 60)
-    axes.plot(line, [1000 * law.predict(one) for one in line], "-", color=points.get_color(), linewidth=1)
 
 
 def _finish(axes: Any, title: str, across: str, up: str) -> None:  # noqa: ANN401

@@ -1,18 +1,20 @@
-"""One query over stored states, the way the index and the adapters ask it, and its rows by stage."""
+"""One query over stored states, the way the index and the adapters ask it; its rows by stage and by candidates."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from kalm_rag.bench.measuring import measure_stages
-from kalm_rag.bench.report import Row, row_of
+from kalm_rag.bench.measuring import measure, measure_stages, random_text, stretch_states
+from kalm_rag.bench.report import CANDIDATES, Row, row_of
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.index.candidates import Ranking, rank_texts
 from kalm_rag.index.results import Timings
 from kalm_rag.instructions import Instructions
-from kalm_rag.store import StateStore
+from kalm_rag.states import PassageStates
+from kalm_rag.store import StateStore, open_store
 
 
 class Query:
@@ -74,3 +76,32 @@ def query_rows(key: str, group: str, what: str, query: Query, repeats: int, size
             baseline=baseline,
         ),
     ]
+
+
+def candidate_rows(
+    engine: Reranker,
+    few: Sequence[PassageStates],
+    prompt: tuple[str, Instructions],
+    counts: Sequence[int],
+    repeats: int,
+) -> list[Row]:
+    """Time fetching and scoring by number of candidates.
+
+    Args:
+        engine: The model.
+        few: States that stand for all candidates.
+        prompt: Query and instructions.
+        counts: Numbers of candidates.
+        repeats: Timed queries of each.
+    """
+    texts = [random_text(8, 10**8 + seed) for seed in range(max(counts))]
+    family = engine.info.family
+    group = f"{family}, {engine.info.dtype}: fetch and score, passages of {few[0].tokens} tokens, r={few[0].ratio}"
+    with tempfile.TemporaryDirectory() as home, open_store(home, engine.layout()) as store:
+        store.put_many(stretch_states(few, texts))
+        rows = []
+        for count in counts:
+            spread = measure(Query(engine, store, texts[:count], prompt), repeats, engine.backbone.device)
+            key, what = f"{family}.candidates.{count}", f"{count} candidates"
+            rows.append(row_of(key, group, what, CANDIDATES, spread, passages=count))
+    return rows

@@ -1,4 +1,4 @@
-"""What a benchmark gives: rows with stable keys, laws of growth; as plain values for JSON and as tables for people."""
+"""What a benchmark gives: rows with stable keys and checks; as plain values for JSON and as tables for people."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from kalm_rag.bench.laws import Law
 from kalm_rag.bench.measuring import Spread
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the JSON; a key that is there stays there under one version."""
+
+
+CANDIDATES = "candidates"
+"""Stage of the rows that a picture of latency by number of candidates is drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Row:
         key: Stable name, e.g. ``"nano.fp32.total"``.
         group: Title of the table it is in: which model, which shapes.
         what: What was timed, e.g. ``"stored states: score"``.
-        stage: ``encode``, ``fetch``, ``score``, ``end to end``, ``index``, ``serve`` or ``load``.
+        stage: ``encode``, ``fetch``, ``score``, ``end to end``, ``index``, ``serve``, ``load`` or ``candidates``.
         passages: Passages (or queries, when serving) of one run; 0 where nothing is counted.
         runs: Timed runs.
         p50: Median seconds of a run; None for rows about memory.
@@ -112,7 +115,6 @@ class Report:
         settings: What was asked for.
         rows: Timings.
         checks: Equality of scores.
-        laws: How cost grows.
         seconds: How long the run took.
     """
 
@@ -120,7 +122,6 @@ class Report:
     settings: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    laws: list[Law] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +133,6 @@ class Report:
             "seconds": self.seconds,
             "rows": [{**asdict(row), "per_second": row.per_second} for row in self.rows],
             "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
-            "laws": [law.to_dict() for law in self.laws],
         }
 
 
@@ -160,12 +160,10 @@ def _cost(row: Row, clock: str) -> float | None:
 
 
 def tables(report: Report) -> list[RenderableType]:
-    """The report for a terminal: machine and settings, a table for each group of rows, checks, laws."""
+    """The report for a terminal: machine and settings, a table for each group of rows, and checks."""
     out: list[RenderableType] = [_line(report.machine), _line(report.settings)]
     out += [_row_table(group, list(rows)) for group, rows in groupby(report.rows, key=lambda row: row.group)]
     out += [_check_line(check) for check in report.checks]
-    if report.laws:
-        out.append(_law_table(report.laws))
     out.append(f"{report.seconds:.0f} s in all")
     return out
 
@@ -201,16 +199,6 @@ def _row_table(group: str, rows: Sequence[Row]) -> Table:
         table.add_column(name, justify="right")
     for row, *cells in zip(rows, *shown.values(), strict=True):
         table.add_row(escape(row.what), *cells)
-    return table
-
-
-def _law_table(laws: Sequence[Law]) -> Table:
-    clock = "CPU ms" if laws[0].clock == "cpu" else "ms"
-    table = Table("what (n: what grows)", f"n: {clock}", f"law, {clock}", "exponent", "departs by", box=SIMPLE_HEAD)
-    for law in laws:
-        points = "\n".join(f"{n:,.0f}: {_number(seconds, 1000)}" for n, seconds in law.points)
-        what = escape(f"{law.what} (n: {law.variable}; {law.note})")
-        table.add_row(what, points, law.formula, f"{law.exponent:.2f}", law.departures, end_section=True)
     return table
 
 

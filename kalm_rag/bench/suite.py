@@ -6,21 +6,22 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from kalm_rag.bench.checkpoint import save_checkpoint
-from kalm_rag.bench.growth import GrowthCase, measure_growth, nano_candidates, pico_candidates
-from kalm_rag.bench.laws import Law
+from kalm_rag.bench.checkpoint import passage_of, prompt_of, save_checkpoint
 from kalm_rag.bench.loading import bench_loading
-from kalm_rag.bench.measuring import Tell, machine
+from kalm_rag.bench.measuring import QUERY, Tell, machine, random_text
 from kalm_rag.bench.nano import ALLOWED, NanoCase, bench_nano, open_nano
-from kalm_rag.bench.pico import bench_indexing, bench_pico
+from kalm_rag.bench.pico import WORDS, bench_indexing, bench_pico
+from kalm_rag.bench.query import candidate_rows
 from kalm_rag.bench.report import Check, Report, Row, compare
 from kalm_rag.bench.serving import bench_serving
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
+from kalm_rag.instructions import Instructions
 from kalm_rag.models.registry import parse_device
 
 PICO_CANDIDATES = 50
@@ -42,8 +43,7 @@ class Settings:
         clients: Threads that ask at the same time.
         nano: Whether the Nano shape is measured (3 GB of memory, most of the time).
         full: Time the published protocol over all candidates instead of one batch.
-        clock: What ratios and laws go by: ``wall``, or ``cpu`` for CPU seconds, where the machine has other work.
-        growth: Measure the laws of growth instead.
+        clock: What ratios go by: ``wall``, or ``cpu`` for CPU seconds, where the machine has other work.
         curves: Measure latency against candidates too (for a picture).
 
     Raises:
@@ -59,7 +59,6 @@ class Settings:
     nano: bool = True
     full: bool = False
     clock: str = "wall"
-    growth: bool = False
     curves: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +82,6 @@ def run(
     tell: Tell = lambda line: None,
     *,
     checkpoint: Path | None = None,
-    case: GrowthCase | None = None,
 ) -> Report:
     """Measure.
 
@@ -92,7 +90,6 @@ def run(
         tell: Gets a line about what is done now.
         checkpoint: What `save_checkpoint` wrote, measured in the Nano shape's place; None makes one of that shape in a
             temporary folder (1.6 GB).
-        case: Values tried for growth; None takes the defaults.
 
     Raises:
         InputError: If the device can't be used here.
@@ -101,22 +98,15 @@ def run(
     device = parse_device(settings.device)
     started = time.perf_counter()
     told = machine(device)
-    rows: list[Row] = []
-    checks: list[Check] = []
     with _checkpoint(settings, checkpoint, tell) as folder:
-        if settings.growth:
-            grow = case if case is not None else GrowthCase(clock=settings.clock)
-            laws = measure_growth(folder, settings.dtypes[-1], device, grow, tell)
-        else:
-            rows, checks = _time_nano(settings, folder, device, tell)
-            rows += _time_pico(settings, device, tell)
-            laws = _curves(settings, folder, device, tell)
+        rows, checks = _time_nano(settings, folder, device, tell)
+        rows += _time_pico(settings, device, tell)
+        rows += _by_candidates(settings, folder, device, tell) if settings.curves else []
     return Report(
         machine=told,
         settings=asdict(settings),
         rows=compare(rows, settings.clock),
         checks=checks,
-        laws=laws,
         seconds=time.perf_counter() - started,
     )
 
@@ -160,13 +150,13 @@ def _time_pico(settings: Settings, device: torch.device, tell: Tell) -> list[Row
         )
 
 
-def _curves(settings: Settings, folder: Path | None, device: torch.device, tell: Tell) -> list[Law]:
-    if not settings.curves:
-        return []
-    case = GrowthCase(candidates=(10, 25, 50, 100, 200), repeats=settings.repeats, clock=settings.clock)
-    laws = [pico_candidates(device, case, tell)]
+def _by_candidates(settings: Settings, folder: Path | None, device: torch.device, tell: Tell) -> list[Row]:
+    tell("latency by number of candidates")
+    with Reranker.from_pretrained("pico", device=device) as engine:
+        few = engine.encode([random_text(WORDS, seed) for seed in range(16)], show_progress=False)
+        rows = candidate_rows(engine, few, (QUERY, Instructions()), (10, 25, 50, 100, 200), settings.repeats)
     if folder is not None:
-        few = replace(case, candidates=(10, 25, 50, 100), repeats=1)
         with open_nano(folder, settings.dtypes[-1], device) as engine:
-            laws.append(nano_candidates(engine, few, tell))
-    return laws
+            few = engine.encode([passage_of(200, seed) for seed in range(4)], show_progress=False)
+            rows += candidate_rows(engine, few, prompt_of(80), (10, 25, 50, 100), 1)
+    return rows

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kalm_rag.cli.terminal import MEASURING, AsJson, errors, out, print_json, telling, visible, working
+from kalm_rag.errors import InputError
 
 app = typer.Typer()
 
@@ -23,7 +24,7 @@ def bench(
     nano: Annotated[bool, typer.Option(help="Measure KaLM-Nano's shape too (random weights, 5 GB).")] = True,
     full: Annotated[bool, typer.Option(help="Published protocol over all candidates, not one batch of 32.")] = False,
     clock: Annotated[str, typer.Option(help="What ratios go by: wall, or cpu on a busy machine.")] = "wall",
-    growth: Annotated[bool, typer.Option(help="How cost grows instead (up to a quarter of an hour).")] = False,
+    growth: Annotated[bool, typer.Option(hidden=True)] = False,
     plot: Annotated[Path | None, typer.Option(help="Folder for pictures.", show_default="none")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -35,7 +36,8 @@ def bench(
         from kalm_rag.bench.report import tables
 
         transformers_logging.disable_progress_bar()
-
+        if growth:
+            raise InputError("how cost grows is measured by a script: python notebooks/growth.py in the repository.")
         if plot is not None:
             plots.check_plots(plot)
         settings = suite.Settings(
@@ -48,12 +50,11 @@ def bench(
             nano=nano,
             full=full,
             clock=clock,
-            growth=growth,
             curves=plot is not None,
         )
         with working("starting ...") as status:
             report = suite.run(settings, telling(status))
-        drawn = plots.draw(plot, report.laws) if plot is not None else []
+        drawn = plots.draw(plot, report.rows) if plot is not None else []
         if as_json:
             print_json(report.to_dict())
             return

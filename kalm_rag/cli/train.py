@@ -1,4 +1,4 @@
-"""The commands that make weights: ``kalm-rag train`` and ``collect-text``."""
+"""The command that makes weights: ``kalm-rag train``."""
 
 from __future__ import annotations
 
@@ -98,23 +98,6 @@ def _train_pico(
         soft_wrap=True,
     )
     return report.losses
-
-
-@app.command("collect-text", rich_help_panel=TRAINING)
-def collect_text(
-    packages: Annotated[Path, typer.Argument(help="Folder with one folder per package: dpkg -x NAME.deb FOLDER/NAME.")],
-    to: Annotated[Path, typer.Option("--out", help="Where the BEIR folders go.")],
-    descriptions: Annotated[
-        Path | None, typer.Option(help="Debian's Translation-en, unpacked to text.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Fixes what is drawn.")] = 0,
-) -> None:
-    """Make training collections of Debian's documentation: headings and sections, package descriptions."""
-    with errors():
-        from kalm_rag.training.documentation import collect_text as collect
-
-        for folder in collect(packages, to, descriptions=descriptions, seed=seed):
-            out.print(f"wrote {shown(str(folder))}", soft_wrap=True)
 
 
 def _adapt(

@@ -179,7 +179,7 @@ def load_all(folders: Sequence[Path], reader: MiniLMEncoder, config: TrainConfig
     if missing:  # said before minutes of reading
         raise InputError(
             f"{', '.join(missing)} is not a folder below {', '.join(map(str, folders))}; wanted all collections of the "
-            f"recipe. Those named debian-* come from kalm-rag collect-text: give its --out as another --data."
+            f"recipe. Those named debian-* come from notebooks/collect_text.py: give its --out as another --data."
         )
     learnt, held = [], []
     for source in config.sources:

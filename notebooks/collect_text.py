@@ -1,11 +1,14 @@
 """Free text that anyone can train on: Debian's documentation and package descriptions, as BEIR folders.
 
 Two collections come out: ``debian-docs`` (a heading, and the section under it) and ``debian-packages`` (a package's
-one-line description, and its long one). Owns which text is taken and how it is cut; knows no model.
+one-line description, and its long one), which pico is trained on beside public sets. Run it as
+
+    python notebooks/collect_text.py FOLDER_OF_UNPACKED_PACKAGES --out FOLDER [--descriptions Translation-en] [--seed 0]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import random
@@ -156,3 +159,19 @@ def _write(folder: Path, pairs: Sequence[Pair]) -> Path:
     judged = "".join(f"q{i}\td{i}\t1\n" for i in range(len(pairs)))
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged, encoding="utf-8")
     return folder
+
+
+def main() -> None:
+    """Read the command line and write the collections."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("packages", type=Path, help="folder with one folder per package: dpkg -x NAME.deb FOLDER/NAME")
+    parser.add_argument("--out", type=Path, required=True, help="where the BEIR folders go")
+    parser.add_argument("--descriptions", type=Path, help="Debian's Translation-en, unpacked to text")
+    parser.add_argument("--seed", type=int, default=0, help="fixes what is drawn")
+    given = parser.parse_args()
+    for folder in collect_text(given.packages, given.out, descriptions=given.descriptions, seed=given.seed):
+        print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    main()
