@@ -9,10 +9,10 @@ import pytest
 import torch
 from stores import chroma_client, make_layout, make_many, make_states, refer, running_chroma
 
-from kalm_rag.errors import StateMismatchError, StoreError, StoreFormatError
+from kalm_rag.errors import InputError, StateMismatchError, StoreError, StoreFormatError
 from kalm_rag.states import Codec
 from kalm_rag.store import Reference, open_store, stored_layout
-from kalm_rag.store.chroma import ChromaStore
+from kalm_rag.store.chroma import ChromaStore, drop_companions
 from kalm_rag.store.companion import BODY_BYTES, batches, companion_name, reference_id
 
 __all__ = ["chroma_client"]
@@ -87,7 +87,7 @@ def test_states_are_written_before_references(
             store.put_many(states, refer(states))
     assert store.missing([s.key for s in states]) == set()
     assert store.collections() == {}
-    assert store.gc().states == 3
+    assert store.gc(younger_than=0).states == 3
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,11 @@ def test_read_only(chroma_client: chromadb.ClientAPI) -> None:
         store.put_many(states, refer(states))
     with open_store(chroma_client, LAYOUT, name="ro", read_only=True) as store:
         assert store.get_many([s.key for s in states]).missing == []
-        for call in (lambda: store.put_many(states), lambda: store.gc([]), lambda: store.unreference("c", ["r0"])):
+        for call in (
+            lambda: store.put_many(states),
+            lambda: store.gc([], younger_than=0),
+            lambda: store.unreference("c", ["r0"]),
+        ):
             with pytest.raises(StoreError, match="opened read-only"):
                 call()
         assert store.stats().references == 2
@@ -181,3 +185,28 @@ def test_two_stores_of_one_server_see_each_other(chroma_client: chromadb.ClientA
         assert one.missing([s.key for s in states]) == set()
         assert one.collections() == {"a": 3, "b": 3}
         assert one.stats().states == 4
+
+
+def test_companions_of_a_deleted_collection_go(chroma_client: chromadb.ClientAPI) -> None:
+    """Deleting a collection left its companion, with all states of the deleted texts, for good."""
+    other = make_layout(fingerprint="beef" * 16)
+    for layout in (LAYOUT, other):
+        open_store(chroma_client, layout, name="secret").close()
+        open_store(chroma_client, layout, name="secret-too").close()
+    chroma_client.create_collection("secret-kalm-states-mine", metadata={"mine": 1}, embedding_function=None)
+    dropped = drop_companions(chroma_client, "secret")
+    assert sorted(dropped) == sorted(companion_name("secret", x.fingerprint) for x in (LAYOUT, other))
+    assert stored_layout(chroma_client, LAYOUT.fingerprint, name="secret") is None
+    assert stored_layout(chroma_client, LAYOUT.fingerprint, name="secret-too") == LAYOUT
+    assert "secret-kalm-states-mine" in [c.name for c in chroma_client.list_collections()]
+    assert drop_companions(chroma_client, "secret") == []
+    with pytest.raises(InputError, match="name is ''"):
+        drop_companions(chroma_client, "")
+
+
+def test_companions_that_two_long_names_share_stay(chroma_client: chromadb.ClientAPI) -> None:
+    chroma_client.create_collection("x" * 400 + "2", embedding_function=None)
+    open_store(chroma_client, LAYOUT, name="x" * 400 + "1").close()
+    assert drop_companions(chroma_client, "x" * 400 + "1") == []
+    chroma_client.delete_collection("x" * 400 + "2")
+    assert len(drop_companions(chroma_client, "x" * 400 + "1")) == 1

@@ -14,7 +14,7 @@ from stores import chroma_client, make_layout, make_many, make_states, refer
 
 from kalm_rag.errors import ClosedError, InputError, StateMismatchError
 from kalm_rag.states import Codec, Layout, PassageStates, StateBatch, passage_key
-from kalm_rag.store import Reference, StateStore, open_store, stored_layout
+from kalm_rag.store import Reference, StateStore, collection_layouts, open_store, stored_layout
 
 __all__ = ["chroma_client"]
 NUMBER = itertools.count()
@@ -143,7 +143,7 @@ def test_more_keys_than_one_statement_takes(opener: Opener) -> None:
         assert store.missing([s.key for s in states]) == set()
         assert sorted(r.record_id for r in store.references("c")) == sorted(f"r{i}" for i in range(1203))
         assert store.unreference("c", [f"r{i}" for i in range(1203)]) == 1203
-        assert store.gc().states == 1203
+        assert store.gc(younger_than=0).states == 1203
 
 
 def test_a_key_that_is_there_is_left_as_it_is(opener: Opener) -> None:
@@ -185,16 +185,154 @@ def test_gc_takes_what_no_record_uses(opener: Opener) -> None:
     with opener(layout) as store:
         references = [*refer([used, shared], "live"), *refer([shared], "gone")]
         store.put_many([used, shared, loose], references)
-        swept = store.gc()
+        swept = store.gc(younger_than=0)
         assert (swept.states, swept.payload_bytes) == (1, layout.payload_bytes(loose.tokens))
         assert store.collections() == {"live": 2, "gone": 1}
-        assert store.gc(["live"]).states == 0
+        assert store.gc(["live"], younger_than=0).states == 0
         assert store.collections() == {"live": 2}
         store.unreference("live", ["r1"])
-        assert store.gc(["live", "unheard of"]).states == 1
+        assert store.gc(["live", "unheard of"], younger_than=0).states == 1
         assert store.missing([used.key, shared.key]) == {shared.key}
-        assert store.gc([]).states == 1
+        assert store.gc([], younger_than=0).states == 1
         assert store.stats().references == 0
+
+
+class Clock:
+    """Time of the stores under test, moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_800_000_000.0
+        monkeypatch.setattr("time.time", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_gc_leaves_what_was_stored_a_moment_ago(opener: Opener, clock: Clock) -> None:
+    """A process stores states, then its record; gc of another came between and took them: 1,097 of 1,578 in a minute.
+
+    Putting a state that is there already makes it young again.
+    """
+    layout = make_layout()
+    old, renewed, young = make_many(3, layout)
+    with opener(layout) as store:
+        store.put_many([old, renewed])
+        clock.now += 500
+        store.put_many([renewed, young])
+        clock.now += 200  # 700, 200 and 200 seconds old
+        assert store.gc(younger_than=0).states == 1
+        assert store.missing([old.key, renewed.key, young.key]) == {old.key}
+        assert store.gc(younger_than=300).states == 0
+        clock.now += 101
+        assert store.gc(younger_than=300).states == 2
+
+
+def test_gc_of_no_grace_takes_what_a_fast_clock_wrote(opener: Opener, clock: Clock) -> None:
+    layout = make_layout()
+    with opener(layout) as store:
+        store.put_many(make_many(2, layout), refer(make_many(1, layout), "gone"))
+        clock.now -= 5000
+        assert store.gc([], younger_than=1).states == 0
+        assert store.gc([], younger_than=0).states == 2
+
+
+def test_gc_leaves_a_collection_that_was_made_a_moment_ago(opener: Opener, clock: Clock) -> None:
+    """A collection made after the caller listed the live ones lost its references, and with the next gc its states."""
+    layout = make_layout()
+    states = make_many(3, layout)
+    with opener(layout) as store:
+        store.put_many(states, refer(states, "just made"))
+        clock.now += 500
+        store.put_many([], refer(states[:1], "just made"))
+        clock.now += 200
+        assert store.gc([]).states == 0
+        assert store.collections() == {"just made": 3}
+        clock.now += 500
+        assert store.gc([]).states == 3
+        assert store.collections() == {}
+
+
+def test_gc_leaves_the_collections_of_other_databases(opener: Opener) -> None:
+    """Two databases share one store: gc of the first knows its own collections only, and took the other's states."""
+    layout = make_layout()
+    ours, theirs, nobodys = make_many(3, layout)
+    with opener(layout) as store:
+        store.put_many([ours], refer([ours], "a"), scope="/data/first")
+        store.put_many([theirs], refer([theirs], "b"), scope="/data/second")
+        store.put_many([nobodys], refer([nobodys], "c"))
+        assert store.gc([], younger_than=0, scopes=["/data/first"]).states == 1
+        assert store.collections() == {"b": 1, "c": 1}
+        assert store.gc([], younger_than=0).states == 1
+        assert store.collections() == {"b": 1}
+        assert store.gc(["b"], younger_than=0, scopes=["", "/data/second"]).states == 0
+        assert store.gc([], younger_than=0, scopes=["", "/data/second"]).states == 1
+
+
+def test_a_scope_is_kept_until_another_is_told(opener: Opener) -> None:
+    layout = make_layout()
+    states = make_many(2, layout)
+    with opener(layout) as store:
+        store.put_many(states, refer(states))
+        store.put_many([], refer(states[:1]), scope="/a")
+        store.put_many([], refer(states))
+        assert store.gc([], younger_than=0).states == 0
+        store.put_many([], refer(states), scope="/b")
+        assert store.gc([], younger_than=0, scopes=["", "/a"]).states == 0
+        assert store.gc([], younger_than=0, scopes=["/b"]).states == 2
+
+
+def test_gc_counts_a_passage_of_many_records(opener: Opener) -> None:
+    """The companion asks which states of a page have references; one passage's references may fill the answer alone."""
+    layout = make_layout(hidden_size=2)
+    states = make_many(3, layout)
+    many = [Reference(collection_id="c", record_id=f"m{i}", key=states[0].key) for i in range(6000)]
+    with opener(layout) as store:
+        store.put_many(states, [*many, Reference(collection_id="c", record_id="one", key=states[1].key)])
+        assert store.gc(younger_than=0).states == 1
+        assert store.missing([s.key for s in states]) == {states[2].key}
+
+
+@pytest.mark.parametrize("age", [-1, float("nan"), "600", None, True])
+def test_ages_that_are_none(opener: Opener, age: object) -> None:
+    with opener(make_layout()) as store, pytest.raises(InputError, match=r"younger_than is .*wanted seconds"):
+        store.gc(younger_than=age)  # type: ignore[arg-type]
+
+
+def test_scopes_and_waits_that_are_none(opener: Opener) -> None:
+    layout = make_layout()
+    states = make_many(1, layout)
+    with opener(layout) as store:
+        with pytest.raises(InputError, match="scope is 7; wanted text"):
+            store.put_many(states, refer(states), scope=7)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="lone surrogate"):
+            store.put_many(states, refer(states), scope="\ud800")
+        for wait in (-1, "1", float("nan"), True):
+            with pytest.raises(InputError, match=r"wait is .*wanted seconds"):
+                store.put_many(states, wait=wait)  # type: ignore[arg-type]
+        assert store.missing([states[0].key]) == {states[0].key}
+        store.put_many(states, wait=0)
+        assert store.missing([states[0].key]) == set()
+
+
+def test_layouts_of_a_collection_are_read_without_a_model(tmp_path: Path, chroma_client: object) -> None:
+    """Deleting a record, gc and verify loaded the whole model only to know where its states are."""
+    ours, theirs = make_layout(codec=Codec.INT8), make_layout(fingerprint="beef" * 16, hidden_size=6)
+    for where, name in ((tmp_path / "db", ""), (tmp_path / "one.sqlite3", ""), (chroma_client, "by-collection")):
+        assert collection_layouts(where, "c", name=name) == []
+        for layout in (ours, theirs):
+            states = make_many(2, layout)
+            with open_store(where, layout, name=name) as store:
+                store.put_many(states, refer(states, "c") + refer(states[:1], layout.fingerprint))
+        found = collection_layouts(where, "c", name=name)
+        assert sorted(found, key=lambda layout: layout.fingerprint) == [theirs, ours]
+        assert collection_layouts(where, ours.fingerprint, name=name) == [ours]
+        assert collection_layouts(where, "unheard of", name=name) == []
+    assert collection_layouts(":memory:", "c") == []
+    assert not (tmp_path / "nowhere").exists()
+    assert collection_layouts(tmp_path / "nowhere", "c") == []
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_stats_count_payload(opener: Opener) -> None:
@@ -292,7 +430,7 @@ def test_another_models_states_are_invisible(persistent: Opener) -> None:
         assert two.missing([a.key]) == {a.key}
         assert two.collections() == {}
         two.put_many([b])
-        two.gc([])
+        two.gc([], younger_than=0)
         check_rows(one.get_many([a.key]).batch, [a])
         assert one.collections() == {"c": 1}
         assert two.stats().other_namespaces[ours.fingerprint] == 1

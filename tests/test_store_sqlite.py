@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -19,8 +20,9 @@ import torch
 from stores import make_layout, make_many, make_states, refer
 
 from kalm_rag.errors import KalmRagError, StateMismatchError, StoreError, StoreFormatError
-from kalm_rag.states import Codec, PassageStates, passage_key
-from kalm_rag.store import open_store, stored_layout
+from kalm_rag.states import Codec, PassageStates, pack_states, passage_key
+from kalm_rag.store import Reference, collection_layouts, open_store, stored_layout
+from kalm_rag.store.base import make_row
 from kalm_rag.store.sqlite import SqliteStore
 
 LAYOUT = make_layout()
@@ -126,7 +128,7 @@ def test_gc_gives_space_back_without_a_vacuum(path: Path) -> None:
         store.put_many(states, refer(states))
         store.unreference("c", [f"r{i}" for i in range(0, 400, 2)])
         before = store.stats()
-        swept = store.gc()
+        swept = store.gc(younger_than=0)
         after = store.stats()
         assert store.verify() == []
         assert store.missing([s.key for s in states]) == {s.key for s in states[::2]}
@@ -147,8 +149,105 @@ def test_gc_leaves_what_a_writer_claims_meanwhile(path: Path, monkeypatch: pytes
             return original()
 
         monkeypatch.setattr(store, "_writing", after_another_writer)
-        assert store.gc().states == 2
+        assert store.gc(younger_than=0).states == 2
         assert store.missing([s.key for s in states]) == {states[1].key, states[2].key}
+
+
+# Files of other releases
+
+EARLIER = (
+    "CREATE TABLE namespaces (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, hidden_size INTEGER NOT NULL, "
+    "ratio INTEGER NOT NULL, codec TEXT NOT NULL, state_dtype TEXT NOT NULL, format INTEGER NOT NULL)",
+    "CREATE TABLE states (id INTEGER PRIMARY KEY, namespace INTEGER NOT NULL, key BLOB NOT NULL, "
+    "tokens INTEGER NOT NULL, found INTEGER NOT NULL, checksum INTEGER NOT NULL, payload BLOB NOT NULL)",
+    "CREATE UNIQUE INDEX states_by_key ON states (namespace, key)",
+    "CREATE TABLE uses (namespace INTEGER NOT NULL, collection_id TEXT NOT NULL, record_id TEXT NOT NULL, "
+    "key BLOB NOT NULL, PRIMARY KEY (namespace, collection_id, record_id)) WITHOUT ROWID",
+    "CREATE INDEX uses_by_key ON uses (namespace, key)",
+    "PRAGMA application_id=1801546861",
+    "PRAGMA user_version=1",
+)
+"""The tables of the first releases."""
+
+
+@pytest.fixture
+def earlier(path: Path) -> list[PassageStates]:
+    """A store of 12 passages as the first releases wrote it."""
+    path.parent.mkdir()
+    states = make_many(12, LAYOUT)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        for statement in EARLIER:
+            connection.execute(statement)
+        connection.execute(
+            "INSERT INTO namespaces (fingerprint, hidden_size, ratio, codec, state_dtype, format) VALUES (?,?,?,?,?,?)",
+            (LAYOUT.fingerprint, LAYOUT.hidden_size, LAYOUT.ratio, "exact", "float32", 1),
+        )
+        insert_as_earlier(connection, states, refer(states))
+    return states
+
+
+def insert_as_earlier(connection: sqlite3.Connection, states: list[PassageStates], references: list[Reference]) -> None:
+    for row in (make_row(one, LAYOUT) for one in states):
+        connection.execute(
+            "INSERT INTO states (namespace, key, tokens, found, checksum, payload) VALUES (1, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (namespace, key) DO NOTHING",
+            (bytes.fromhex(row.key), *row[1:]),
+        )
+    connection.executemany(
+        "INSERT INTO uses (namespace, collection_id, record_id, key) VALUES (1, ?, ?, ?)",
+        [(r.collection_id, r.record_id, bytes.fromhex(r.key)) for r in references],
+    )
+
+
+def test_files_of_earlier_releases_open(path: Path, earlier: list[PassageStates]) -> None:
+    """Ages, scopes and the namespace's checksum came later: an old file gets them when it is opened for writing."""
+    before = path.read_bytes()
+    assert stored_layout(path, LAYOUT.fingerprint) == LAYOUT
+    assert collection_layouts(path, "c") == [LAYOUT]
+    with SqliteStore.open(path, LAYOUT, read_only=True) as store:
+        assert store.get_many([s.key for s in earlier]).missing == []
+        assert store.verify() == []
+    assert path.read_bytes() == before
+    check_kept(path, earlier)
+    new = make_states("new", LAYOUT)
+    with SqliteStore.open(path, LAYOUT) as store:
+        store.put_many([new], refer([new], "new"), scope="/elsewhere")
+        store.unreference("c", ["r0"])
+        assert store.gc(younger_than=0).states == 1  # never put again, so of no known age: old
+        assert store.gc([]).states == 11
+        assert store.collections() == {"new": 1}
+    edit(path, "UPDATE namespaces SET ratio=5")
+    with pytest.raises(StoreFormatError, match="doesn't match its checksum"):
+        SqliteStore.open(path, LAYOUT)
+
+
+def test_earlier_releases_go_on_writing_in_our_files(path: Path, filled: list[PassageStates]) -> None:
+    """They name their columns, so a file that two releases share serves both."""
+    more = make_many(2, LAYOUT, 100)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        insert_as_earlier(connection, more, refer(more, "theirs"))
+        connection.execute(
+            "INSERT INTO namespaces (fingerprint, hidden_size, ratio, codec, state_dtype, format) VALUES (?,?,?,?,?,?)",
+            ("beef" * 16, 6, 4, "int8", "float32", 2),
+        )
+    check_kept(path, [*filled, *more])
+    assert collection_layouts(path, "theirs") == [LAYOUT]
+    edit(path, "UPDATE namespaces SET ratio=5 WHERE codec='int8'")
+    with pytest.raises(StoreFormatError, match="doesn't match its checksum"):
+        stored_layout(path, "beef" * 16)
+
+
+def test_an_earlier_file_that_cannot_be_written_is_read(path: Path, earlier: list[PassageStates]) -> None:
+    with sqlite3.connect(path, isolation_level=None) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match="locked"):
+            SqliteStore.open(path, LAYOUT, timeout=0.1)
+        with SqliteStore.open(path, LAYOUT, timeout=0.1, read_only=True) as store:
+            assert store.get_many([s.key for s in earlier]).missing == []
+        holder.execute("ROLLBACK")
+    holder.close()
+    check_kept(path, earlier)
 
 
 # Damage
@@ -250,7 +349,8 @@ def test_damaged_key_in_a_row_is_mended(path: Path, filled: list[PassageStates])
     data, key = path.read_bytes(), bytes.fromhex(filled[5].key)
     places = [i for i in range(len(data)) if data.startswith(key, i)]
     assert len(places) == 4  # the row, its index, the reference, its index
-    path.write_bytes(data[: places[0]] + bytes([data[places[0]] ^ 1]) + data[places[0] + 1 :])
+    place = max(i for i in places if i < data.index(pack_states(filled[5], LAYOUT)))  # in the row, before its payload
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     with SqliteStore.open(path, LAYOUT) as store:
         wrong = store.verify()
         assert len(wrong) == 1
@@ -309,7 +409,7 @@ def outcome(broken: Path, layout: object, states: list[PassageStates]) -> str:
     for index, position in enumerate(fetched.found):
         assert fetched.batch is not None
         assert torch.equal(fetched.batch.vectors[index], states[position].vectors)
-        assert (int(fetched.batch.tokens[index]), int(fetched.batch.found[index])) == (
+        assert (int(fetched.batch.tokens[index]), int(fetched.batch.total_tokens[index])) == (
             60,
             states[position].total_tokens,
         )
@@ -327,7 +427,7 @@ def test_read_only_reads_and_refuses_to_write(path: Path, filled: list[PassageSt
             lambda: store.put_many([new]),
             lambda: store.unreference("c", ["r0"]),
             lambda: store.discard([filled[0].key]),
-            lambda: store.gc([]),
+            lambda: store.gc([], younger_than=0),
         ):
             with pytest.raises(StoreError, match=r"read-only here, so nothing was written"):
                 call()
@@ -432,6 +532,26 @@ def test_locked_by_another_writer(path: Path, filled: list[PassageStates]) -> No
         holder.close()
         assert store.collections() == {"c": 12}
         store.put_many([new])
+    check_kept(path, [*filled, new])
+
+
+def test_optional_states_wait_as_long_as_told(path: Path, filled: list[PassageStates]) -> None:
+    """The answer was ready, and the query waited 30 seconds for another writer only to keep a state."""
+    new = make_states("new", LAYOUT)
+    with (
+        SqliteStore.open(path, LAYOUT) as store,
+        contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder,
+    ):
+        holder.execute("BEGIN IMMEDIATE")
+        start = time.monotonic()
+        for wait in (0.05, 0):
+            with pytest.raises(StoreError, match=r"locked.*Another process is writing"):
+                store.put_many([new], wait=wait)
+        assert time.monotonic() - start < 10  # of 30, the store's own
+        with store._pool.borrow() as connection:  # the connection is as it was
+            assert connection.execute("PRAGMA busy_timeout").fetchone()[0] == 30_000
+        holder.execute("ROLLBACK")
+        store.put_many([new], wait=0.05)
     check_kept(path, [*filled, new])
 
 

@@ -181,7 +181,14 @@ class CacheStore(MemoryStore):
                     self._rows[keys[position]] = row
         return fetched
 
-    def put_many(self, states: Sequence[PassageStates], references: Sequence[Reference] = ()) -> None:
+    def put_many(
+        self,
+        states: Sequence[PassageStates],
+        references: Sequence[Reference] = (),
+        *,
+        scope: str = "",
+        wait: float | None = None,
+    ) -> None:
         """Keep states, then drop the least recently used until the bound holds; references are not kept."""
         super().put_many(states)
         with self._lock:

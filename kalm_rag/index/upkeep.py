@@ -90,4 +90,4 @@ def sweep(store: StateStore, collection_id: str, pages: Pages, live_collections:
         gone.difference_update(ids)
     if gone:
         store.unreference(collection_id, gone)
-    return store.gc(live_collections)
+    return store.gc(live_collections, younger_than=0)

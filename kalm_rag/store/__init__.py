@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from kalm_rag.store.base import Fetched, GcReport, Reference, StateStore, StoreStats
-from kalm_rag.store.opening import FILE_NAME, open_store, stored_layout
+from kalm_rag.store.base import GRACE_SECONDS, Fetched, GcReport, Reference, StateStore, StoreStats
+from kalm_rag.store.opening import FILE_NAME, collection_layouts, open_store, stored_layout
 
-__all__ = ["FILE_NAME", "Fetched", "GcReport", "Reference", "StateStore", "StoreStats", "open_store", "stored_layout"]
+__all__ = [
+    "FILE_NAME",
+    "GRACE_SECONDS",
+    "Fetched",
+    "GcReport",
+    "Reference",
+    "StateStore",
+    "StoreStats",
+    "collection_layouts",
+    "open_store",
+    "stored_layout",
+]

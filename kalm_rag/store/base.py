@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
 
 Value = TypeVar("Value")
+
+GRACE_SECONDS = 600.0
+"""Age below which `StateStore.gc` leaves states and references alone: whoever wrote them may not be done yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +96,27 @@ class StateStore(Protocol):
         """Which of the keys have no stored states (reads no vectors)."""
         ...
 
-    def put_many(self, states: Sequence[PassageStates], references: Sequence[Reference] = ()) -> None:
-        """Keep states and references in one transaction; a key that is there already is left as it is.
+    def put_many(
+        self,
+        states: Sequence[PassageStates],
+        references: Sequence[Reference] = (),
+        *,
+        scope: str = "",
+        wait: float | None = None,
+    ) -> None:
+        """Keep states and references in one transaction.
 
-        A reference of a record that pointed elsewhere is moved. A reference may name a key stored before.
+        A key that is there already keeps its states, and its age starts anew (see `gc`). A reference of a record that
+        pointed elsewhere is moved. A reference may name a key stored before.
+
+        Args:
+            states: What to keep.
+            references: Records that use states.
+            scope: Names the Chroma database of the references' collections, for `gc`: a folder's resolved path, or a
+                server's address with tenant and database. "" leaves it unknown, or as it was told before; right for
+                the database that the store lies beside, since both move together.
+            wait: Seconds to wait while another process writes, where the store has such a lock (SQLite); None takes
+                the store's own timeout. A short one is for states that the answer doesn't depend on.
 
         Raises:
             StateMismatchError: If states belong to another model, width or ratio than the namespace.
@@ -123,8 +144,29 @@ class StateStore(Protocol):
         """Drop states by key (damaged ones, for instance), leaving references; returns how many went."""
         ...
 
-    def gc(self, live_collections: Iterable[str] | None = None) -> GcReport:
-        """Drop references of collections that are gone (when `live_collections` is given), then unused states."""
+    def gc(
+        self,
+        live_collections: Iterable[str] | None = None,
+        *,
+        scopes: Iterable[str] = ("",),
+        younger_than: float = GRACE_SECONDS,
+    ) -> GcReport:
+        """Drop references of collections that are gone, then states that nothing refers to.
+
+        What was written a moment ago stays, so that states and references of a process that is just adding records
+        are safe: it stores states first, and its collection may be newer than `live_collections`.
+
+        Args:
+            live_collections: Ids of all collections of the databases in `scopes`; None drops no references.
+            scopes: Databases that `live_collections` speaks for, as told to `put_many`. References of other databases
+                that share the store stay. "" stands for those that were never told.
+            younger_than: Seconds; states stored or put again, and collections written to, less than this ago are left
+                alone. 0 when nobody else writes.
+
+        Raises:
+            InputError: If `younger_than` is negative or no number.
+            StoreError: If it can't be written.
+        """
         ...
 
     def stats(self) -> StoreStats:
@@ -256,6 +298,40 @@ def check_ids(ids: Iterable[str]) -> None:
             value.encode()
         except UnicodeEncodeError as err:
             raise InputError(f"id {value!r} is not valid Unicode (lone surrogate). Repair it before storing.") from err
+
+
+def check_seconds(seconds: object, name: str) -> None:
+    """Refuse what is no span of time.
+
+    Raises:
+        InputError: If it is negative or no number.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+        raise InputError(f"{name} is {seconds!r}; wanted seconds, 0 or more.")
+
+
+def check_put(references: Iterable[Reference], scope: str, wait: float | None) -> None:
+    """Refuse arguments of `StateStore.put_many` that can't be stored or meant.
+
+    Raises:
+        InputError: Naming the id, key, scope or wait.
+    """
+    check_references(references)
+    if not isinstance(scope, str):
+        raise InputError(f"scope is {scope!r}; wanted text that names a database, or ''.")
+    check_ids([scope])
+    if wait is not None:
+        check_seconds(wait, "wait")
+
+
+def sweep_before(younger_than: float) -> float:
+    """Unix seconds up to which `StateStore.gc` may drop what was written: `younger_than` seconds ago.
+
+    Raises:
+        InputError: If it is negative or no number.
+    """
+    check_seconds(younger_than, "younger_than")
+    return time.time() - younger_than if younger_than else 2.0**53  # 0: also what a clock that is ahead wrote
 
 
 def check_references(references: Iterable[Reference]) -> None:

@@ -8,15 +8,17 @@ SQLite store's fetch: use that one wherever a folder can be reached.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from chromadb.api import ClientAPI
 from chromadb.errors import NotFoundError
 
-from kalm_rag.errors import ClosedError, KalmRagError, StoreError
+from kalm_rag.errors import ClosedError, InputError, KalmRagError, StoreError
 from kalm_rag.states import Layout, PassageStates
 from kalm_rag.store.base import (
+    GRACE_SECONDS,
     Closing,
     Fetched,
     GcReport,
@@ -26,11 +28,12 @@ from kalm_rag.store.base import (
     assemble,
     check_ids,
     check_keys,
-    check_references,
+    check_put,
     check_same_layout,
     chunked,
     damage,
     make_row,
+    sweep_before,
 )
 from kalm_rag.store.companion import (
     Record,
@@ -112,20 +115,28 @@ class ChromaStore(Closing):
             absent -= {record_id[2:] for record_id, _ in self._get(ids=["s:" + key for key in chunk], fields=False)}
         return absent
 
-    def put_many(self, states: Sequence[PassageStates], references: Sequence[Reference] = ()) -> None:
-        """Keep states, then references; see the class for what that means when it is cut off.
+    def put_many(
+        self,
+        states: Sequence[PassageStates],
+        references: Sequence[Reference] = (),
+        *,
+        scope: str = "",
+        wait: float | None = None,
+    ) -> None:
+        """Keep states, then references (see the class for when it is cut off). There is no lock to wait for.
 
         Raises:
             StoreError: If the server can't be reached or refuses; states sent before may be kept, references not.
         """
-        check_references(references)
+        check_put(references, scope, wait)
         rows: dict[str, StoredRow] = {}  # Chroma refuses an id that comes twice in a call
         for row in (make_row(one, self.layout) for one in states):
             rows.setdefault(row.key, row)
-        absent = self.missing(list(rows))
-        self._write("add", [state_record(rows[key]) for key in rows if key in absent])  # add leaves what is there
+        absent, now = self.missing(list(rows)), int(time.time())
+        self._write("add", [state_record(rows[key], now) for key in rows if key in absent])  # add leaves what is there
+        self._write("update", [("s:" + key, {"created": now}) for key in rows if key not in absent])
         moved = {reference_id(r.collection_id, r.record_id): r for r in references}
-        self._write("upsert", [reference_record(record_id, r) for record_id, r in moved.items()])
+        self._write("upsert", [reference_record(record_id, r, scope, now) for record_id, r in moved.items()])
 
     def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
         """Forget records; their states stay until `gc`."""
@@ -159,23 +170,61 @@ class ChromaStore(Closing):
         check_keys(unique)
         return self._delete("s:" + key for key in unique)
 
-    def gc(self, live_collections: Iterable[str] | None = None) -> GcReport:
-        """Drop references of collections that are gone, then unused states. Reads what it drops."""
-        live = None if live_collections is None else set(live_collections)
-        gone, used = [], set()
-        for record_id, fields in self._scan({"kind": "reference"}, PAGE_IDS):
-            reference = read_reference(fields)
-            if live is None or reference.collection_id in live:
-                used.add("s:" + reference.key)
-            else:
-                gone.append(record_id)
-        stored = [record_id for record_id, _ in self._scan({"kind": "state"}, PAGE_IDS, fields=False)]
-        unused = [record_id for record_id in stored if record_id not in used]
-        size = 0
-        for chunk in chunked(unused, READ_IDS):
-            size += sum(len(read_row(record_id, fields).payload) for record_id, fields in self._get(ids=chunk))
-        self._delete(gone)
-        return GcReport(states=self._delete(unused), payload_bytes=size)
+    def gc(
+        self,
+        live_collections: Iterable[str] | None = None,
+        *,
+        scopes: Iterable[str] = ("",),
+        younger_than: float = GRACE_SECONDS,
+    ) -> GcReport:
+        """Drop references of collections that are gone, then unused states (which are read); see `StateStore.gc`."""
+        before = sweep_before(younger_than)
+        self._check_open(writing=True)
+        if live_collections is not None:
+            for collection_id in self._gone(set(live_collections), set(scopes), before):
+                self._forget_collection(collection_id)
+        states = size = offset = 0
+        while True:
+            page = [i for i, _ in self._page({"kind": "state"}, PAGE_IDS, offset, fields=False)]
+            dropped = 0
+            for chunk in chunked(page, READ_IDS):
+                unused = self._get(ids=self._unused(chunk))
+                old = [(i, fields) for i, fields in unused if _number(fields, "created") <= before]
+                dropped += self._delete(record_id for record_id, _ in old)
+                size += sum(len(read_row(record_id, fields).payload) for record_id, fields in old)
+            states += dropped
+            offset += len(page) - dropped
+            if len(page) < PAGE_IDS:
+                return GcReport(states=states, payload_bytes=size)
+
+    def _gone(self, live: set[str], scopes: set[str], before: float) -> list[str]:
+        """Collections whose references may go: of databases in `scopes`, not live, not written to since `before`."""
+        known: dict[str, tuple[str, float]] = {}
+        for _, fields in self._scan({"kind": "reference"}, PAGE_IDS):
+            collection_id = read_reference(fields).collection_id
+            scope, written = known.get(collection_id, ("", 0.0))
+            known[collection_id] = (str(fields.get("scope", scope)), max(written, _number(fields, "created")))
+        return [
+            collection_id
+            for collection_id, (scope, written) in known.items()
+            if collection_id not in live and scope in scopes and written <= before
+        ]
+
+    def _forget_collection(self, collection_id: str) -> None:
+        where = {"$and": [{"kind": "reference"}, {"collection_id": collection_id}]}
+        while page := self._page(where, PAGE_IDS, 0, fields=False):
+            self._delete(record_id for record_id, _ in page)
+
+    def _unused(self, state_ids: list[str]) -> list[str]:
+        """Which of some states no reference names."""
+        keys = {record_id[2:] for record_id in state_ids}
+        while keys:
+            where = {"$and": [{"kind": "reference"}, {"key": {"$in": sorted(keys)}}]}
+            used = {fields.get("key") for _, fields in self._page(where, PAGE_IDS, 0)} & keys
+            if not used:
+                break
+            keys -= used  # asked again: one passage of many records fills a page alone
+        return ["s:" + key for key in keys]
 
     def stats(self) -> StoreStats:
         """Count what is stored. Reads every state (Chroma gives no sums): slow on a large store; disk can't be told."""
@@ -200,9 +249,7 @@ class ChromaStore(Closing):
 
     def _others(self) -> Iterator[tuple[Layout, Any]]:
         with _translated(self._name):
-            start = companion_name(self._prefix, "")
-            named = [c for c in self._client.list_collections() if c.name.startswith(start) and c.name != self._name]
-            collections = [self._client.get_collection(c.name, embedding_function=None) for c in named]
+            collections = [c for c in _companions(self._client, self._prefix) if c.name != self._name]
         for collection in collections:
             yield read_marks(collection), collection
 
@@ -213,6 +260,15 @@ class ChromaStore(Closing):
         with _translated(self._name):
             answer = self._collection.get(ids=ids, include=["metadatas"] if fields else [])
         return _pairs(answer)
+
+    def _page(
+        self, where: dict[str, Any], limit: int, offset: int, fields: bool = True
+    ) -> list[tuple[str, dict[str, Any]]]:
+        self._check_open()
+        if self._collection is None:
+            return []
+        with _translated(self._name):
+            return _page(self._collection, where, limit, offset, fields)
 
     def _scan(self, where: dict[str, Any], page: int, fields: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
         self._check_open()
@@ -225,10 +281,9 @@ class ChromaStore(Closing):
         with _translated(self._name):
             most = self._client.get_max_batch_size()
             for batch in batches(records, most):
+                vectors = {} if verb == "update" else {"embeddings": [EMBEDDING] * len(batch)}
                 getattr(self._collection, verb)(
-                    ids=[record_id for record_id, _ in batch],
-                    embeddings=[EMBEDDING] * len(batch),
-                    metadatas=[fields for _, fields in batch],
+                    ids=[record_id for record_id, _ in batch], metadatas=[fields for _, fields in batch], **vectors
                 )
 
     def _delete(self, ids: Iterable[str]) -> int:
@@ -261,6 +316,53 @@ def read_layout(client: ClientAPI, fingerprint: str, name: str = "") -> Layout |
     return None if collection is None else read_marks(collection)
 
 
+def collection_layouts(client: ClientAPI, collection_id: str, name: str = "") -> list[Layout]:
+    """Layouts of all models whose states records of a collection use.
+
+    Raises:
+        StoreError: If the server can't be reached; StoreFormatError if a companion is damaged.
+    """
+    where = {"$and": [{"kind": "reference"}, {"collection_id": collection_id}]}
+    with _translated(companion_name(name, "")):
+        found = [c for c in _companions(client, name) if _page(c, where, 1, 0, fields=False)]
+    return [read_marks(collection) for collection in found]
+
+
+def drop_companions(client: ClientAPI, name: str) -> list[str]:
+    """Delete the companions of a collection that was deleted, with all states in them.
+
+    Args:
+        client: Of the database that held the collection.
+        name: Name of the deleted collection.
+
+    Returns:
+        Names of the companions that were deleted; none where another collection shares them (names that are equal in
+        their first 400 characters).
+
+    Raises:
+        InputError: If `name` is empty: that companion belongs to all collections.
+        StoreError: If the server can't be reached or refuses.
+    """
+    if not name:
+        raise InputError("name is ''; wanted the name of the deleted collection. Use gc() for a shared companion.")
+    with _translated(companion_name(name, "")):
+        names = [c.name for c in _companions(client, name)]
+        alike = {c.name for c in client.list_collections() if c.name[:400] == name[:400]} - {name, *names}
+        if alike:
+            return []
+        for companion in names:
+            client.delete_collection(companion)
+    return names
+
+
+def _companions(client: ClientAPI, name: str) -> list[Any]:
+    """Companions of one collection, of every model."""
+    start = companion_name(name, "")
+    named = [c.name for c in client.list_collections() if c.name.startswith(start)]
+    found = [client.get_collection(companion, embedding_function=None) for companion in named]
+    return [c for c in found if "kalm_layout" in (c.metadata if c.metadata is not None else {})]
+
+
 def _find(client: ClientAPI, companion: str) -> Any:  # noqa: ANN401 (Collection | None, untyped in chromadb)
     try:
         return client.get_collection(companion, embedding_function=None)
@@ -276,11 +378,27 @@ def _pages(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     offset = 0
     while True:
-        answer = collection.get(where=where, include=["metadatas"] if fields else [], limit=page, offset=offset)
-        yield from _pairs(answer)
-        if len(answer["ids"]) < page:
+        found = _page(collection, where, page, offset, fields)
+        yield from found
+        if len(found) < page:
             return
         offset += page
+
+
+def _page(
+    collection: Any,  # noqa: ANN401 (Collection, untyped in chromadb)
+    where: dict[str, Any],
+    limit: int,
+    offset: int,
+    fields: bool,
+) -> list[tuple[str, dict[str, Any]]]:
+    return _pairs(collection.get(where=where, include=["metadatas"] if fields else [], limit=limit, offset=offset))
+
+
+def _number(fields: dict[str, Any], name: str) -> float:
+    """A number of a record, 0 where it is missing (earlier releases) or no number."""
+    value = fields.get(name, 0)
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def _pairs(answer: Any) -> list[tuple[str, dict[str, Any]]]:  # noqa: ANN401 (GetResult, untyped in chromadb)

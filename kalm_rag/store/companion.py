@@ -70,11 +70,11 @@ def read_marks(collection: Any) -> Layout:  # noqa: ANN401 (Collection, untyped 
     return layout
 
 
-def state_record(row: StoredRow) -> Record:
-    """Record of one passage's states: id and metadata."""
+def state_record(row: StoredRow, created: int) -> Record:
+    """Record of one passage's states, stored at `created` (unix seconds): id and metadata."""
     text = base64.b64encode(row.payload).decode("ascii")
     fields: dict[str, str | int] = {"kind": "state", "tokens": row.tokens, "found": row.total_tokens, "payload": text}
-    return "s:" + row.key, {**fields, "checksum": row.checksum}
+    return "s:" + row.key, {**fields, "checksum": row.checksum, "created": created}
 
 
 def read_row(record_id: str, fields: dict[str, Any]) -> StoredRow:
@@ -93,10 +93,11 @@ def reference_id(collection_id: str, record_id: str) -> str:
     return "r:" + hashlib.sha256(f"{collection_id}\0{record_id}".encode()).hexdigest()
 
 
-def reference_record(own_id: str, reference: Reference) -> Record:
-    """Record of one reference: id and metadata."""
+def reference_record(own_id: str, reference: Reference, scope: str, created: int) -> Record:
+    """Record of one reference: id and metadata. An upsert without a scope leaves the one that is there."""
     fields: dict[str, str | int] = {"kind": "reference", "collection_id": reference.collection_id}
-    return own_id, {**fields, "record_id": reference.record_id, "key": reference.key}
+    fields |= {"scope": scope} if scope else {}
+    return own_id, {**fields, "record_id": reference.record_id, "key": reference.key, "created": created}
 
 
 def read_reference(fields: dict[str, Any]) -> Reference:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from kalm_rag.errors import ClosedError
 from kalm_rag.states import Layout, PassageStates
 from kalm_rag.store.base import (
+    GRACE_SECONDS,
     Closing,
     Fetched,
     GcReport,
@@ -17,9 +19,10 @@ from kalm_rag.store.base import (
     assemble,
     check_ids,
     check_keys,
-    check_references,
+    check_put,
     damage,
     make_row,
+    sweep_before,
 )
 
 
@@ -34,6 +37,8 @@ class MemoryStore(Closing):
         self.layout = layout
         self._rows: dict[str, StoredRow] = {}
         self._uses: dict[str, dict[str, str]] = {}  # collection id -> record id -> key
+        self._created: dict[str, float] = {}  # key -> unix seconds of the last put
+        self._collections: dict[str, tuple[str, float]] = {}  # collection id -> scope, unix seconds of the last put
         self._lock = threading.Lock()
         self._closed = False
 
@@ -52,16 +57,28 @@ class MemoryStore(Closing):
             self._check_open()
             return {key for key in keys if key not in self._rows}
 
-    def put_many(self, states: Sequence[PassageStates], references: Sequence[Reference] = ()) -> None:
-        """Keep states and references; see `StateStore.put_many`."""
+    def put_many(
+        self,
+        states: Sequence[PassageStates],
+        references: Sequence[Reference] = (),
+        *,
+        scope: str = "",
+        wait: float | None = None,
+    ) -> None:
+        """Keep states and references; see `StateStore.put_many`. Never waits for longer than a moment."""
         rows = [make_row(one, self.layout) for one in states]
-        check_references(references)
+        check_put(references, scope, wait)
         with self._lock:
             self._check_open()
+            now = time.time()
             for row in rows:
                 self._rows.setdefault(row.key, row)
+                self._created[row.key] = now
             for reference in references:
                 self._uses.setdefault(reference.collection_id, {})[reference.record_id] = reference.key
+            for collection in {reference.collection_id for reference in references}:
+                known = self._collections.get(collection, ("", now))[0]
+                self._collections[collection] = (scope if scope else known, now)
 
     def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
         """Forget records; their states stay until `gc`."""
@@ -72,7 +89,7 @@ class MemoryStore(Closing):
             records = self._uses.get(collection_id, {})
             gone = [records.pop(record_id) for record_id in ids if record_id in records]
             if not records:
-                self._uses.pop(collection_id, None)
+                self._forget_collection(collection_id)
             return len(gone)
 
     def references(self, collection_id: str) -> Iterator[Reference]:
@@ -105,15 +122,25 @@ class MemoryStore(Closing):
             self._check_open()
             return sum(self._rows.pop(key, None) is not None for key in unique)
 
-    def gc(self, live_collections: Iterable[str] | None = None) -> GcReport:
-        """Drop references of collections that are gone, then unused states."""
+    def gc(
+        self,
+        live_collections: Iterable[str] | None = None,
+        *,
+        scopes: Iterable[str] = ("",),
+        younger_than: float = GRACE_SECONDS,
+    ) -> GcReport:
+        """Drop references of collections that are gone, then unused states; see `StateStore.gc`."""
         live = None if live_collections is None else set(live_collections)
+        known, before = set(scopes), sweep_before(younger_than)
         with self._lock:
             self._check_open()
-            if live is not None:
-                self._uses = {name: records for name, records in self._uses.items() if name in live}
+            for collection, (scope, written) in list(self._collections.items()):
+                if live is not None and collection not in live and scope in known and written <= before:
+                    self._forget_collection(collection)
             used = {key for records in self._uses.values() for key in records.values()}
-            gone = [self._rows.pop(key) for key in self._rows.keys() - used]
+            unused = [key for key in self._rows.keys() - used if self._created.get(key, 0.0) <= before]
+            gone = [self._rows.pop(key) for key in unused]
+            self._created = {key: created for key, created in self._created.items() if key in self._rows}
         return GcReport(states=len(gone), payload_bytes=sum(len(row.payload) for row in gone))
 
     def stats(self) -> StoreStats:
@@ -132,7 +159,11 @@ class MemoryStore(Closing):
         """Forget everything; later calls raise `ClosedError`."""
         with self._lock:
             self._closed = True
-            self._rows, self._uses = {}, {}
+            self._rows, self._uses, self._created, self._collections = {}, {}, {}, {}
+
+    def _forget_collection(self, collection: str) -> None:
+        self._uses.pop(collection, None)
+        self._collections.pop(collection, None)
 
     def _check_open(self) -> None:
         if self._closed:

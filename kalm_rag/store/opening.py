@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Union
 
 from kalm_rag.errors import InputError, StoreError
 from kalm_rag.states import Layout
+from kalm_rag.store import sqlite
 from kalm_rag.store.base import StateStore
 from kalm_rag.store.memory import MemoryStore
-from kalm_rag.store.sqlite import SqliteStore, read_layout
+from kalm_rag.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -61,10 +62,33 @@ def stored_layout(where: Where, fingerprint: str, *, name: str = "") -> Layout |
     if where == MEMORY:
         return None
     if isinstance(where, (str, os.PathLike)):
-        return read_layout(store_file(where), fingerprint)
+        return sqlite.read_layout(store_file(where), fingerprint)
     from kalm_rag.store import chroma
 
     return chroma.read_layout(_client(where), fingerprint, name)
+
+
+def collection_layouts(where: Where, collection_id: str, *, name: str = "") -> list[Layout]:
+    """Layouts of all models whose stored states a collection's records use, read without any model.
+
+    Who deletes, verifies or sweeps opens each with `open_store` and needs no engine for it. Nothing is made.
+
+    Args:
+        where: As in `open_store`. Nothing is known of ``":memory:"``: the list is empty.
+        collection_id: ``str(collection.id)`` of Chroma.
+        name: For a client: the collection that the states belong to.
+
+    Raises:
+        StoreError: If there is a store that can't be opened (StoreFormatError: foreign, damaged, newer).
+        InputError: If `where` is not something `open_store` takes.
+    """
+    if where == MEMORY:
+        return []
+    if isinstance(where, (str, os.PathLike)):
+        return sqlite.collection_layouts(store_file(where), collection_id)
+    from kalm_rag.store import chroma
+
+    return chroma.collection_layouts(_client(where), collection_id, name)
 
 
 def store_file(where: str | os.PathLike[str]) -> Path:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from kalm_rag.errors import InputError, StoreError, StoreFormatError
 from kalm_rag.states import DTYPES, FORMATS, Codec, Layout
@@ -20,22 +22,40 @@ APPLICATION_ID = 0x6B616C6D
 """`kalm`: tells our files from other SQLite files, Chroma's for instance."""
 
 SCHEMA_VERSION = 1
+"""Raised only by a change that older releases can't live with; tables and columns that they ignore are `ADDED`."""
+
 TYPICAL_TOKENS = 100
 READ_MODES = ("ro", "immutable")
+NAMESPACE_COLUMNS = "id, fingerprint, hidden_size, ratio, codec, state_dtype, format"
+"""What a namespace's checksum covers, in this order."""
 
 # `states` is a rowid table with the payload last: WITHOUT ROWID would put the blobs into the B-tree of the keys, and
 # finding what is missing would read them. `uses` is small and always looked up by its key, so it is its own index.
+COLLECTIONS = (
+    "CREATE TABLE collections (namespace INTEGER NOT NULL, collection_id TEXT NOT NULL, scope TEXT NOT NULL, "
+    "written INTEGER NOT NULL, PRIMARY KEY (namespace, collection_id)) WITHOUT ROWID"
+)
 TABLES = (
     "CREATE TABLE namespaces (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, hidden_size INTEGER NOT NULL, "
-    "ratio INTEGER NOT NULL, codec TEXT NOT NULL, state_dtype TEXT NOT NULL, format INTEGER NOT NULL)",
+    "ratio INTEGER NOT NULL, codec TEXT NOT NULL, state_dtype TEXT NOT NULL, format INTEGER NOT NULL, "
+    "checksum INTEGER)",
     "CREATE TABLE states (id INTEGER PRIMARY KEY, namespace INTEGER NOT NULL, key BLOB NOT NULL, "
-    "tokens INTEGER NOT NULL, found INTEGER NOT NULL, checksum INTEGER NOT NULL, payload BLOB NOT NULL)",
+    "tokens INTEGER NOT NULL, found INTEGER NOT NULL, checksum INTEGER NOT NULL, created INTEGER NOT NULL DEFAULT 0, "
+    "payload BLOB NOT NULL)",
     "CREATE UNIQUE INDEX states_by_key ON states (namespace, key)",
     "CREATE TABLE uses (namespace INTEGER NOT NULL, collection_id TEXT NOT NULL, record_id TEXT NOT NULL, "
     "key BLOB NOT NULL, PRIMARY KEY (namespace, collection_id, record_id)) WITHOUT ROWID",
     "CREATE INDEX uses_by_key ON uses (namespace, key)",
+    COLLECTIONS,
     f"PRAGMA application_id={APPLICATION_ID}",
     f"PRAGMA user_version={SCHEMA_VERSION}",
+)
+
+# What files of earlier releases lack. They open these files too: every statement names its columns.
+ADDED = (
+    ("namespaces", "checksum", "ALTER TABLE namespaces ADD COLUMN checksum INTEGER"),
+    ("states", "created", "ALTER TABLE states ADD COLUMN created INTEGER NOT NULL DEFAULT 0"),
+    ("collections", "scope", COLLECTIONS),
 )
 
 
@@ -50,10 +70,10 @@ def page_size(layout: Layout) -> int:
     return min(16384, max(4096, 1 << max(0, half.bit_length() - 1)))
 
 
-def open_pool(path: Path, layout: Layout, *, read_only: bool, timeout: float) -> tuple[ConnectionPool, bool]:
+def open_pool(path: Path, layout: Layout | None, *, read_only: bool, timeout: float) -> tuple[ConnectionPool, bool]:
     """Open the file, making it if it is not there; give its pool and whether it can be written.
 
-    Where folder or file can't be written, reading still works.
+    Where folder or file can't be written, reading still works. `layout` decides the page size of a new file only.
 
     Raises:
         StoreError: If it can't be opened, or isn't there and can't be made.
@@ -76,10 +96,12 @@ def open_pool(path: Path, layout: Layout, *, read_only: bool, timeout: float) ->
     raise translate(problem, path) from problem
 
 
-def _prepare(path: Path, mode: str, layout: Layout, timeout: float) -> None:
+def _prepare(path: Path, mode: str, layout: Layout | None, timeout: float) -> None:
     with contextlib.closing(connect(path, mode, timeout)) as connection:
         if not recognise(connection, path):
-            _create(connection, path, mode, page_size(layout), timeout)
+            _create(connection, path, mode, layout, timeout)
+        elif mode == "rwc":
+            _upgrade(connection)
 
 
 def _opener(path: Path, mode: str, timeout: float) -> Callable[[], sqlite3.Connection]:
@@ -121,10 +143,10 @@ def recognise(connection: sqlite3.Connection, path: Path) -> bool:
     return True
 
 
-def _create(connection: sqlite3.Connection, path: Path, mode: str, page: int, timeout: float) -> None:
-    if mode != "rwc":
+def _create(connection: sqlite3.Connection, path: Path, mode: str, layout: Layout | None, timeout: float) -> None:
+    if mode != "rwc" or layout is None:
         raise StoreFormatError(f"{path} holds no state store (it is empty). Index first, with read_only=False.")
-    connection.execute(f"PRAGMA page_size={page}")  # before the first table, or it has no effect
+    connection.execute(f"PRAGMA page_size={page_size(layout)}")  # before the first table, or it has no effect
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # gc gives space back in steps; a VACUUM locks everyone out
     use_wal(connection, timeout)
     with transaction(connection):
@@ -134,9 +156,65 @@ def _create(connection: sqlite3.Connection, path: Path, mode: str, page: int, ti
 
 
 @contextlib.contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """One write transaction, all or nothing. Do no computing inside: others wait for it."""
-    connection.execute("BEGIN IMMEDIATE")  # a deferred one can fail at its first write without waiting
+def _busy_timeout(connection: sqlite3.Connection, wait: float | None) -> Iterator[None]:
+    if wait is None:
+        yield
+        return
+    own = connection.execute("PRAGMA busy_timeout").fetchone()[0]
+    connection.execute(f"PRAGMA busy_timeout={int(1000 * wait)}")
+    try:
+        yield
+    finally:
+        connection.execute(f"PRAGMA busy_timeout={own}")
+
+
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """Add what an earlier release's file lacks; takes the write lock only if something does."""
+    if _lacks(connection) or _unsigned(connection):
+        with transaction(connection):
+            for statement in _lacks(connection):  # asked again: another process may have been first
+                connection.execute(statement)
+            _sign(connection)
+
+
+def _sign(connection: sqlite3.Connection) -> None:
+    for row in _unsigned(connection):
+        connection.execute("UPDATE namespaces SET checksum=? WHERE id=?", (namespace_checksum(row), row[0]))
+
+
+def _lacks(connection: sqlite3.Connection) -> list[str]:
+    return [statement for table, column, statement in ADDED if not _has_column(connection, table, column)]
+
+
+def _has_column(connection: sqlite3.Connection, table: str, column: str) -> bool:
+    query = "SELECT 1 FROM pragma_table_info(?) WHERE name=?"
+    return connection.execute(query, (table, column)).fetchone() is not None
+
+
+def _unsigned(connection: sqlite3.Connection) -> list[tuple[object, ...]]:
+    """Namespace rows without a checksum: earlier releases write none."""
+    return connection.execute(f"SELECT {NAMESPACE_COLUMNS} FROM namespaces WHERE checksum IS NULL").fetchall()
+
+
+def namespace_checksum(row: Sequence[object]) -> int:
+    """CRC-32 over a namespace row (`NAMESPACE_COLUMNS`).
+
+    Each state's own checksum covers the fingerprint, not ratio, codec and dtype: one changed byte there would make
+    other states of the same payloads, and wrong scores, without an error.
+    """
+    return zlib.crc32(repr(tuple(row)).encode())
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection, wait: float | None = None) -> Iterator[None]:
+    """One write transaction, all or nothing. Do no computing inside: others wait for it.
+
+    Args:
+        connection: In autocommit.
+        wait: Seconds to wait for another writer; None takes the connection's own timeout.
+    """
+    with _busy_timeout(connection, wait):
+        connection.execute("BEGIN IMMEDIATE")  # a deferred one can fail at its first write without waiting
     try:
         yield
         connection.execute("COMMIT")
@@ -150,19 +228,34 @@ def read_namespace(connection: sqlite3.Connection, fingerprint: str, path: Path)
     """Look up a model's namespace: its number and layout, or None.
 
     Raises:
-        StoreFormatError: If its row can't be read, or its states are in a byte format of a newer release.
+        StoreFormatError: If its row is damaged, or its states are in a byte format of a newer release.
     """
-    row = connection.execute(
-        "SELECT id, hidden_size, ratio, codec, state_dtype, format FROM namespaces WHERE fingerprint=?", (fingerprint,)
-    ).fetchone()
-    if row is None:
-        return None
-    number, hidden_size, ratio, codec, state_dtype, version = row
+    found = read_namespaces(connection, path, "fingerprint=?", (fingerprint,))
+    return found[0] if found else None
+
+
+def read_namespaces(
+    connection: sqlite3.Connection, path: Path, where: str = "1", values: Sequence[object] = ()
+) -> list[tuple[int, Layout]]:
+    """Read namespaces, all or those of a condition: their numbers and layouts.
+
+    Raises:
+        StoreFormatError: If a row is damaged, or its states are in a byte format of a newer release.
+    """
+    checksum = "checksum" if _has_column(connection, "namespaces", "checksum") else "NULL"  # an old file, read-only
+    query = f"SELECT {checksum}, {NAMESPACE_COLUMNS} FROM namespaces WHERE {where}"
+    return [_read_row(row[1:], row[0], path) for row in connection.execute(query, values).fetchall()]
+
+
+def _read_row(row: tuple[Any, ...], checksum: object, path: Path) -> tuple[int, Layout]:
+    number, fingerprint, hidden_size, ratio, codec, state_dtype, version = row
     if version not in FORMATS.values():
         raise StoreFormatError(
             f"{path} holds states in byte format {version}; this release reads {max(FORMATS.values())} at "
             f"most. Upgrade kalm_rag, or index again in another folder."
         )
+    if checksum is not None and checksum != namespace_checksum(row):
+        raise StoreFormatError(f"{path} is damaged: namespace row {row!r} doesn't match its checksum. {REBUILD}")
     try:
         layout = Layout(
             fingerprint=fingerprint,
@@ -172,7 +265,7 @@ def read_namespace(connection: sqlite3.Connection, fingerprint: str, path: Path)
             state_dtype=state_dtype,
             keeps_token_ids=version == FORMATS[True],
         )
-    except (InputError, ValueError) as err:
+    except (InputError, ValueError, TypeError) as err:
         raise StoreFormatError(f"{path} is damaged: namespace row {row!r}. {REBUILD}") from err
     if state_dtype not in DTYPES or layout.ratio < 1 or layout.hidden_size < 1:
         raise StoreFormatError(f"{path} is damaged: namespace row {row!r}. {REBUILD}")
@@ -181,10 +274,18 @@ def read_namespace(connection: sqlite3.Connection, fingerprint: str, path: Path)
 
 def make_namespace(connection: sqlite3.Connection, layout: Layout) -> None:
     """Write a model's namespace, unless another process was first."""
+    values = (
+        layout.fingerprint,
+        layout.hidden_size,
+        layout.ratio,
+        layout.codec.value,
+        layout.state_dtype,
+        layout.format,
+    )
     with transaction(connection):
         connection.execute(
             "INSERT OR IGNORE INTO namespaces (fingerprint, hidden_size, ratio, codec, state_dtype, format) "
             "VALUES (?, ?, ?, ?, ?, ?)",
-            (layout.fingerprint, layout.hidden_size, layout.ratio, layout.codec.value, layout.state_dtype,
-             layout.format),
-        )  # fmt: skip
+            values,
+        )
+        _sign(connection)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kalm_rag.errors import StoreError
-from kalm_rag.states import Codec, Layout, PassageStates
+from kalm_rag.states import Layout, PassageStates
 from kalm_rag.store.base import (
+    GRACE_SECONDS,
     Closing,
     Fetched,
     GcReport,
@@ -19,14 +21,15 @@ from kalm_rag.store.base import (
     assemble,
     check_ids,
     check_keys,
-    check_references,
+    check_put,
     check_same_layout,
     chunked,
     damage,
     make_row,
+    sweep_before,
 )
 from kalm_rag.store.connections import ConnectionPool, translate
-from kalm_rag.store.schema import make_namespace, open_pool, read_namespace, transaction
+from kalm_rag.store.schema import make_namespace, open_pool, read_namespace, read_namespaces, transaction
 
 CHUNK = 500  # SQLite's older limit is 999 variables a statement
 PAGE_ROWS = 64  # rows read at a time where all are read: memory stays flat
@@ -115,22 +118,37 @@ class SqliteStore(Closing):
                     absent.discard(key.hex())
         return absent
 
-    def put_many(self, states: Sequence[PassageStates], references: Sequence[Reference] = ()) -> None:
+    def put_many(
+        self,
+        states: Sequence[PassageStates],
+        references: Sequence[Reference] = (),
+        *,
+        scope: str = "",
+        wait: float | None = None,
+    ) -> None:
         """Keep states and references; see `StateStore.put_many`.
 
         A key that is there is left alone even if its row is damaged: finding out would mean reading all of it on each
         write. `verify` and `discard` are for that.
         """
         rows = [make_row(one, self.layout) for one in states]
-        check_references(references)
+        check_put(references, scope, wait)
         here = self._namespace
         values = [(here, bytes.fromhex(r.key), r.tokens, r.total_tokens, r.checksum, r.payload) for r in rows]
         uses = [(here, r.collection_id, r.record_id, bytes.fromhex(r.key)) for r in references]
-        with self._writing() as connection:
+        collections = [(here, collection_id, scope) for collection_id in {r.collection_id for r in references}]
+        with self._writing(wait) as connection:
+            now = int(time.time())  # here, not before: waiting for another writer may have taken long
             connection.executemany(
-                "INSERT INTO states (namespace, key, tokens, found, checksum, payload) VALUES (?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (namespace, key) DO NOTHING",
+                "INSERT INTO states (namespace, key, tokens, found, checksum, payload, created) "
+                f"VALUES (?, ?, ?, ?, ?, ?, {now}) ON CONFLICT (namespace, key) DO UPDATE SET created=excluded.created",
                 values,
+            )
+            connection.executemany(
+                f"INSERT INTO collections (namespace, collection_id, scope, written) VALUES (?, ?, ?, {now}) "
+                "ON CONFLICT (namespace, collection_id) DO UPDATE SET written=excluded.written, "
+                "scope=CASE excluded.scope WHEN '' THEN scope ELSE excluded.scope END",
+                collections,
             )
             connection.executemany(
                 "INSERT INTO uses (namespace, collection_id, record_id, key) VALUES (?, ?, ?, ?) "
@@ -208,29 +226,40 @@ class SqliteStore(Closing):
                     count += connection.execute(f"DELETE FROM states WHERE {chosen}", values).rowcount
         return count
 
-    def gc(self, live_collections: Iterable[str] | None = None) -> GcReport:
+    def gc(
+        self,
+        live_collections: Iterable[str] | None = None,
+        *,
+        scopes: Iterable[str] = ("",),
+        younger_than: float = GRACE_SECONDS,
+    ) -> GcReport:
         """Drop references of collections that are gone, then unused states, then give the space back to the disk.
 
-        Works in short transactions: readers are not held up, other writers only for moments.
+        Works in short transactions: readers are not held up, other writers only for moments. See `StateStore.gc`.
         """
+        before = sweep_before(younger_than)
         if live_collections is not None:
-            live = set(live_collections)
+            live, known = set(live_collections), set(scopes)
             for collection in self.collections().keys() - live:
-                self._forget_collection(collection)
+                self._forget_collection(collection, known, before)
         unused = "NOT EXISTS (SELECT 1 FROM uses u WHERE u.namespace=s.namespace AND u.key=s.key)"
         with self._pool.borrow() as connection:
             query = f"SELECT id FROM states s WHERE namespace=? AND {unused}"
             candidates = [row[0] for row in connection.execute(query, (self._namespace,))]
         states = payload = 0
         for chunk in chunked(candidates, SWEEP_ROWS):
-            chosen = f"id IN ({_marks(chunk)}) AND {unused}"  # asked again: a writer may have come between
+            # asked again: a writer may have come between. Age is asked here only: in files of earlier releases it
+            # stands behind the payload, and reading it for every state would read the whole file.
+            chosen = f"id IN ({_marks(chunk)}) AND {unused} AND created<={before!r}"
             with self._writing() as connection:
                 query = f"SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM states s WHERE {chosen}"
                 count, size = connection.execute(query, chunk).fetchone()
                 connection.execute(f"DELETE FROM states AS s WHERE {chosen}", chunk)
             states, payload = states + count, payload + size
-        if self.writable:
-            self._give_back_space()
+        here = "namespace=c.namespace AND collection_id=c.collection_id"
+        with self._writing() as connection:  # what is known of collections that have no records any more
+            connection.execute(f"DELETE FROM collections AS c WHERE NOT EXISTS (SELECT 1 FROM uses WHERE {here})")
+        self._give_back_space()
         return GcReport(states=states, payload_bytes=payload)
 
     def stats(self) -> StoreStats:
@@ -256,21 +285,29 @@ class SqliteStore(Closing):
         self._pool.close()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _writing(self, wait: float | None = None) -> Iterator[sqlite3.Connection]:
         if not self.writable:
             raise translate(sqlite3.OperationalError("opened read-only"), self.path)
-        with self._pool.borrow() as connection, transaction(connection):
+        with self._pool.borrow() as connection, transaction(connection, wait):
             yield connection
 
-    def _forget_collection(self, collection: str) -> None:
-        query = (
+    def _forget_collection(self, collection: str, scopes: set[str], before: float) -> None:
+        """Drop a collection's references in steps, unless it is of another database or was written to just now."""
+        here = (self._namespace, collection)
+        chosen = (
             "DELETE FROM uses WHERE namespace=? AND collection_id=? AND record_id IN "
             f"(SELECT record_id FROM uses WHERE namespace=? AND collection_id=? LIMIT {10 * CHUNK})"
         )
-        count = 1
-        while count:
+        query = "SELECT scope, written FROM collections WHERE namespace=? AND collection_id=?"
+        while True:
             with self._writing() as connection:
-                count = connection.execute(query, (self._namespace, collection) * 2).rowcount
+                row = connection.execute(query, here).fetchone()
+                scope, written = row if row is not None else ("", 0)  # of an earlier release
+                if scope not in scopes or written > before:
+                    return
+                if not connection.execute(chosen, here * 2).rowcount:
+                    connection.execute("DELETE FROM collections WHERE namespace=? AND collection_id=?", here)
+                    return
 
     def _give_back_space(self) -> None:
         with self._pool.borrow() as connection:
@@ -287,13 +324,26 @@ def read_layout(path: Path, fingerprint: str, timeout: float = 30.0) -> Layout |
     Raises:
         StoreError: If it can't be opened; StoreFormatError if it is foreign or damaged.
     """
+    found = _read_layouts(path, timeout, "fingerprint=?", (fingerprint,))
+    return found[0] if found else None
+
+
+def collection_layouts(path: Path, collection_id: str, timeout: float = 30.0) -> list[Layout]:
+    """Layouts of all models whose states records of a collection use; writes nothing.
+
+    Raises:
+        StoreError: If it can't be opened; StoreFormatError if it is foreign or damaged.
+    """
+    chosen = "id IN (SELECT namespace FROM uses WHERE collection_id=?)"
+    return _read_layouts(path, timeout, chosen, (collection_id,))
+
+
+def _read_layouts(path: Path, timeout: float, where: str = "1", values: Sequence[object] = ()) -> list[Layout]:
     if not path.exists() or path.stat().st_size == 0:
-        return None
-    unknown = Layout(fingerprint=fingerprint, hidden_size=1, ratio=1, codec=Codec.EXACT, state_dtype="float32")
-    pool, _ = open_pool(path, unknown, read_only=True, timeout=timeout)
+        return []
+    pool, _ = open_pool(path, None, read_only=True, timeout=timeout)
     with contextlib.closing(pool), pool.borrow() as connection:
-        known = read_namespace(connection, fingerprint, path)
-    return None if known is None else known[1]
+        return [layout for _, layout in read_namespaces(connection, path, where, values)]
 
 
 def _marks(values: Sequence[object]) -> str:

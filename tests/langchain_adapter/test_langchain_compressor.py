@@ -52,7 +52,7 @@ def test_scores_stay_with_their_documents_in_any_order(compressor: KaLMDocumentC
         shuffled = documents(texts)
         random.Random(seed).shuffle(shuffled)
         if seed == 2:  # half of the states are gone, so stored and fresh ones are merged
-            compressor.store.gc()
+            compressor.store.gc(younger_than=0)
             compressor.compress_documents(shuffled[::2], QUERY)
         for document in compressor.compress_documents(shuffled, QUERY):
             assert document.metadata["relevance_score"] == pytest.approx(wanted[document.page_content], abs=1e-6)

@@ -37,7 +37,7 @@ class TestTransform:
         store = transform.parts.get()[1]
         assert store.stats().states == 4
         assert [n.get_content() for n in nodes] == TEXTS
-        store.gc()  # nothing refers to them
+        store.gc(younger_than=0)  # nothing refers to them
         assert store.stats().states == 0
         for _ in range(2):
             assert [n.get_content() for n in pipeline.run(documents=documents())] == TEXTS
