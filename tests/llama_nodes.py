@@ -9,10 +9,11 @@ import pytest
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.llms import MockLLM
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 
 from kalm_rag import Instructions, Reranker
-from kalm_rag.llama_index import KaLMChromaVectorStore, KaLMNodePostprocessor
+from kalm_rag.llama_index import KaLMChromaVectorStore
 
 QUERY = "Which river is the longest?"
 TEXTS = ["The Nile is long.", "Tea is drunk hot.", "The Amazon carries most water.", "Rivers end in the sea."]
@@ -71,7 +72,7 @@ def index_of(vectors: KaLMChromaVectorStore, documents: list[Document]) -> Vecto
     return VectorStoreIndex.from_documents(documents, storage_context=context, embed_model=EMBEDDING)
 
 
-def engine_of(index: VectorStoreIndex, post: KaLMNodePostprocessor, **fields: Any) -> Any:
+def engine_of(index: VectorStoreIndex, post: BaseNodePostprocessor, **fields: Any) -> Any:
     return index.as_query_engine(llm=MockLLM(max_tokens=4), similarity_top_k=10, node_postprocessors=[post], **fields)
 
 

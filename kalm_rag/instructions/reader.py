@@ -174,9 +174,11 @@ def _read_message(message: Any, values: Values, llm: object) -> list[_Message] |
 def _read_holder(holder: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
     """Query engines, chat engines and chains: whatever keeps its prompts for itself."""
     llm = getattr(holder, "_llm", None) or getattr(getattr(holder, "_response_synthesizer", None), "_llm", None) or llm
-    system = _chat_engine_parts(holder, values, llm)
-    if system is not None:
-        return system
+    system = getattr(llm, "system_prompt", None)  # LlamaIndex puts it before whatever an engine asks its LLM
+    standing = [_Message("system", parse(system, "literal", values))] if isinstance(system, str) else []
+    parts = _chat_engine_parts(holder, values, llm)
+    if parts is not None:
+        return standing + parts
     if not callable(getattr(holder, "get_prompts", None)) and not hasattr(holder, "_query_engine"):
         return None
     found = _prompts_of(holder)
@@ -185,7 +187,7 @@ def _read_holder(holder: Any, values: Values, llm: object) -> list[_Message] | N
         if inner is not None:
             return _read(inner, values, llm)
         raise InputError(f"{type(holder).__name__} holds no prompt (get_prompts() is empty); wanted {_WANTED}.")
-    return _choose(found, values, llm)
+    return standing + _choose(found, values, llm)
 
 
 def _prompts_of(holder: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401

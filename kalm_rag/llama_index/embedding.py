@@ -12,6 +12,7 @@ from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import find_states
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
 from kalm_rag.index.results import Timings
+from kalm_rag.index.upkeep import BATCH
 from kalm_rag.llama_index.fields import EngineFields
 
 
@@ -31,6 +32,9 @@ class KaLMEmbedding(EngineFields, BaseEmbedding):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
 
     model_name: str = Field(default=BUNDLED, description="What makes the vectors.")
+    embed_batch_size: int = Field(
+        default=BATCH, gt=0, le=2048, description="Passages per call: encoded together, kept in one transaction."
+    )
 
     @classmethod
     def class_name(cls) -> str:

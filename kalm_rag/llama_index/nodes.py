@@ -40,11 +40,26 @@ def record_node(record_id: str, document: str | None, metadata: Mapping[str, Any
     )
 
 
-class QuietMetadata(dict[str, Any]):
-    """Metadata whose text form leaves the retrieval score out: a node's hash is made of it, and must not change."""
+def record_text(record_id: str, document: str | None, metadata: Mapping[str, Any] | None, mode: str) -> str | None:
+    r"""Text that is read of a Chroma record: that of the node which LlamaIndex makes of it.
 
-    def __repr__(self) -> str:
-        return repr({key: value for key, value in self.items() if key != SCORE_KEY})
+    Args:
+        record_id: The record's id.
+        document: Its text.
+        metadata: Its metadata, as Chroma gives it; also of a record that another door wrote.
+        mode: Which metadata the text holds: ``"embed"``, ``"llm"``, ``"all"`` or ``"none"``.
+
+    Returns:
+        The text, or None if the node has none.
+
+    Raises:
+        InputError: If it holds a lone surrogate.
+
+    Example:
+        >>> record_text("1", "Boil it.", {"title": "Tea"}, "embed")
+        'title: Tea\n\nBoil it.'
+    """
+    return node_text(record_node(record_id, document, metadata), MetadataMode(mode))
 
 
 def with_score(item: NodeWithScore, score: float | None, *, keep: bool) -> NodeWithScore:
@@ -53,13 +68,13 @@ def with_score(item: NodeWithScore, score: float | None, *, keep: bool) -> NodeW
     Args:
         item: What the retriever gave.
         score: P(yes), or None.
-        keep: Note the old score in the metadata of a copy of the node: hidden from LLM and embedding text, and from
-            the hash.
+        keep: Note the old score in the metadata of a copy of the node, out of LLM and embedding text. The copy's hash
+            is another, as with LlamaIndex's own rerankers: it is made of all metadata.
     """
     if not keep:
         return NodeWithScore(node=item.node, score=score)
     changes = {
-        "metadata": QuietMetadata({**item.node.metadata, SCORE_KEY: item.score}),
+        "metadata": {**item.node.metadata, SCORE_KEY: item.score},
         "excluded_embed_metadata_keys": _with_key(item.node.excluded_embed_metadata_keys),
         "excluded_llm_metadata_keys": _with_key(item.node.excluded_llm_metadata_keys),
     }

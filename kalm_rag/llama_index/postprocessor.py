@@ -79,6 +79,7 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
     metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, description="Which text of a node is scored.")
     keep_retrieval_score: bool = Field(default=False, description="Keep the retriever's score in metadata.")
     _followed: Any = PrivateAttr(default=None)
+    _warned: bool = PrivateAttr(default=False)
 
     @field_validator("top_n", mode="before")
     @classmethod
@@ -153,9 +154,14 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        """Rerank in a thread, so that the loop goes on."""
+        """Rerank in a thread, so that the loop goes on; through `_postprocess_nodes` where a subclass has its own."""
+        current = self._current()  # here: a thread doesn't see which engine is running this
         with cancel_on_error():
-            return await asyncio.to_thread(self._rerank, nodes, query_bundle, self._current())
+            hook = next(kind for kind in type(self).__mro__ if "_postprocess_nodes" in vars(kind))
+            if hook is KaLMNodePostprocessor:
+                return await asyncio.to_thread(self._rerank, nodes, query_bundle, current)
+            with self.use(current):
+                return await asyncio.to_thread(self._postprocess_nodes, nodes, query_bundle)
 
     def _current(self) -> Instructions | None:
         """Instructions that hold for the query being answered on this call stack."""
@@ -168,6 +174,12 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
             return Instructions.from_prompt(self._followed)
         engine = calling_engine(self)
         if engine is None:
+            logger.log(
+                logging.INFO if self._warned else logging.WARNING,
+                "instructions='auto' found no query or chat engine around this postprocessor, so the default "
+                "instructions hold. Use follow(engine), or pass the prompt as instructions=.",
+            )
+            self._warned = True
             return None
         try:
             return Instructions.from_prompt(engine)

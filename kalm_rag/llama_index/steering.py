@@ -37,14 +37,18 @@ def calling_engine(component: object) -> Any | None:  # noqa: ANN401 - a query o
     """Find the query or chat engine that is running a postprocessor just now.
 
     LlamaIndex gives postprocessors no way back to their engine, and one may sit in several; the engine on the call
-    stack that lists `component` among its postprocessors is the right one in every case (sync, async, nested).
+    stack that lists `component` among its postprocessors, or one that called it (an app's wrapper around it), is the
+    right one in every case (sync, async, nested).
     """
+    callers = [component]
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         held = getattr(owner, "__dict__", {}).get("_node_postprocessors") if owner is not None else None
-        if isinstance(held, list | tuple) and any(one is component for one in held):
+        if isinstance(held, list | tuple) and any(post is caller for post in held for caller in callers):
             return owner
+        if owner is not None and owner is not callers[-1]:
+            callers.append(owner)
         if frame.f_back is None:
             break
         frame = frame.f_back

@@ -92,7 +92,7 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
             chroma_collection = client.get_or_create_collection(
                 self.collection_name, **{**self.collection_kwargs, "metadata": notes}
             )  # one that is there keeps its own notes
-        self._collection = chroma_collection
+        self._collection = _check_collection(chroma_collection)
         self._given_client = client
         self._note_connection()
         if self.store is None:
@@ -113,9 +113,7 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         Raises:
             InputError: If it is not a Chroma collection.
         """
-        if not isinstance(collection, chromadb.Collection):
-            raise InputError(f"collection is {type(collection).__name__}; wanted an open chromadb Collection.")
-        return cls(collection, **fields)
+        return cls(_check_collection(collection), **fields)
 
     @classmethod
     def from_params(cls, collection_name: str, **fields: object) -> Self:  # type: ignore[override] # one by one there
@@ -207,32 +205,44 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         """Close the state store that this opened (its postprocessors use it, too); it is opened again when needed."""
         self._parts.close()
 
+    async def averify(self) -> VerifyReport:
+        """Run `verify` in a thread."""
+        return await asyncio.to_thread(self.verify)
+
+    async def abackfill(self) -> BackfillReport:
+        """Run `backfill` in a thread."""
+        return await asyncio.to_thread(self.backfill)
+
+    async def agc(self) -> GcReport:
+        """Run `gc` in a thread."""
+        return await asyncio.to_thread(self.gc)
+
     async def async_add(self, nodes: Sequence[BaseNode], **add_kwargs: object) -> list[str]:
-        """As `add`, in a thread."""
+        """Run `add` in a thread."""
         return await asyncio.to_thread(self.add, nodes, **add_kwargs)
 
     async def adelete(self, ref_doc_id: str, **delete_kwargs: object) -> None:
-        """As `delete`, in a thread."""
+        """Run `delete` in a thread."""
         await asyncio.to_thread(self.delete, ref_doc_id, **delete_kwargs)
 
     async def adelete_nodes(
         self, node_ids: list[str] | None = None, filters: Filters = None, **delete_kwargs: object
     ) -> None:
-        """As `delete_nodes`, in a thread."""
+        """Run `delete_nodes` in a thread."""
         await asyncio.to_thread(self.delete_nodes, node_ids, filters, **delete_kwargs)
 
     async def aclear(self) -> None:
-        """As `clear`, in a thread."""
+        """Run `clear` in a thread."""
         await asyncio.to_thread(self.clear)
 
     async def aget_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
     ) -> list[BaseNode]:
-        """As `get_nodes`, in a thread."""
+        """Run `get_nodes` in a thread."""
         return await asyncio.to_thread(self.get_nodes, node_ids, cast("Any", filters))
 
     async def aquery(self, query: VectorStoreQuery, **kwargs: object) -> VectorStoreQueryResult:
-        """As `query`, in a thread."""
+        """Run `query` in a thread."""
         return await asyncio.to_thread(self.query, query, **kwargs)
 
     @property
@@ -343,3 +353,21 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         if self.persist_dir is None and self.host is None:
             raise InputError("an ephemeral Chroma collection can't be pickled. Use a persistent or HTTP client.")
         return super().__reduce__()
+
+
+def _check_collection(value: object) -> chromadb.Collection:
+    """Refuse what people pass in a collection's place.
+
+    Raises:
+        InputError: Naming what to pass instead.
+    """
+    if isinstance(value, chromadb.Collection):
+        return value
+    advice = ""
+    if isinstance(value, str):
+        advice = f" Give a name and its place: KaLMChromaVectorStore.from_params({value!r}, persist_dir=...)."
+    elif hasattr(value, "get_or_create_collection"):
+        advice = " Pass client.get_or_create_collection(name)."
+    elif type(value).__name__ == "AsyncCollection":
+        advice = " Open it with chromadb.HttpClient: the async methods here run its calls in threads."
+    raise InputError(f"chroma_collection is {type(value).__name__}; wanted an open chromadb Collection.{advice}")

@@ -18,7 +18,7 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import NodeWithScore
+from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_nodes import QUERY, documents, engine_of, got, index_of, same, scored
 
 from kalm_rag import Reranker
@@ -84,6 +84,21 @@ class TestEvents:
         with recorded() as (events, _), pytest.raises(InputError, match="no query was given"):
             post.postprocess_nodes(scored())
         assert events == []  # refused before anything started
+
+    def test_a_subclass_with_its_own_hook_is_heard_in_async_engines_too(self, tiny: Reranker) -> None:
+        """An app overrides the hook that LlamaIndex documents; its async engines went past it."""
+
+        class Boosted(KaLMNodePostprocessor):
+            def _postprocess_nodes(
+                self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+            ) -> list[NodeWithScore]:
+                ranked = super()._postprocess_nodes(nodes, query_bundle)
+                return [NodeWithScore(node=n.node, score=n.get_score() + 10) for n in ranked]
+
+        post = Boosted(reranker=tiny, instructions="Find rivers.")
+        sync = post.postprocess_nodes(scored(), query_str=QUERY)
+        assert min(n.get_score() for n in sync) > 10
+        assert got(asyncio.run(post.apostprocess_nodes(scored(), query_str=QUERY))) == got(sync)
 
     def test_query_engines_assign_their_callbacks(self, vectors: KaLMChromaVectorStore) -> None:
         debug = LlamaDebugHandler(print_trace_on_end=False)

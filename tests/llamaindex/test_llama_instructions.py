@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from llama_index.core import PromptTemplate, VectorStoreIndex
 from llama_index.core.llms import MockLLM
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers.no_text import NoText
+from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.tools import RetrieverTool
 from llama_nodes import EMBEDDING, QUERY, documents, engine_of, expected, got, index_of, make_nodes, same, scored
 
@@ -53,6 +55,42 @@ class TestInstructions:
         apps["Find laws."].update_prompts({"response_synthesizer:text_qa_template": template("Find poems.")})
         check(apps["Find laws."], "Find poems.")
         assert post.preview(QUERY) == engine.preview(QUERY)  # nobody around: the defaults
+
+    def test_auto_follows_the_engine_around_an_apps_wrapper(self, vectors: KaLMChromaVectorStore) -> None:
+        """The engine lists the app's own fall-back, which calls ours: its prompt was not found."""
+
+        class Guarded(BaseNodePostprocessor):
+            inner: BaseNodePostprocessor
+
+            def _postprocess_nodes(
+                self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+            ) -> list[NodeWithScore]:
+                return self.inner.postprocess_nodes(nodes, query_bundle)
+
+        prompt = PromptTemplate("Find laws.\n\nContext:\n{context_str}\n\nQuestion: {query_str}\nAnswer:")
+        guarded = Guarded(inner=vectors.as_postprocessor(instructions="auto", top_n=None))
+        app = engine_of(index_of(vectors, documents()), guarded, text_qa_template=prompt)
+        nodes = app.query(QUERY).source_nodes
+        same(got(nodes), expected(vectors.parts.get()[0], nodes, Instructions(task="Find laws.")))
+
+    def test_auto_without_an_engine_around_is_told(self, tiny: Reranker, caplog: pytest.LogCaptureFixture) -> None:
+        """In a workflow or a custom engine there is no prompt to follow; a warning once, then a line per query."""
+        post = KaLMNodePostprocessor(reranker=tiny, instructions="auto")
+        with caplog.at_level("INFO", "kalm_rag.llama_index"):
+            for _ in range(2):
+                post.postprocess_nodes(scored(), query_str=QUERY)
+        told = [r.levelname for r in caplog.records if "found no query or chat engine" in r.getMessage()]
+        assert told == ["WARNING", "INFO"]
+
+    def test_the_llms_own_system_text_is_read(self, vectors: KaLMChromaVectorStore) -> None:
+        """LlamaIndex puts ``llm.system_prompt`` before whatever an engine asks; it steered the LLM only."""
+        llm = MockLLM(max_tokens=4, system_prompt="You are a {maritime} lawyer.")
+        index = index_of(vectors, documents())
+        prompt = PromptTemplate("Find laws.\n{context_str}\n{query_str}")
+        query = index.as_query_engine(llm=llm, text_qa_template=prompt)
+        assert Instructions.from_prompt(query) == Instructions(system=llm.system_prompt, task="Find laws.")
+        chat = index.as_chat_engine(chat_mode="context", llm=llm, system_prompt="Be brief.")
+        assert (Instructions.from_prompt(chat).system or "").startswith("You are a {maritime} lawyer.\nBe brief.")
 
     def test_auto_follows_a_chat_engine(self, vectors: KaLMChromaVectorStore) -> None:
         engine = vectors.parts.get()[0]

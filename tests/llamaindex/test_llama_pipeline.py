@@ -95,6 +95,11 @@ class TestEmbedding:
         assert stored(vectors) == 1
         assert vectors.verify().clean
 
+    def test_two_hundred_and_fifty_six_passages_a_call(self, tiny: Reranker) -> None:
+        """LlamaIndex's default is ten: ten passages per encoder pass, and a transaction for each ten."""
+        assert KaLMEmbedding(reranker=tiny).embed_batch_size == 256
+        assert KaLMEmbedding(reranker=tiny, embed_batch_size=8).embed_batch_size == 8
+
     def test_without_a_store(self, pico: Reranker) -> None:
         embedding = KaLMEmbedding(reranker=pico)
         assert len(embedding.get_text_embedding("x")) == 384

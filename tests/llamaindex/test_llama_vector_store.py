@@ -10,6 +10,7 @@ from pathlib import Path
 
 import chromadb
 import pytest
+from chromadb.api.models.AsyncCollection import AsyncCollection
 from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import MockLLM
@@ -152,7 +153,10 @@ class TestVectorStore:
             await vectors.adelete("None")  # what Chroma has for nodes of no document
             assert vectors._collection.count() == 0
             await vectors.async_add(make_nodes())
+            assert (await vectors.averify()).clean
+            assert (await vectors.abackfill()).encoded == 0
             await vectors.aclear()
+            assert (await vectors.agc()).states == 4
 
         asyncio.run(run())
         assert main not in seen
@@ -234,15 +238,21 @@ class TestVectorStore:
         assert vectors._collection.count() == stored(vectors) == 0
         assert vectors.add([]) == []
 
-    def test_construction(self, collection: chromadb.Collection, tiny: Reranker, tmp_path: Path) -> None:
+    def test_construction(self, client: chromadb.ClientAPI, collection: chromadb.Collection, tiny: Reranker) -> None:
+        """What people pass in a collection's place was taken, and failed later in Chroma's words."""
         with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
             KaLMChromaVectorStore(collection, colection_name="x")
         with pytest.raises(ValidationError, match="codec"):
             KaLMChromaVectorStore(collection, codec="int4")
         with pytest.raises(InputError, match="no collection was given"):
             KaLMChromaVectorStore(collection_name="x")
-        with pytest.raises(InputError, match="wanted an open chromadb Collection"):
-            KaLMChromaVectorStore.from_collection("x")
+        for make in (KaLMChromaVectorStore, KaLMChromaVectorStore.from_collection):
+            with pytest.raises(InputError, match=r"is str; wanted an open chromadb Collection.*from_params\('x'"):
+                make("x")
+            with pytest.raises(InputError, match=r"is Client; wanted .* Pass client.get_or_create_collection"):
+                make(client)
+            with pytest.raises(InputError, match=r"is AsyncCollection; wanted .* Open it with chromadb.HttpClient"):
+                make(AsyncCollection(client=object(), model=collection._model))
         store = MemoryStore(tiny.layout("int8"))
         vectors = KaLMChromaVectorStore.from_collection(collection, reranker=tiny, store=store)
         vectors.add(make_nodes())
