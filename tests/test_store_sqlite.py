@@ -214,7 +214,7 @@ def test_files_of_earlier_releases_open(path: Path, earlier: list[PassageStates]
     with SqliteStore.open(path, LAYOUT) as store:
         store.put_many([new], refer([new], "new"), scope="/elsewhere")
         store.unreference("c", ["r0"])
-        assert store.gc(younger_than=0).states == 1  # never put again, so of no known age: old
+        assert store.gc().states == 1  # never put again, so of no known age: old
         assert store.gc([]).states == 11
         assert store.collections() == {"new": 1}
     edit(path, "UPDATE namespaces SET ratio=5")
