@@ -6,6 +6,8 @@ import copy
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,8 +207,159 @@ def test_nothing_a_user_writes_breaks_it() -> None:
         Instructions.from_prompt([("system", text), ("human", text)])
 
 
+@pytest.mark.parametrize(
+    ("condition", "values", "kept"),
+    [
+        ('mode == "strict"', {"mode": "strict"}, "A"),
+        ('mode == "strict"', {"mode": "lenient"}, "B"),
+        ('mode == "strict"', {"mode": lambda: "strict"}, "A"),
+        ('mode|lower == "strict"', {"mode": "STRICT"}, "A"),
+        ('mode != "strict"', {"mode": "strict"}, "B"),
+        ('mode in ("strict", "exact")', {"mode": "exact"}, "A"),
+        ('mode not in ["strict"]', {"mode": "strict"}, "B"),
+        ("level >= 3", {"level": 2}, "B"),
+        ("level >= 3", {"level": "x"}, "A"),  # what the app's own rendering would fail at is unknown
+        ("mode is defined", {"mode": ""}, "A"),
+        ("mode is not defined", {"mode": ""}, "B"),
+        ("mode is none", {"mode": None}, "A"),
+        ("mode and unknown", {"mode": ""}, "B"),
+        ("mode or unknown", {"mode": "x"}, "A"),
+        ("mode and unknown", {"mode": "x"}, "A"),  # not decided: the first branch
+        ("not unknown", {}, "B"),
+        ("false", {}, "B"),
+        ("9 ** 9 ** 9 ** 9", {}, "A"),  # never computed
+    ],
+)
+def test_jinja_conditions(condition: str, values: dict[str, Any], kept: str) -> None:
+    """A comparison with a known partial variable took the first branch whatever its value was."""
+    from kalm_rag.instructions.templates import parse
+
+    shown = f"{{{{ 'A' if {condition} else 'B' }}}}"
+    for template in (f"{{% if {condition} %}}A{{% else %}}B{{% endif %}}", shown):
+        assert "".join(map(str, parse(template, "jinja2", values))) == kept
+
+
+def test_jinja_expressions() -> None:
+    from kalm_rag.instructions.pieces import Slot
+    from kalm_rag.instructions.templates import parse
+
+    def read(template: str, **values: object) -> list[object]:
+        return [part.name if isinstance(part, Slot) else part for part in parse(template, "jinja2", values)]
+
+    assert read("{{ a.b | join(', ') }}") == ["a.b"]
+    assert read("{{ ', '.join(documents) }}{{ format(docs) }}") == ["documents", "docs"]  # what is shown, not how
+    assert read("{% set tone = 'dry' %}Be {{ tone }} and {{ 'very ' ~ mood }}.") == [
+        *("Be ", "dry", " and ", "very ", "mood", "."),
+    ]
+    assert read("{{ tone | upper }} {{ tone | wordwrap(3) }}", tone="dry") == ["DRY", " ", "dry"]
+    assert read("{% macro m(x) %}no{% endmacro %}{% call m(1) %}no{% endcall %}{% set y %}no{% endset %}yes") == ["yes"]
+    assert read("{% filter upper %}a{% endfilter %}{% with x = 1 %}b{% endwith %}{% do f() %}") == ["a", "b"]
+    assert read("a\n{%- if x -%}\nb\n{%- endif %}\n") == ["a", "b", "\n"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% if %}", "the template is no Jinja in line 1: Expected an expression"),
+        ("a\n{% trans %}b{% endtrans %}", "the template is no Jinja in line 2: Encountered unknown tag 'trans'"),
+        ("{{ " + "(" * 20_000, "the Jinja template is nested too deeply"),
+        ("{{ " + "9" * 20_000 + " }}", "the template is no Jinja"),
+    ],
+)
+def test_what_is_said_to_be_jinja_and_is_not(template: str, message: str) -> None:
+    from kalm_rag.instructions.templates import parse
+
+    with pytest.raises(InputError, match=message):
+        parse(template, "jinja2", {})
+    Instructions.from_prompt(template)  # nobody said that this one is
+
+
+@pytest.mark.parametrize(
+    ("template", "task"),
+    [
+        ("Reply as {{json}}.\nContext: {context}\nQuestion: {question}", "Reply as {json}."),
+        ("Reply as {{json}}.\nStuff: {my_stuff}", "Reply as {json}."),
+        ("Reply as {json}.\nContext: {{ context }}", "Reply as {json}."),
+        ("Reply as {{#json}}.\nContext: {context}", "Reply as {#json}."),
+        ("Reply briefly.\n{{context}}", "Reply briefly."),
+        ("Reply briefly.\nContext: {{ my_stuff }}", "Reply briefly."),
+        ("Cite {% if strict %}pages.{% else %}nothing.{% endif %}\nContext: {{ context }}", "Cite pages."),
+        ("Never exceed {%}.\nContext: {context}", "Never exceed {%}."),
+    ],
+)
+def test_reading_that_finds_the_slots(template: str, task: str) -> None:
+    """``{{json}}`` made a plain string Jinja, and ``Context: {context}`` reached the decoder as text."""
+    assert Instructions.from_prompt(template).task == task
+
+
+def test_messages_of_one_prompt_have_one_format() -> None:
+    """The slots that tell the format may stand in another message than the braces that are in doubt."""
+    prompt = [("system", "Reply as {{json}}."), ("human", "{context}\n\n{question}")]
+    assert Instructions.from_prompt(prompt).system == "Reply as {json}."
+    prompt = [("system", "Reply as {json}. {{tone}}"), ("human", "{{ context }}\n\n{{ question }}")]
+    assert Instructions.from_prompt(prompt).system == "Reply as {json}."
+    assert Instructions.from_prompt([{"role": "system", "content": "Reply as {{json}}."}, "{context}"]).system == (
+        "Reply as {json}."
+    )
+
+
+def test_instruction_above_two_slots() -> None:
+    """The instruction above the documents was taken for the label of the question's slot below, and lost."""
+    template = "Answer only from the documents below:\n{context}\n{question}"
+    assert Instructions.from_prompt(template).task == "Answer only from the documents below."
+
+
+HOSTILE: dict[str, Callable[[int], str]] = {
+    "unclosed tag": lambda n: "{context}\n<" + "a" * n,
+    "unclosed expressions": lambda n: "{{ x }}" + "{{" * (n // 2),
+    "unclosed statements": lambda n: "{% if x %}" + "{%" * (n // 2),
+    "unclosed sections": lambda n: "{{#d}}x{{/d}}" + "{{{" * (n // 3),
+    "cue characters": lambda n: "{context}\n" + ".-:" * (n // 3) + "x",
+    "nested brackets": lambda n: "(" * (n // 2) + "{context}" + ")" * (n // 2),
+    "nested tags": lambda n: "<t>" * (n // 7) + "{context}" + "</t>" * (n // 7),
+    "quotes and slots": lambda n: '" {a} ' * (n // 6),
+    "slots and closers": lambda n: "{a} " * (n // 8) + "] " * (n // 4),
+    "slots on lines": lambda n: "{a}\n" * (n // 4),
+    "a fence below slots": lambda n: "{a}\n" * (n // 8) + "-" * (n // 2) + "x",
+    "a text above slots": lambda n: "k" * (n // 2) + ":\n" + "{a}\n" * (n // 8),
+    "spaces": lambda n: "{context}" + " " * n + "x",
+    "NULs": lambda n: "{context}" + "\0" * n,
+    "filters": lambda n: ("{{ x" + "|lower" * 300 + " }}") * (n // 1806),
+    "doubled text": lambda n: (
+        "{% set a = '" + "k" * (n // 2) + "' %}" + "{% if a|lower == 'x' %}{% endif %}" * (n // 72)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_time_grows_with_the_length(make: Callable[[int], str]) -> None:
+    """Templates of 32,000 characters took up to 29 seconds, four times as long for twice the length."""
+    template = make(48_000)
+    started = time.process_time()
+    Instructions.from_prompt(template)
+    assert time.process_time() - started < 4.0  # 0.5 s at most here; it was over 10 s for most of these
+
+
+def test_bounds() -> None:
+    """What is too long or holds itself is refused by name, also where only partial variables make it long."""
+    from kalm_rag.instructions.templates import parse
+
+    assert len(str(Instructions.from_prompt("a" * 100_000).task)) == 100_000
+    with pytest.raises(InputError, match=r"has 100,001 characters or more; wanted at most 100,000"):
+        Instructions.from_prompt("a" * 100_001)
+    with pytest.raises(InputError, match="wanted at most 100,000"):
+        parse("{a}{a}", "f-string", {"a": "k" * 60_000})
+    with pytest.raises(InputError, match="wanted at most 100,000"):
+        parse("{% set a = '" + "k" * 60_000 + "' %}{{ a }}{{ a|upper }}", "jinja2", {})
+    itself: list[object] = []
+    itself.append(itself)
+    with pytest.raises(InputError, match="prompt is list nested too deeply, or in itself"):
+        Instructions.from_prompt(itself)
+
+
 def test_mustache_sections() -> None:
-    from kalm_rag.instructions.templates import Slot, parse
+    from kalm_rag.instructions.pieces import Slot
+    from kalm_rag.instructions.templates import parse
 
     template = "{{! note }}A{{#flag}} B{{/flag}}{{^docs}} none{{/docs}} {{{raw}}} {{&x}}"
     assert parse(template, "mustache", {"flag": True, "raw": "r"}) == [

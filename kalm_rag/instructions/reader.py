@@ -14,13 +14,10 @@ from itertools import pairwise
 from typing import Any, cast
 
 from kalm_rag.errors import InputError
+from kalm_rag.instructions.jinja import jinja_messages
+from kalm_rag.instructions.pieces import Piece, Slot, Values
 from kalm_rag.instructions.strip import strip_slots
-from kalm_rag.instructions.templates import Parts, Slot, Values, jinja_messages, parse
-
-DOCUMENT_SLOTS = frozenset(
-    "context documents docs context_str sources passages summaries context_msg context_list input_documents".split()
-)
-"""Usual names of the slot that takes the retrieved documents; they tell an answering prompt from the others."""
+from kalm_rag.instructions.templates import format_of, parse
 
 _ROLES = {
     "system": "system",
@@ -32,6 +29,7 @@ _ROLES = {
     "model": "ai",
     "chatbot": "ai",
 }
+_READ_ROLES = ("system", "human")
 _INNER = ("_query_engine", "combine_documents_chain", "combine_docs_chain", "llm_chain", "prompt")
 """Where engines over engines and LangChain's older chains keep what has the prompt."""
 _WANTED = (
@@ -42,10 +40,10 @@ _WANTED = (
 
 @dataclass(frozen=True)
 class _Message:
-    """One message of a prompt: role (system, human, ai or other) and its parts."""
+    """One message of a prompt: role (system, human, ai or other) and its pieces."""
 
     role: str
-    parts: Parts
+    pieces: list[Piece]
 
 
 def read_prompt(prompt: object) -> tuple[str | None, str | None]:
@@ -66,89 +64,112 @@ def read_prompt(prompt: object) -> tuple[str | None, str | None]:
         >>> read_prompt([("system", "Only trust primary sources.\n\n{context}"), ("human", "{question}")])
         ('Only trust primary sources.', None)
     """
-    messages = _read(prompt, {})
+    try:
+        messages = _messages(prompt, {})
+    except RecursionError as err:
+        raise InputError(
+            f"prompt is {type(prompt).__name__} nested too deeply, or in itself; wanted {_WANTED}."
+        ) from err
     answered = [m.role == "human" and n.role == "ai" for m, n in pairwise(messages)]
     texts: dict[str, list[str]] = {"system": [], "human": []}
     for message, is_example in zip(messages, [*answered, False][: len(messages)], strict=True):
-        left = "" if is_example or message.role not in texts else strip_slots(message.parts)
+        left = "" if is_example or message.role not in texts else strip_slots(message.pieces)
         if left:
             texts[message.role].append(left)
     return "\n".join(texts["system"]) or None, "\n".join(texts["human"]) or None
 
 
-def _read(prompt: object, values: Values, llm: object = None) -> list[_Message]:
+def _messages(prompt: object, values: Values, llm: object = None) -> list[_Message]:
     """Messages of whatever holds a prompt; partial variables of what is around it in `values`."""
     if isinstance(prompt, str):
         return [_Message("human", parse(prompt, "plain", values))]
     if isinstance(prompt, Mapping):
-        return _read_mapping(prompt, values, llm)
+        return _mapping_messages(prompt, values, llm)
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-        return _read_list(prompt, values)
-    for reader in (_read_llama, _read_langchain, _read_message, _read_holder):
+        return _list_messages(prompt, values)
+    for reader in (_llama_index_messages, _langchain_messages, _lone_message, _holder_messages):
         messages = reader(cast("Any", prompt), values, llm)
         if messages is not None:
             return messages
     raise InputError(f"prompt is {type(prompt).__name__}; wanted {_WANTED}.")
 
 
-def _read_mapping(prompt: Mapping[Any, Any], values: Values, llm: object) -> list[_Message]:
+def _mapping_messages(prompt: Mapping[Any, Any], values: Values, llm: object) -> list[_Message]:
     """A message as a dict, or prompts by name (what ``get_prompts()`` of LlamaIndex gives)."""
     if "role" in prompt and "content" in prompt:
-        return [_Message(_role(prompt["role"]), _content(prompt["content"], "plain", values))]
-    return _choose(list(prompt.items()), values, llm)
+        return _list_messages([prompt], values)
+    return _answering_messages(list(prompt.items()), values, llm)
 
 
-def _read_list(prompt: Sequence[object], values: Values) -> list[_Message]:
+def _list_messages(prompt: Sequence[object], values: Values) -> list[_Message]:
     if len(prompt) == 2 and isinstance(prompt, tuple) and _is_pair(prompt):
         prompt = [prompt]
     if not prompt:
         raise InputError(f"prompt is an empty {type(prompt).__name__}; wanted {_WANTED}.")
+    plain = [_plain_message(item) for item in prompt]
+    texts = [text for found in plain if found is not None and found[0] in _READ_ROLES for text in _texts(found[1])]
+    template_format = format_of(texts, values)
     messages: list[_Message] = []
-    for item in prompt:
-        if isinstance(item, tuple | list) and _is_pair(item):
-            messages.append(_Message(_role(item[0]), _content(item[1], "plain", values)))
+    for item, found in zip(prompt, plain, strict=True):
+        if found is None:
+            messages += _messages(item, values)
         else:
-            messages += _read(item, values)
+            role, content = found
+            messages.append(
+                _Message(role, _content(content, template_format if role in _READ_ROLES else "plain", values))
+            )
     return messages
+
+
+def _plain_message(item: object) -> tuple[str, object] | None:
+    """Role and content of a message of unknown format: a string, a pair or a dict; None for anything else."""
+    if isinstance(item, str):
+        return "human", item
+    if isinstance(item, tuple | list) and _is_pair(item):
+        return _role(item[0]), item[1]
+    if isinstance(item, Mapping) and "role" in item and "content" in item:
+        return _role(item["role"]), item["content"]
+    return None
 
 
 def _is_pair(item: Sequence[object]) -> bool:
     return len(item) == 2 and isinstance(item[0], str) and item[0].lower() in {*_ROLES, "placeholder", "tool"}
 
 
-def _read_llama(prompt: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401 - told by attributes
+def _llama_index_messages(prompt: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
     """LlamaIndex's five kinds of template."""
     if hasattr(prompt, "default_template") and hasattr(prompt, "conditionals"):
         chosen = prompt.default_template
         if llm is not None:
             chosen = next((t for condition, t in prompt.conditionals or [] if condition(llm)), chosen)
-        return _read(chosen, values, llm)
+        return _messages(chosen, values, llm)
     if not hasattr(prompt, "template_var_mappings"):
         return None
     mappings = prompt.template_var_mappings or {}
     filled = {**values, **{mappings.get(name, name): value for name, value in (prompt.kwargs or {}).items()}}
     if hasattr(prompt, "selector"):
-        return _read(prompt.selector.default_prompt, filled, llm)
+        return _messages(prompt.selector.default_prompt, filled, llm)
     if hasattr(prompt, "message_templates"):
         return [
             _Message(_role(message.role), _content(_blocks(message), "braces", filled))
             for message in prompt.message_templates
         ]
     if hasattr(prompt, "template_str"):
-        return [_Message(_role(role), parts) for role, parts in jinja_messages(prompt.template_str, filled)]
+        return [_Message(_role(role), pieces) for role, pieces in jinja_messages(prompt.template_str, filled)]
     return [_Message("human", parse(prompt.template, "braces", filled))]
 
 
-def _read_langchain(prompt: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
+def _langchain_messages(prompt: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
     """LangChain's templates: chat, string, few-shot, and the message templates inside a chat prompt."""
     filled = {**values, **(getattr(prompt, "partial_variables", None) or {})}
     if isinstance(getattr(prompt, "messages", None), Sequence):
-        return [message for item in prompt.messages for message in _read(item, filled, llm)]
+        return [message for item in prompt.messages for message in _messages(item, filled, llm)]
     if hasattr(prompt, "variable_name"):
         return [_Message("other", [Slot(prompt.variable_name)])]
     if hasattr(prompt, "example_prompt"):
         ends = (getattr(prompt, "prefix", ""), getattr(prompt, "suffix", ""))
-        return [_Message("human", [p for e in ends if e for p in ["\n", *parse(e, prompt.template_format, filled)]])]
+        read = [["\n", *parse(end, prompt.template_format, filled)] for end in ends if end]
+        return [_Message("human", [piece for pieces in read for piece in pieces])]
     if hasattr(prompt, "template_format") and isinstance(getattr(prompt, "template", None), str):
         return [_Message("human", parse(prompt.template, prompt.template_format, filled))]
     inner = getattr(prompt, "prompt", None)
@@ -157,10 +178,10 @@ def _read_langchain(prompt: Any, values: Values, llm: object) -> list[_Message] 
     own = getattr(prompt, "role", None) or type(prompt).__name__.split("MessagePromptTemplate")[0]
     pieces = inner if isinstance(inner, list) else [inner]
     texts = [p for p in pieces if isinstance(getattr(p, "template", None), str)]  # not images, not tool blocks
-    return [_Message(_role(own), [part for p in texts for m in _read(p, filled, llm) for part in m.parts])]
+    return [_Message(_role(own), [piece for p in texts for m in _messages(p, filled, llm) for piece in m.pieces])]
 
 
-def _read_message(message: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
+def _lone_message(message: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
     """A message of either framework outside a template; LangChain's are static, so their braces are literal."""
     del llm
     if hasattr(message, "role") and (hasattr(message, "blocks") or hasattr(message, "content")):
@@ -171,23 +192,23 @@ def _read_message(message: Any, values: Values, llm: object) -> list[_Message] |
     return None
 
 
-def _read_holder(holder: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
+def _holder_messages(holder: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
     """Query engines, chat engines and chains: whatever keeps its prompts for itself."""
     llm = getattr(holder, "_llm", None) or getattr(getattr(holder, "_response_synthesizer", None), "_llm", None) or llm
     system = getattr(llm, "system_prompt", None)  # LlamaIndex puts it before whatever an engine asks its LLM
     standing = [_Message("system", parse(system, "literal", values))] if isinstance(system, str) else []
-    parts = _chat_engine_parts(holder, values, llm)
-    if parts is not None:
-        return standing + parts
+    messages = _chat_engine_messages(holder, values, llm)
+    if messages is not None:
+        return standing + messages
     if not callable(getattr(holder, "get_prompts", None)) and not hasattr(holder, "_query_engine"):
         return None
     found = _prompts_of(holder)
     if not found:
         inner = next((i for name in _INNER if (i := getattr(holder, name, None)) is not None), None)
         if inner is not None:
-            return _read(inner, values, llm)
+            return _messages(inner, values, llm)
         raise InputError(f"{type(holder).__name__} holds no prompt (get_prompts() is empty); wanted {_WANTED}.")
-    return standing + _choose(found, values, llm)
+    return standing + _answering_messages(found, values, llm)
 
 
 def _prompts_of(holder: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401
@@ -196,7 +217,7 @@ def _prompts_of(holder: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401
     return list(found.items()) if isinstance(found, Mapping) else list(enumerate(found))
 
 
-def _chat_engine_parts(engine: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
+def _chat_engine_messages(engine: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
     """LlamaIndex's chat engines: prefix messages and system prompt are static, the context template is a template."""
     names = ("_prefix_messages", "_system_prompt", "_context_prompt_template", "_context_template")
     if not any(hasattr(engine, name) for name in names):
@@ -209,19 +230,18 @@ def _chat_engine_parts(engine: Any, values: Values, llm: object) -> list[_Messag
     for name in names[2:]:
         template = getattr(engine, name, None)
         if template is not None:  # these engines put it into the system message
-            messages += [_Message("system", m.parts) for m in _read(template, values, llm)]
+            messages += [_Message("system", m.pieces) for m in _messages(template, values, llm)]
     return messages
 
 
-def _choose(prompts: Sequence[tuple[Any, Any]], values: Values, llm: object) -> list[_Message]:
+def _answering_messages(prompts: Sequence[tuple[Any, Any]], values: Values, llm: object) -> list[_Message]:
     """The prompt that answers from documents; among chain steps the last, among named ones the first."""
     if not prompts:
         raise InputError(f"there is no prompt in it; wanted {_WANTED}.")
     best: tuple[tuple[bool, bool, int], list[_Message]] | None = None
     for place, (name, prompt) in enumerate(prompts):
-        messages = _read(prompt, values, llm)
-        slots = {part.name for m in messages for part in m.parts if isinstance(part, Slot)}
-        takes = any(slot.split(".")[-1].lower() in DOCUMENT_SLOTS for slot in slots)
+        messages = _messages(prompt, values, llm)
+        takes = any(piece.takes_documents for m in messages for piece in m.pieces if isinstance(piece, Slot))
         worth = (str(name).endswith("text_qa_template"), takes, place if isinstance(name, int) else -place)
         if best is None or worth > best[0]:
             best = (worth, messages)
@@ -239,13 +259,18 @@ def _blocks(message: Any) -> object:  # noqa: ANN401
     return [block.text for block in blocks if hasattr(block, "text")] if blocks is not None else message.content
 
 
-def _content(content: object, template_format: str, values: Values) -> Parts:
-    """Parts of a content: a string, or a list of strings and ``{"type": "text"}`` blocks; images are left out."""
+def _texts(content: object) -> list[str]:
+    """Texts of a content: a string, or a list of strings and ``{"type": "text"}`` blocks; images are left out."""
     if isinstance(content, str):
-        return parse(content, template_format, values)
-    parts: Parts = []
-    for block in content if isinstance(content, Sequence) else []:
-        text = block.get("text") if isinstance(block, Mapping) else block
-        if isinstance(text, str):
-            parts += [*(["\n"] if parts else []), *parse(text, template_format, values)]
-    return parts
+        return [content]
+    blocks = content if isinstance(content, Sequence) else []
+    texts = [block.get("text") if isinstance(block, Mapping) else block for block in blocks]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _content(content: object, template_format: str, values: Values) -> list[Piece]:
+    """Pieces of a content (see `_texts`), a line for each of its texts."""
+    pieces: list[Piece] = []
+    for text in _texts(content):
+        pieces += [*(["\n"] if pieces else []), *parse(text, template_format, values)]
+    return pieces

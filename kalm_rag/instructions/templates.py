@@ -1,212 +1,149 @@
-"""Template text to parts: literal text and slots. One parser per format, none of which ever formats the template.
+"""Template text to pieces: literal text and slots. One parser per format, none of which ever formats the template.
 
-Knows no framework and no roles but those that a Jinja template names itself (``{% chat role="system" %}``).
+Time grows with the length of the template, whatever stands in it. Knows no framework and no roles.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 from kalm_rag.errors import InputError
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place that the app fills per query: documents, question, history, or anything else."""
-
-    name: str
-
-
-Part = str | Slot
-Parts = list[Part]
-Values = Mapping[str, object]
-"""Partial variables by name; a callable is called for its value."""
+from kalm_rag.instructions.jinja import TemplateSyntaxError, jinja_messages
+from kalm_rag.instructions.pieces import Piece, Slot, Values, check_length, fill
 
 _NAME = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
 _BRACES = re.compile(r"\{(" + _NAME + r")\}")
-_JINJA = re.compile(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", re.DOTALL)
-_MUSTACHE = re.compile(r"(\{\{\{.*?\}\}\}|\{\{.*?\}\})", re.DOTALL)
-_LOOKS_JINJA = re.compile(r"\{%|\{\{-?\s*" + _NAME + r"\s*(\|[^{}]*)?-?\}\}")
-_LOOKS_MUSTACHE = re.compile(r"\{\{\s*[#^/]\s*" + _NAME + r"\s*\}\}")
+_FIELD = re.compile(_NAME + r"(\[[^\]]*\])*")
+_MUSTACHE_SECTION = re.compile(r"\{\{\s*[#^/]\s*" + _NAME + r"\s*\}\}")
+_JINJA_TAG = re.compile(r"\{[{%#]")
 
 
-def parse(template: str, template_format: str, values: Values) -> Parts:
-    """Cut a template of one message into parts; partial variables are filled in.
+def parse(template: str, template_format: str, values: Values) -> list[Piece]:
+    """Cut a template of one message into pieces; partial variables are filled in.
 
     Args:
         template: The template's own text.
         template_format: ``f-string`` (LangChain: ``{{`` is a brace), ``braces`` (LlamaIndex: ``{name}`` only),
-            ``jinja2``, ``mustache``, ``literal`` (no slots), or ``plain`` (of unknown make: told by its looks).
+            ``jinja2``, ``mustache``, ``literal`` (no slots), or ``plain`` (of unknown make: see `format_of`).
         values: Partial variables.
 
     Raises:
-        InputError: If there is no such format.
+        InputError: If there is no such format, the text (partial variables filled in) is longer than
+            `MAX_PROMPT_CHARS`, or jinja2 can't parse what is said to be Jinja.
 
     Example:
         >>> parse('Answer as {{"a": 1}}: {question}', "f-string", {})
         ['Answer as {', '"a": 1}', ': ', Slot(name='question')]
     """
-    if template_format == "literal":
-        return [template] if template else []
-    parsers: dict[str, Callable[[str, Values], Parts]] = {
-        "f-string": _parse_fstring,
-        "braces": _parse_braces,
-        "jinja2": _parse_jinja,
-        "mustache": _parse_mustache,
-        "plain": _parse_plain,
-    }
-    if template_format not in parsers:
-        raise InputError(f"template format is {template_format!r}; wanted one of {', '.join(parsers)}.")
-    return parsers[template_format](template, values)
+    if template_format == "plain":
+        template_format = format_of([template], values)
+    if template_format not in _PARSERS:
+        raise InputError(f"template format is {template_format!r}; wanted one of {', '.join([*_PARSERS, 'plain'])}.")
+    check_length(len(template))
+    pieces = _PARSERS[template_format](template, values)
+    check_length(sum(len(piece) for piece in pieces if isinstance(piece, str)))
+    return pieces
 
 
-def value_of(name: str, values: Values) -> Part:
-    """Text of a partial variable, or the slot where it has none.
+def format_of(templates: Sequence[str], values: Values) -> str:
+    """Tell the format of a prompt of unknown make, over all its messages.
 
-    Raises:
-        InputError: If its callable fails.
+    It is the one in which most slots for documents and the question are found, then most slots of any name. Among
+    equals Jinja comes first where there are statements (``{% ... %}``), else f-strings: in them ``{{name}}`` is an
+    ordinary way to write a brace, while ``{name}`` is none in Jinja.
+
+    Example:
+        >>> format_of(["Answer as {{json}}. Context: {context}"], {}), format_of(["Context: {{ context }}"], {})
+        ('f-string', 'jinja2')
     """
-    if name not in values:
-        return Slot(name)
-    value = values[name]
-    if callable(value):
+    text = "\n".join(templates)
+    formats = ["f-string"]
+    if _JINJA_TAG.search(text):
+        formats = ["jinja2", "f-string"] if "{%" in text else ["f-string", "jinja2"]
+    if _MUSTACHE_SECTION.search(text):
+        formats = ["mustache", *formats]
+    if len(formats) == 1:
+        return formats[0]
+    found: dict[str, tuple[int, int]] = {}
+    for name in formats:
         try:
-            value = value()
-        except Exception as err:
-            raise InputError(f"partial variable {name!r} could not be computed: {err}") from err
-    return value if isinstance(value, str) else str(value)
+            slots = {p for t in templates for p in parse(t, name, values) if isinstance(p, Slot)}
+        except TemplateSyntaxError:
+            continue
+        found[name] = (sum(slot.takes_documents or slot.takes_query for slot in slots), len(slots))
+    return max(found, key=lambda name: found[name])  # the first of equals
 
 
-def _parse_plain(template: str, values: Values) -> Parts:
-    if _LOOKS_MUSTACHE.search(template):
-        return _parse_mustache(template, values)
-    if _LOOKS_JINJA.search(template):
-        return _parse_jinja(template, values)
-    return _parse_fstring(template, values)
-
-
-def _parse_fstring(template: str, values: Values) -> Parts:
-    parts: Parts = []
+def _parse_fstring(template: str, values: Values) -> list[Piece]:
+    pieces: list[Piece] = []
     try:
         for text, name, _, _ in string.Formatter().parse(template):
             if text:
-                parts.append(text)
+                pieces.append(text)
             if name is not None:
-                if not re.fullmatch(_NAME + r"(\[[^\]]*\])*", name):
+                if not _FIELD.fullmatch(name):
                     raise ValueError(name)  # JSON that nobody escaped
-                parts.append(value_of(name, values))
-    except ValueError:
+                pieces.append(fill(name, values))
+    except ValueError as err:
+        if isinstance(err, InputError):
+            raise
         return _parse_braces(template, values)
-    return parts
+    return pieces
 
 
-def _parse_braces(template: str, values: Values) -> Parts:
-    pieces = _BRACES.split(template)  # text, name, text, name, text
-    return [value_of(p, values) if i % 2 else p for i, p in enumerate(pieces) if i % 2 or p]
+def _parse_braces(template: str, values: Values) -> list[Piece]:
+    found = _BRACES.split(template)  # text, name, text, name, text
+    return [fill(p, values) if i % 2 else p for i, p in enumerate(found) if i % 2 or p]
 
 
-def _parse_mustache(template: str, values: Values) -> Parts:
+def _parse_jinja(template: str, values: Values) -> list[Piece]:
+    return [piece for _, pieces in jinja_messages(template, values) for piece in pieces]
+
+
+def _parse_mustache(template: str, values: Values) -> list[Piece]:
     """Sections are loops over documents or flags, so an unfilled one leaves a slot; a filled true one its body."""
-    parts: Parts = []
+    pieces: list[Piece] = []
     hidden: list[str] = []  # open sections whose bodies are left out
-    for piece in _MUSTACHE.split(template):
-        if not _MUSTACHE.fullmatch(piece):
-            if piece and not hidden:
-                parts.append(piece)
+    for text, tag in _split_mustache(template):
+        if text and not hidden:
+            pieces.append(text)
+        if tag is None:
             continue
-        tag = piece.strip("{}").strip()
         sign, name = (tag[0], tag[1:].strip()) if tag and tag[0] in "#^/&!>" else ("", tag)
         if sign in ("#", "^"):
             shown = name in values and bool(values[name]) == (sign == "#")
             if hidden or not shown:
                 if not hidden:
-                    parts.append(Slot(name))
+                    pieces.append(Slot(name))
                 hidden.append(name)
         elif sign == "/" and hidden and hidden[-1] == name:
             hidden.pop()
         elif sign in ("", "&") and not hidden:
-            parts.append(value_of(name, values))
-    return parts
+            pieces.append(fill(name, values))
+    return pieces
 
 
-def _parse_jinja(template: str, values: Values) -> Parts:
-    return [part for _, parts in jinja_messages(template, values) for part in parts]
+def _split_mustache(template: str) -> Iterator[tuple[str, str | None]]:
+    """Text and the tag behind it (None behind the last), each character looked at a few times at most."""
+    last = {closer: template.rfind(closer) for closer in ("}}}", "}}")}
+    at, opened = 0, template.find("{{")
+    while opened >= 0:
+        closers = ["}}}", "}}"] if template.startswith("{{{", opened) else ["}}"]
+        closer = next((c for c in closers if last[c] >= opened + len(c)), None)
+        if closer is None:
+            break
+        end = template.index(closer, opened + len(closer)) + len(closer)
+        yield template[at:opened], template[opened:end].strip("{}").strip()
+        at, opened = end, template.find("{{", end)
+    yield template[at:], None
 
 
-def jinja_messages(template: str, values: Values) -> list[tuple[str, Parts]]:
-    """Parts of a Jinja template, by role: ``{% chat role="system" %}`` opens a message, all else is the human's.
-
-    Loops are documents or history, so each is a slot. Of a condition the first branch is kept, unless a partial
-    variable decides it. Comments, macros and assignments leave nothing.
-    """
-    reader = _JinjaReader(values)
-    raw = False
-    for piece in _JINJA.split(template):
-        if raw or not _JINJA.fullmatch(piece):
-            raw = raw and _tag(piece) != "endraw"
-            if raw or _tag(piece) != "endraw":
-                reader.add(piece)
-        elif piece.startswith("{%"):
-            raw = _tag(piece) == "raw"
-            reader.tag(piece.strip("{}%").strip("-+ \t\n"))
-        elif piece.startswith("{{"):
-            reader.expression(piece.strip("{}").strip("-+ \t\n"))
-    return [(role, parts) for role, parts in reader.messages if parts]
-
-
-def _tag(piece: str) -> str:
-    return piece[2:-2].strip("-+ \t\n") if piece.startswith("{%") and piece.endswith("%}") else ""
-
-
-class _JinjaReader:
-    """Walks over the pieces of a Jinja template; what stands in a branch or block not taken is left out."""
-
-    def __init__(self, values: Values) -> None:
-        self.messages: list[tuple[str, Parts]] = [("human", [])]
-        self._values = values
-        self._open: list[tuple[str, bool]] = []  # block name, whether its body is left out
-
-    def add(self, part: Part) -> None:
-        if part != "" and not any(hidden for _, hidden in self._open):
-            self.messages[-1][1].append(part)
-
-    def expression(self, source: str) -> None:
-        constant = re.fullmatch(r"""(["'])(.*)\1""", source, re.DOTALL)
-        name = re.match(_NAME, source)
-        if constant:
-            self.add(constant[2])
-        else:
-            self.add(value_of(name[0], self._values) if name else Slot(source))
-
-    def tag(self, source: str) -> None:
-        word, _, rest = source.partition(" ")
-        if word == "for":
-            self.add(Slot(rest.rpartition(" in ")[2].strip()))
-            self._open.append(("for", True))
-        elif word in ("macro", "call"):
-            self._open.append((word, True))
-        elif word == "set" and "=" not in rest:
-            self._open.append(("set", True))
-        elif word == "if":
-            self._open.append(("if", not self._holds(rest)))
-        elif word in ("elif", "else") and self._open and self._open[-1][0] in ("if", "taken"):
-            name, hidden = self._open.pop()
-            taken = not hidden or name == "taken"  # of an elif nothing is known: the first branch or the else stands
-            self._open.append(("taken" if taken else "if", taken or word == "elif"))
-        elif word == "chat":
-            role = re.search(r"""role\s*=\s*["'](\w+)["']""", rest)
-            self.messages.append((role[1] if role else "human", []))
-        elif word == "endchat":
-            self.messages.append(("human", []))
-        elif word.startswith("end") and self._open and self._open[-1][0].replace("taken", "if") == word[3:]:
-            self._open.pop()
-
-    def _holds(self, condition: str) -> bool:
-        negated = condition.startswith("not ")
-        name = condition.removeprefix("not ").strip()
-        if name in self._values:
-            return bool(self._values[name]) != negated
-        return not negated
+_PARSERS: dict[str, Callable[[str, Values], list[Piece]]] = {
+    "f-string": _parse_fstring,
+    "braces": _parse_braces,
+    "jinja2": _parse_jinja,
+    "mustache": _parse_mustache,
+    "literal": lambda template, values: [template] if template else [],
+}
