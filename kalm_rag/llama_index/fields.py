@@ -113,6 +113,9 @@ class EngineFields(BaseComponent):
     ratio: int | None = Field(
         default=None, frozen=True, description="Tokens a state stands for; None: as stored, or 4."
     )
+    state_ratio: int | None = Field(
+        default=None, frozen=True, description="Tokens a state stands for where states are made; None: ratio, or 4."
+    )
     batch_size: int = Field(default=64, frozen=True, description="Most passages in one pass.")
     decoder_weights: str | None = Field(default=None, frozen=True, description="int8: faster scoring on the CPU.")
     compiled: bool = Field(default=False, frozen=True, description="Compile the decoder, at the first query.")
@@ -144,6 +147,8 @@ class EngineFields(BaseComponent):
     def _make_parts(self) -> Self:
         if not hasattr(self, "_parts"):
             self.__dict__.update(name_engine(self.reranker, self.model_fields_set & {"model", "revision"}))
+            if self.reranker is not None and (self.ratio is None or self.store is not None):
+                self.__dict__["state_ratio"] = self.reranker.ratio
             given = getattr(self.store, "parts", None)
             if isinstance(given, Parts):
                 self._parts = self._share(given)
@@ -161,6 +166,7 @@ class EngineFields(BaseComponent):
             other = {field: getattr(self, field) for field in self.model_fields_set & set(RUN_FIELDS)}
             spec, reranker = replace(given.spec, **other), None if other else given.reranker
             self.__dict__.update({field: getattr(spec, field) for field in (*SPEC_FIELDS, *RUN_FIELDS)})
+            self.__dict__["state_ratio"] = spec.ratio
         return Parts(spec, reranker=reranker, store=given)
 
     @field_serializer("store")
@@ -173,7 +179,8 @@ class EngineFields(BaseComponent):
         return self._parts
 
     def _spec(self) -> EngineSpec:
-        return EngineSpec(**{field: getattr(self, field) for field in (*SPEC_FIELDS, *RUN_FIELDS, "ratio")})
+        ratio = self.state_ratio if self.state_ratio is not None else self.ratio
+        return EngineSpec(ratio=ratio, **{field: getattr(self, field) for field in (*SPEC_FIELDS, *RUN_FIELDS)})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by what ``to_dict`` says; neither model nor open store travels.

@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any, Literal
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_validator
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -102,6 +103,14 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
     @classmethod
     def _read_instructions(cls, value: object) -> object:
         return value if isinstance(value, str) and value == "auto" else as_instructions(value)
+
+    @field_serializer("instructions")
+    def _write_instructions(self, value: object) -> dict[str, Any] | str | None:
+        """A followed engine can't be written down: its instructions of now are."""
+        if value == "auto" and self._followed is None:
+            return "auto"
+        written = as_instructions(value if self._followed is None else self._followed)
+        return None if written is None else asdict(written)
 
     @classmethod
     def class_name(cls) -> str:

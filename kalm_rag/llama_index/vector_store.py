@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Union, cast
 
 import chromadb
 from chromadb.api.client import Client
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_validator
 from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
@@ -37,16 +37,10 @@ from kalm_rag.store.opening import store_file
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
 
-Filters = Union[MetadataFilters, "list[MetadataFilters]", None]
+_CHROMAS_HEADERS = ("Content-Type", "User-Agent")
+"""What Chroma's client adds to the headers by itself."""
 
-_CONNECTION: dict[str, Any] = {
-    "collection_name": None,
-    "host": None,
-    "port": None,
-    "ssl": False,
-    "headers": None,
-    "persist_dir": None,
-}
+Filters = Union[MetadataFilters, "list[MetadataFilters]", None]
 
 
 class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
@@ -74,6 +68,16 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
 
     metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, description="Which text of a node is encoded.")
     codec: str | None = Field(default=None, frozen=True, description="exact, bf16 or int8; None: as stored, or exact.")
+    collection_name: str | None = Field(default=None, description="Name of the Chroma collection.")
+    persist_dir: str | None = Field(default=None, description="Folder of a local Chroma database.")
+    host: str | None = Field(default=None, description="Where a Chroma server is.")
+    port: str | int | None = Field(default=None, description="Its port; None: 8000.")
+    ssl: bool = Field(default=False, description="Whether it is asked over HTTPS.")
+    headers: dict[str, str] | None = Field(
+        default=None, repr=False, description="Sent with each request to the server. Their values are never written."
+    )
+    tenant: str | None = Field(default=None, description="Tenant in the Chroma database; None: the default one.")
+    database: str | None = Field(default=None, description="Database of the tenant; None: the default one.")
     _given_client: Any = PrivateAttr(default=None)
 
     def __init__(
@@ -81,11 +85,9 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         chroma_collection: Any = None,  # noqa: ANN401 - chromadb is untyped
         *,
         client: ClientAPI | None = None,
-        **fields: object,
+        **fields: Any,  # noqa: ANN401 - pydantic checks each
     ) -> None:
-        super(ChromaVectorStore, self).__init__(
-            **{**_CONNECTION, **fields}
-        )  # ChromaVectorStore's own drops what it doesn't know
+        super(ChromaVectorStore, self).__init__(**fields)  # ChromaVectorStore's own drops what it doesn't know
         if chroma_collection is None:
             client = client if client is not None else self._connect()
             notes = {**(self.collection_kwargs.get("metadata") or {}), MODEL_KEY: self._model_name()}
@@ -105,6 +107,20 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
     @classmethod
     def _check_codec(cls, value: object) -> str | None:
         return None if value is None else Codec.parse(cast("str", value)).value
+
+    @field_serializer("headers")
+    def _write_headers(self, value: dict[str, str] | None) -> dict[str, None] | None:
+        return None if value is None else dict.fromkeys(value)
+
+    @field_validator("headers", mode="before")
+    @classmethod
+    def _check_headers(cls, value: object) -> object:
+        if isinstance(value, dict) and None in value.values():
+            raise InputError(
+                f"headers had {', '.join(value)} when this was written down; their values are secrets and were not "
+                f"written. Pass them again: from_dict(data, headers=...)."
+            )
+        return value
 
     @classmethod
     def from_collection(cls, collection: Any, **fields: object) -> Self:  # noqa: ANN401 - chromadb is untyped
@@ -305,11 +321,14 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
             offset += len(page["ids"])
 
     def _connect(self) -> ClientAPI:
+        within = {name: value for name in ("tenant", "database") if (value := getattr(self, name)) is not None}
         if self.collection_name and self.persist_dir is not None:
-            return open_client(self.persist_dir)
+            client: Any = open_client(self.persist_dir)
+            return Client.from_system(client._system, **within) if within else client
         if self.collection_name and self.host is not None:
             port = int(self.port) if self.port is not None else 8000
-            return cast("ClientAPI", chromadb.HttpClient(host=self.host, port=port, ssl=self.ssl, headers=self.headers))
+            headers = None if self.headers is None else dict(self.headers)  # Chroma adds its own to it
+            return chromadb.HttpClient(host=self.host, port=port, ssl=self.ssl, headers=headers, **within)
         raise InputError(
             "no collection was given; wanted chroma_collection=, or collection_name= with persist_dir= or host= and "
             "port=."
@@ -325,11 +344,15 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
 
     def _note_connection(self) -> None:
         """Fill the fields that lead back to the collection, so that serialisation doesn't lose it."""
-        settings = cast("Any", self._collection._client)._system.settings
-        found: dict[str, Any] = {"collection_name": self._collection.name}
+        collection, settings = self._collection, cast("Any", self._collection._client)._system.settings
+        found: dict[str, Any] = {"collection_name": collection.name}
+        found |= {"tenant": collection.tenant, "database": collection.database}
         if settings.chroma_server_host is not None:
             found |= {"host": settings.chroma_server_host, "port": settings.chroma_server_http_port}
             found["ssl"] = bool(settings.chroma_server_ssl_enabled)
+            sent = settings.chroma_server_headers or {}
+            given = {name: value for name, value in sent.items() if name not in _CHROMAS_HEADERS}
+            found["headers"] = given or None
         elif settings.is_persistent:
             found["persist_dir"] = settings.persist_directory
         self.__dict__.update(found)
@@ -352,6 +375,11 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.persist_dir is None and self.host is None:
             raise InputError("an ephemeral Chroma collection can't be pickled. Use a persistent or HTTP client.")
+        if self.headers:
+            raise InputError(
+                f"the headers of the Chroma server ({', '.join(self.headers)}) are secrets, which are not pickled. "
+                f"Make the store where it is used, or from_dict(store.to_dict(), headers=...)."
+            )
         return super().__reduce__()
 
 
