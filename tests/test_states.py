@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -122,6 +122,26 @@ def test_payload_of_the_wrong_length(change: int) -> None:
     payload = bytes(layout.payload_bytes(8) + change)
     with pytest.raises(StateShapeError, match=rf"passage 0: {len(payload)} bytes stored, wanted 96 for 8 tokens"):
         unpack_batch([payload], [8], [8], layout)
+
+
+def test_sizes_are_compared_before_anything_is_allocated() -> None:
+    """A count of 2**40 tokens asked for petabytes before the payload's length was looked at."""
+    layout = make_layout()
+    payload = bytes(layout.payload_bytes(8))
+    with pytest.raises(StateShapeError, match="passage 1: 96 bytes stored"):
+        unpack_batch([payload, payload], [8, 2**40], [8, 2**40], layout)
+    with pytest.raises(StateShapeError, match="passage 0: 0 bytes stored, wanted 0 for 0 tokens"):
+        unpack_batch([b""], [0], [0], layout)
+
+
+def test_a_layouts_checksum_covers_every_field() -> None:
+    layout = make_layout()
+    changes: list[dict[str, object]] = [
+        {"fingerprint": "beef"}, {"hidden_size": 13}, {"ratio": 5}, {"codec": Codec.BF16}, {"state_dtype": "float16"},
+        {"keeps_token_ids": True},
+    ]  # fmt: skip
+    assert {field for change in changes for field in change} == {f.name for f in fields(Layout)}
+    assert len({layout.checksum, *(make_layout(**change).checksum for change in changes)}) == 1 + len(changes)
 
 
 def test_packing_doesnt_touch_the_states() -> None:

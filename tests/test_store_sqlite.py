@@ -19,7 +19,7 @@ import pytest
 import torch
 from stores import make_layout, make_many, make_states, refer
 
-from kalm_rag.errors import KalmRagError, StateMismatchError, StoreError, StoreFormatError
+from kalm_rag.errors import InputError, KalmRagError, StateMismatchError, StoreError, StoreFormatError
 from kalm_rag.states import Codec, PassageStates, pack_states, passage_key
 from kalm_rag.store import Reference, collection_layouts, open_store, stored_layout
 from kalm_rag.store.base import make_row
@@ -119,6 +119,26 @@ def test_folder_means_a_file_beside_chromas(tmp_path: Path) -> None:
     open_store(str(tmp_path / "ü #1%.sqlite3"), LAYOUT).close()
     assert (tmp_path / "a" / "b" / "kalm_states.sqlite3").is_file()
     assert (tmp_path / "ü #1%.sqlite3").is_file()
+
+
+def test_home_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`store="~/x"` made a folder named `~` in the working folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    open_store("~/a", LAYOUT).close()
+    open_store(Path("~/b.sqlite3"), LAYOUT).close()
+    assert stored_layout("~/a", LAYOUT.fingerprint) == LAYOUT
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b.sqlite3"]
+    with pytest.raises(InputError, match=r"store path is '~nobody-of-this-name/x'.*Write the folder out"):
+        open_store("~nobody-of-this-name/x", LAYOUT)
+    with pytest.raises(InputError, match=r"store path is b'x'; wanted a folder"):
+        open_store(PathOfBytes(), LAYOUT)  # type: ignore[arg-type]
+
+
+class PathOfBytes(os.PathLike[bytes]):
+    def __fspath__(self) -> bytes:
+        return b"x"
 
 
 def test_gc_gives_space_back_without_a_vacuum(path: Path) -> None:
@@ -509,7 +529,7 @@ def test_full_disk_keeps_all_or_nothing(path: Path, filled: list[PassageStates])
         ):  # the limit belongs to a connection, and one thread gets the same again
             pages = connection.execute("PRAGMA page_count").fetchone()[0]
             connection.execute(f"PRAGMA max_page_count={pages + 40}")
-        with pytest.raises(StoreError, match=r"full.*nothing of this call was kept"):
+        with pytest.raises(StoreError, match=r"full.*nothing of this call was kept. Free space on this disk"):
             store.put_many(many, refer(many, "new"))
         assert store.missing([s.key for s in many]) == {s.key for s in many}
         assert store.collections() == {"c": 12}

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
 from langchain_core.stores import BaseStore
 
-from kalm_rag.errors import InputError, StoreFormatError
-from kalm_rag.states import PassageStates, StateBatch, pack_token_ids, to_bytes, unpack_batch
+from kalm_rag.checks import check_items, check_passages
+from kalm_rag.errors import InputError, StateMismatchError, StoreFormatError
+from kalm_rag.states import Layout, PassageStates, StateBatch, pack_token_ids, to_bytes, unpack_batch
 from kalm_rag.store import Reference, StateStore
 
-_MAGIC = b"kalm1"
-_HEAD = struct.Struct("<5s16s32sQQ")  # magic, model fingerprint, content key, tokens read, tokens found
+_MAGIC = {b"kalm1": 0, b"kalm2": 4}
+"""Bytes of checksum behind the payload, by the value's first bytes; values of earlier releases have none."""
+
+_HEAD = struct.Struct("<5s16s32sQQ")  # magic, model fingerprint, content key, tokens read, tokens of the whole passage
+_TAIL = struct.Struct("<I")  # CRC-32 of the layout and of all before it
 
 
 class StateByteStore(BaseStore[str, bytes]):
     """Records' states as bytes by record id. Values are what this class gave, of the same model, ratio and codec.
 
-    A value carries the content key of its passage, so states can't end up under another text. Deleting a record
-    leaves the states to `StateStore.gc`.
+    A value carries the content key of its passage, so states can't end up under another text, and a checksum over
+    itself and the layout, so damage and another ratio or codec are noticed. Deleting a record leaves the states to
+    `StateStore.gc`.
 
     Args:
         store: The states.
@@ -33,15 +39,19 @@ class StateByteStore(BaseStore[str, bytes]):
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
         """States of records, in order; None where a record, or its states, are not there."""
-        wanted = {i: key for i, key in self._known().items() if i in set(keys)}
+        records = check_passages(keys, "keys")
+        asked = set(records)
+        wanted = {record: key for record, key in self._known().items() if record in asked}
         content = list(dict.fromkeys(wanted.values()))
         fetched = self._store.get_many(content)
-        rows = {content[position]: row for row, position in enumerate(fetched.found)}
         batch = fetched.batch
         if batch is None:
-            return [None] * len(keys)
-        made = {key: _write(batch, row, key) for key, row in rows.items()}
-        return [made.get(wanted[i]) if i in wanted else None for i in keys]
+            return [None] * len(records)
+        made = {
+            content[position]: _write(batch, row, content[position], self._store.layout)
+            for row, position in enumerate(fetched.found)
+        }
+        return [made.get(wanted[record]) if record in wanted else None for record in records]
 
     def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
         """Keep states of records; a known record then points to the new ones.
@@ -49,17 +59,19 @@ class StateByteStore(BaseStore[str, bytes]):
         Raises:
             InputError: If a value is not what this class gives.
             StateMismatchError: If it belongs to another model.
+            StoreFormatError: If it is damaged, or of another ratio or codec.
         """
-        states = [self._read(record, value) for record, value in key_value_pairs]
+        pairs = check_items(key_value_pairs, "key_value_pairs", "a list of (record id, bytes)")
+        states = [_read(record, value, self._store.layout) for record, value in pairs]
         references = [
             Reference(collection_id=self._collection_id, record_id=record, key=one.key)
-            for (record, _), one in zip(key_value_pairs, states, strict=True)
+            for (record, _), one in zip(pairs, states, strict=True)
         ]
         self._store.put_many(states, references)
 
     def mdelete(self, keys: Sequence[str]) -> None:
         """Forget records; unknown ones are ignored."""
-        self._store.unreference(self._collection_id, keys)
+        self._store.unreference(self._collection_id, check_passages(keys, "keys"))
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
         """Record ids, in no order."""
@@ -68,36 +80,51 @@ class StateByteStore(BaseStore[str, bytes]):
     def _known(self) -> dict[str, str]:
         return {r.record_id: r.key for r in self._store.references(self._collection_id)}
 
-    def _read(self, record: str, value: bytes) -> PassageStates:
-        layout = self._store.layout
-        if len(value) < _HEAD.size or not value.startswith(_MAGIC):
-            raise InputError(f"value of {record!r} is not what StateByteStore gives ({len(value)} bytes).")
-        _, fingerprint, key, tokens, total_tokens = _HEAD.unpack_from(value)
-        payload = value[_HEAD.size :]
-        if fingerprint.hex() == layout.fingerprint and len(payload) != layout.payload_bytes(tokens):
-            raise StoreFormatError(
-                f"value of {record!r} holds {len(payload)} bytes of states; wanted {layout.payload_bytes(tokens)} "
-                f"for {tokens} tokens at ratio {layout.ratio}, codec {layout.codec.value}."
-            )
-        vectors = torch.zeros(-(-tokens // layout.ratio) or 1, layout.hidden_size)
-        token_ids = None
-        if fingerprint.hex() == layout.fingerprint:
-            batch = unpack_batch([payload], [tokens], [total_tokens], layout)
-            vectors, token_ids = batch.on(torch.device("cpu"), torch.float32)[0][0], batch.token_ids
-        return PassageStates(  # another model's are refused by the store, which names both
-            vectors=vectors,
-            tokens=tokens,
-            total_tokens=total_tokens,
-            ratio=layout.ratio,
-            fingerprint=fingerprint.hex(),
-            key=key.hex(),
-            token_ids=None if token_ids is None else token_ids[0],
+
+def _read(record: str, value: bytes, layout: Layout) -> PassageStates:
+    """Read one value, trusting no number in it: nothing is allocated before sizes and checksum are known to fit."""
+    extra = _MAGIC.get(bytes(value[:5])) if isinstance(value, bytes) else None
+    if extra is None or len(value) < _HEAD.size + extra:
+        found = f"{len(value)} bytes" if isinstance(value, bytes) else type(value).__name__
+        raise InputError(f"value of {record!r} is not what StateByteStore gives ({found}).")
+    _, fingerprint, key, tokens, total_tokens = _HEAD.unpack_from(value)
+    if fingerprint.hex() != layout.fingerprint:
+        raise StateMismatchError(
+            f"value of {record!r} has model fingerprint {fingerprint.hex()}, this store's namespace holds "
+            f"{layout.fingerprint}. Encode the passages with the model the store was made for."
         )
+    payload = value[_HEAD.size : len(value) - extra]
+    if not 1 <= tokens <= total_tokens < 2**62 or len(payload) != layout.payload_bytes(tokens):
+        raise StoreFormatError(
+            f"value of {record!r} holds {len(payload)} bytes of states; wanted {layout.payload_bytes(tokens)} "
+            f"for {tokens} of {total_tokens} tokens at ratio {layout.ratio}, codec {layout.codec.value}. Take it from "
+            f"a store of this ratio and codec again."
+        )
+    if extra and _TAIL.unpack(value[-extra:])[0] != _checksum(value[:-extra], layout):
+        raise StoreFormatError(
+            f"value of {record!r} is damaged, or of another ratio or codec than {layout.ratio} and "
+            f"{layout.codec.value}: its checksum doesn't match. Take it from its store again."
+        )
+    batch = unpack_batch([payload], [tokens], [total_tokens], layout)
+    return PassageStates(
+        vectors=batch.on(torch.device("cpu"), torch.float32)[0][0],
+        tokens=tokens,
+        total_tokens=total_tokens,
+        ratio=layout.ratio,
+        fingerprint=layout.fingerprint,
+        key=key.hex(),
+        token_ids=None if batch.token_ids is None else batch.token_ids[0],
+    )
 
 
-def _write(batch: StateBatch, row: int, key: str) -> bytes:
+def _write(batch: StateBatch, row: int, key: str, layout: Layout) -> bytes:
     length, tokens, total_tokens = int(batch.lengths[row]), int(batch.tokens[row]), int(batch.total_tokens[row])
-    head = _HEAD.pack(_MAGIC, bytes.fromhex(batch.fingerprint), bytes.fromhex(key), tokens, total_tokens)
+    head = _HEAD.pack(b"kalm2", bytes.fromhex(batch.fingerprint), bytes.fromhex(key), tokens, total_tokens)
     scales = b"" if batch.scales is None else to_bytes(batch.scales[row, :length].clone())
     token_ids = b"" if batch.token_ids is None else pack_token_ids(batch.token_ids[row, :tokens])
-    return head + to_bytes(batch.vectors[row, :length].clone()) + scales + token_ids
+    value = head + to_bytes(batch.vectors[row, :length].clone()) + scales + token_ids
+    return value + _TAIL.pack(_checksum(value, layout))
+
+
+def _checksum(value: bytes, layout: Layout) -> int:
+    return zlib.crc32(value, layout.checksum)

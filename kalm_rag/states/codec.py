@@ -1,12 +1,14 @@
 """How states become bytes on disk: codecs, the layout of a namespace, packing and unpacking.
 
-The byte format is versioned (`Layout.format`) and never pickled: raw little-endian rows, then, for int8, one float32
-scale a row, then, for models that keep token ids, one unsigned 16-bit id a token. Knows neither model nor store.
+The byte format is versioned (`Layout.format`) and never pickled. One passage's payload is little-endian, without
+padding or header: N x H elements row by row, then, for int8, N float32 scales, then, for models that keep token ids, T
+unsigned 16-bit ids. Knows neither model nor store.
 Letters: B passages, T tokens, N pooled states, H width, r ratio.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -31,7 +33,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Codec(str, Enum):
-    """How states are kept: in the model's own dtype (exact), as bfloat16, or as int8 with a scale per vector."""
+    """How states are stored: what is lost, and the bytes per state of width H.
+
+    ``exact`` keeps the model's own dtype bit for bit (2 H bytes in 16-bit dtypes, 4 H in float32). ``bf16`` rounds to
+    bfloat16 (2 H). ``int8`` rounds to 8 bits with one scale per state (H + 4): within half a step, see `quantise`.
+    """
 
     EXACT = "exact"
     BF16 = "bf16"
@@ -50,21 +56,28 @@ class Codec(str, Enum):
             raise InputError(f"codec is {value!r}; wanted one of {', '.join(c.value for c in cls)}.") from err
 
     def element(self, state_dtype: torch.dtype) -> torch.dtype:
-        """Element type on disk, for states made in `state_dtype`."""
+        """Dtype of the stored elements, for states that the model makes in `state_dtype`."""
         return {Codec.EXACT: state_dtype, Codec.BF16: torch.bfloat16, Codec.INT8: torch.int8}[self]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What the states of one namespace look like. All of a namespace's states share it.
+    """How the states of one namespace of a store are laid out in bytes; all of them alike.
+
+    Two layouts are equal if states written under one can be read under the other.
 
     Attributes:
-        fingerprint: Digest of all that changes a state (`BackboneInfo.fingerprint`).
-        hidden_size: H, elements a vector.
-        ratio: Tokens a state stands for.
-        codec: How they are stored.
-        state_dtype: Name of the dtype the model makes states in.
-        keeps_token_ids: Whether the ids of the tokens are kept behind the vectors, two bytes each.
+        fingerprint: Names the namespace: hex digest of all that changes a state (`BackboneInfo.fingerprint`).
+        hidden_size: H, elements per state, >= 1.
+        ratio: r, tokens per state, >= 1.
+        codec: How states are stored.
+        state_dtype: Dtype the model makes states in, a name of `DTYPES` (``"float32"``).
+        keeps_token_ids: Whether each token's id is kept behind the states, two bytes per token.
+
+    Example:
+        >>> layout = Layout(fingerprint="ab" * 16, hidden_size=384, ratio=4, codec=Codec.INT8, state_dtype="float16")
+        >>> layout.element, layout.payload_bytes(tokens=10)  # 3 states of 384 bytes and a 4-byte scale
+        (torch.int8, 1164)
     """
 
     fingerprint: str
@@ -76,29 +89,42 @@ class Layout:
 
     @property
     def format(self) -> int:
-        """Version of the byte format of these states."""
+        """Version of the byte format, written beside the layout: 1, or 2 with token ids."""
         return FORMATS[self.keeps_token_ids]
 
     @property
+    def checksum(self) -> int:
+        """CRC-32 over all fields, to be written beside them: one changed byte in a ratio gives other, wrong states."""
+        fields = (self.fingerprint, self.hidden_size, self.ratio, self.codec.value, self.state_dtype, self.format)
+        return zlib.crc32(repr(fields).encode())
+
+    @property
     def element(self) -> torch.dtype:
-        """Element type of a stored vector."""
+        """Dtype of the stored elements."""
         return self.codec.element(DTYPES[self.state_dtype])
 
     def payload_bytes(self, tokens: int) -> int:
-        """Bytes that one passage of `tokens` tokens takes, headers aside."""
+        """Bytes of one passage's payload.
+
+        Args:
+            tokens: Tokens that were read, >= 1.
+        """
         scale = 4 if self.codec is Codec.INT8 else 0
         rows = -(-tokens // self.ratio) * (self.hidden_size * self.element.itemsize + scale)
         return rows + (2 * tokens if self.keeps_token_ids else 0)
 
 
 def quantise(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows to int8 with one scale each: ``scale = max|row| / 127``, ``q = round(row / scale)``.
+    """Round states to int8 with one scale each: ``scale = max|row| / 127``, ``q = round(row / scale)``.
+
+    ``q * scale`` is within half a scale of each element. A scale per state, not per passage or column: one state with
+    a large element leaves the others' steps small.
 
     Args:
-        vectors: Shape ``(N, H)``, any float dtype.
+        vectors: Shape ``(N, H)``, any float dtype, any device; finite.
 
     Returns:
-        int8 ``(N, H)`` and float32 scales ``(N,)``; a row of zeros has scale 0.
+        int8 ``(N, H)`` in [-127, 127] and float32 scales ``(N,)``, both on the CPU; a row of zeros has scale 0.
 
     Example:
         >>> q, s = quantise(torch.tensor([[1.0, -2.54]]))
@@ -114,12 +140,19 @@ def quantise(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """Raw little-endian bytes of a contiguous CPU tensor, whatever its dtype (numpy has no bfloat16)."""
+    """Raw little-endian bytes of a CPU tensor of any dtype (numpy has no bfloat16), row by row."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def pack_states(states: PassageStates, layout: Layout) -> bytes:
-    """Write one passage's states as bytes, in a namespace's layout.
+    """Write one passage's states as bytes, in a namespace's layout; `unpack_batch` reads them.
+
+    Args:
+        states: On the CPU; float elements, which the codec may round.
+        layout: The namespace's.
+
+    Returns:
+        ``layout.payload_bytes(states.tokens)`` bytes.
 
     Raises:
         StateMismatchError: If they belong to another model, width or ratio than the namespace.
@@ -134,7 +167,10 @@ def pack_states(states: PassageStates, layout: Layout) -> bytes:
 
 
 def pack_token_ids(token_ids: Tensor) -> bytes:
-    """Write token ids as unsigned 16-bit numbers.
+    """Write token ids as unsigned 16-bit numbers, two bytes each.
+
+    Args:
+        token_ids: Any integer dtype, shape ``(T,)``, each in [0, 65535].
 
     Raises:
         InputError: If one doesn't fit.
@@ -167,17 +203,25 @@ def check_layout(states: PassageStates, layout: Layout) -> None:
 def unpack_batch(
     payloads: Sequence[bytes], tokens: Sequence[int], total_tokens: Sequence[int], layout: Layout
 ) -> StateBatch:
-    """Pack stored bytes straight into one padded batch, with one copy per passage.
+    """Read payloads of `pack_states` straight into one padded batch, with one copy per passage.
 
     Args:
-        payloads: What `pack_states` wrote, one per passage. Lengths must fit `tokens` (stores check checksums).
-        tokens: Tokens read per passage.
+        payloads: One per passage (B). What is in them is trusted: stores compare checksums first.
+        tokens: Tokens read per passage, each >= 1.
         total_tokens: Tokens each whole passage has.
-        layout: The namespace's layout.
+        layout: The namespace's.
+
+    Returns:
+        The batch on the CPU, in the stored dtype (``layout.element``), in the order of `payloads`.
 
     Raises:
-        StateShapeError: If a payload's length doesn't fit its token count.
+        StateShapeError: If a payload's length doesn't fit its token count. All are compared before anything is
+            allocated: a wrong count could ask for any amount of memory.
     """
+    for row, (payload, count) in enumerate(zip(payloads, tokens, strict=True)):
+        wanted = layout.payload_bytes(count)
+        if count < 1 or len(payload) != wanted:
+            raise StateShapeError(f"passage {row}: {len(payload)} bytes stored, wanted {wanted} for {count} tokens.")
     lengths = [-(-t // layout.ratio) for t in tokens]
     width, hidden = max(lengths, default=0), layout.hidden_size
     item = layout.element.itemsize
@@ -188,18 +232,13 @@ def unpack_batch(
     scales = np.zeros((len(payloads), width), dtype="<f4") if layout.codec is Codec.INT8 else None
     token_ids = np.zeros((len(payloads), max(tokens, default=0)), dtype=np.int32) if layout.keeps_token_ids else None
     for row, (payload, n) in enumerate(zip(payloads, lengths, strict=True)):
-        wanted = layout.payload_bytes(tokens[row])
-        if len(payload) != wanted:
-            raise StateShapeError(
-                f"passage {row}: {len(payload)} bytes stored, wanted {wanted} for {tokens[row]} tokens."
-            )
         size = n * hidden * item
         # numpy reads bytes in place; torch.frombuffer warns about read-only ones and needs aligned scales
         rows[row, :size] = np.frombuffer(payload, np.uint8, count=size)
         if scales is not None:
             scales[row, :n] = np.frombuffer(payload, "<f4", count=n, offset=size)
         if token_ids is not None:
-            token_ids[row, : tokens[row]] = np.frombuffer(payload, "<u2", offset=wanted - 2 * tokens[row])
+            token_ids[row, : tokens[row]] = np.frombuffer(payload, "<u2", offset=len(payload) - 2 * tokens[row])
     return StateBatch(
         vectors=torch.from_numpy(block).view(layout.element),
         scales=None if scales is None else torch.from_numpy(scales),

@@ -86,7 +86,12 @@ _MEANINGS: tuple[tuple[tuple[str, ...], type[KalmRagError], str], ...] = (
         StoreError,
         "It is read-only here, so nothing was written; make file and folder writable or store states elsewhere.",
     ),
-    (("full",), StoreError, "No space is left; nothing of this call was kept. Free some space or run gc, and repeat."),
+    (
+        ("full",),
+        StoreError,
+        "No space is left; nothing of this call was kept. Free space on this disk and repeat (gc frees some, but needs "
+        "some to work in).",
+    ),
     (("unable to open",), StoreError, "Check that its folder exists and can be read and written."),
     (("not a database",), StoreFormatError, f"It isn't a kalm_rag state store, or its header is damaged. {REBUILD}"),
     (("malformed", "no such", "decode", "corrupt"), StoreFormatError, f"It is damaged. {REBUILD}"),

@@ -92,16 +92,19 @@ def collection_layouts(where: Where, collection_id: str, *, name: str = "") -> l
 
 
 def store_file(where: str | os.PathLike[str]) -> Path:
-    """Path of the store's file for a folder, or for the file itself.
+    """Path of the store's file for a folder, or for the file itself. A leading ``~`` is the user's home.
 
     Raises:
-        InputError: If it is empty, or holds a NUL.
+        InputError: If it is empty, holds a NUL, is bytes, or names the home of an unknown user.
         StoreError: If it is a file that doesn't end in ``.sqlite3``.
     """
     text = os.fspath(where)
-    if not text or "\0" in text:
+    if not isinstance(text, str) or not text or "\0" in text:
         raise InputError(f"store path is {text!r}; wanted a folder, a .sqlite3 file or ':memory:'.")
-    path = Path(text)
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as err:
+        raise InputError(f"store path is {text!r}: {err}. Write the folder out.") from err
     if path.suffix == ".sqlite3":
         return path
     if path.is_file():
