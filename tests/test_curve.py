@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from kalm_rag.cli import app
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingDependencyError
 from kalm_rag.evaluation import EvalSet, evaluate
 from kalm_rag.evaluation.curve import curve_table, draw_curve, measure_curve
@@ -34,17 +35,16 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_bytes_are_those_of_the_codec_and_quality_that_of_eval(folder):
+def test_bytes_are_those_of_the_codec_and_quality_that_of_eval(folder, pico):
     """13 tokens a passage (10 words, full stop, [CLS], [SEP]), 2 bytes each: 13, 4 and 1 states of 384 elements."""
-    model = PicoBackbone.load()
-    assert {len(one.ids) for one in model.tokenize(["On our farm bees give us honey all the year."])} == {13}
-    curve = measure_curve([EvalSet(folder=folder)], model, ratios=(1, 4, 64))
+    assert {len(one.ids) for one in pico.backbone.tokenize(["On our farm bees give us honey all the year."])} == {13}
+    curve = measure_curve([EvalSet(folder=folder)], pico, ratios=(1, 4, 64))
     size = {(p.codec, p.ratio): p.bytes_per_passage for p in curve.points}
     states = {1: 13, 4: 4, 64: 1}
     for ratio, count in states.items():
         assert size["exact", ratio] == size["bf16", ratio] == count * 768 + 26
         assert size["int8", ratio] == count * (384 + 4) + 26
-    rows = {row.ratio: row for row in evaluate(folder, "test", model, ratios=(1, 4, 64)).rows}
+    rows = {row.ratio: row for row in evaluate(EvalSet(folder=folder), pico, ratios=(1, 4, 64)).rows}
     for point in curve.points:
         assert point.milliseconds > 0
         if point.codec == "exact":
@@ -52,7 +52,7 @@ def test_bytes_are_those_of_the_codec_and_quality_that_of_eval(folder):
     assert curve.queries == curve.top_k == 4
 
 
-def test_states_pass_through_the_codec(folder):
+def test_states_pass_through_the_codec(folder, pico):
     """A decoder that sees only the rounding of int8: margins of the exact codec are 0, those of int8 are not."""
 
     class Rounding(PicoBackbone):
@@ -63,28 +63,26 @@ def test_states_pass_through_the_codec(folder):
             self.seen.append(float((states - clean).abs().max()))
             return torch.zeros(len(prompts))
 
-    pico = PicoBackbone.load()
-    largest = {}
+    shipped, largest = pico.backbone, {}
     for codec in ("exact", "bf16", "int8"):
-        model = Rounding(pico.encoder, pico.codes, pico.decoder)
+        model = Rounding(shipped.encoder, shipped.codes, shipped.decoder)
         model.seen = []
-        measure_curve([EvalSet(folder=folder)], model, ratios=(4,), codecs=(codec,))
+        measure_curve([EvalSet(folder=folder)], Reranker(model), ratios=(4,), codecs=(codec,))
         largest[codec] = max(model.seen)
     assert largest["exact"] == 0.0 < largest["int8"]  # float16 as made; scale times int8 is no float16
 
 
-def test_curve_is_the_mean_over_sets(folder, tmp_path):
-    model = PicoBackbone.load()
+def test_curve_is_the_mean_over_sets(folder, pico):
     (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nmilk\tgoats\t1\n")
     sets = [EvalSet(folder=folder), EvalSet(folder=folder, split="dev")]
-    one, two, both = (measure_curve(some, model, ratios=(4,), codecs=("int8",)) for some in (sets[:1], sets[1:], sets))
+    one, two, both = (measure_curve(some, pico, ratios=(4,), codecs=("int8",)) for some in (sets[:1], sets[1:], sets))
     assert both.points[0].ndcg_10 == pytest.approx((one.points[0].ndcg_10 + two.points[0].ndcg_10) / 2)
     assert both.retrieval == pytest.approx((one.retrieval + two.retrieval) / 2)
     assert (both.queries, both.sets) == (5, ("farm test", "farm dev"))
     with pytest.raises(InputError, match="0 sets"):
-        measure_curve([], model)
+        measure_curve([], pico)
     with pytest.raises(InputError, match="codec is 'zip'"):
-        measure_curve(sets, model, codecs=("zip",))
+        measure_curve(sets, pico, codecs=("zip",))
     assert curve_table(both).splitlines()[2:] == [
         "| r | int8 nDCG@10 | int8 bytes/passage | int8 ms/query |",
         "|--:|--:|--:|--:|",
@@ -92,7 +90,7 @@ def test_curve_is_the_mean_over_sets(folder, tmp_path):
     ]
 
 
-def test_command_writes_table_and_plot(folder, tmp_path, monkeypatch):
+def test_command_writes_table_and_plot(folder, tmp_path, monkeypatch, pico):
     pytest.importorskip("matplotlib", reason="the plot is in the extra 'plot'")
     plot, table = tmp_path / "new" / "c.svg", tmp_path / "new" / "c.md"
     arguments = ["curve", "--data", str(folder), "--ratios", "1,4", "--plot", str(plot), "--table", str(table)]
@@ -104,7 +102,7 @@ def test_command_writes_table_and_plot(folder, tmp_path, monkeypatch):
     wrong = CliRunner().invoke(app, [*arguments[:-4], "--plot", str(tmp_path / "c.gif")])
     assert wrong.exit_code == 1
     assert ".svg, .png, .pdf" in " ".join(wrong.output.split())
-    curve = measure_curve([EvalSet(folder=folder)], PicoBackbone.load(), ratios=(4,), codecs=("int8",))
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    curve = measure_curve([EvalSet(folder=folder)], pico, ratios=(4,), codecs=("int8",))
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r"matplotlib.*pip install 'kalm-rag\[plot\]'"):
         draw_curve(curve, tmp_path / "c.png")

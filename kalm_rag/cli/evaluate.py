@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -29,11 +29,11 @@ from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help must not
-    from kalm_rag.evaluation.gather import EvalSet
+    from kalm_rag.engine.reranker import Reranker
+    from kalm_rag.evaluation import EvalSet
     from kalm_rag.evaluation.instructed import InstructionReport
     from kalm_rag.evaluation.metrics import Change
     from kalm_rag.evaluation.report import EvalReport, EvalRow, Summary
-    from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
 
 app = typer.Typer()
 
@@ -88,11 +88,9 @@ def evaluate(
             for one, own in zip(sets, tasks, strict=True):
                 err.print(f"[bold]{shown(one.name)}[/bold]")
                 report = measure(
-                    one.folder,
-                    one.split,
+                    one,
                     models[0],
                     others=models[1:],
-                    pooled=one.pooled,
                     retriever=pico,
                     ratios=wanted,
                     top_k=top_k,
@@ -159,7 +157,8 @@ def curve(
 ) -> None:
     """Measure nDCG@10, bytes per passage and ms per query at each ratio and codec; write a table and a plot."""
     with errors():
-        from kalm_rag.evaluation.curve import check_plot, curve_table, draw_curve, measure_curve
+        from kalm_rag.evaluation.curve import curve_table, draw_curve, measure_curve
+        from kalm_rag.evaluation.plots import check_plot
 
         check_plot(plot)
         sets, wanted = _sets(data, split, pooled), _numbers(ratios, "ratios")
@@ -185,19 +184,19 @@ def curve(
 
 
 @contextmanager
-def _loaded(names: Sequence[str] | None) -> Iterator[tuple[EmbeddingBackbone, list[Backbone]]]:
+def _loaded(names: Sequence[str] | None) -> Iterator[tuple[Reranker, list[Reranker]]]:
     """The retriever (pico's encoder) and the models to measure."""
     from kalm_rag.engine.reranker import Reranker
 
     with ExitStack() as stack:
         with working("loading models ..."):
             pico = stack.enter_context(Reranker.from_pretrained("pico"))
-            engines = [stack.enter_context(Reranker.from_pretrained(name)) for name in names or ["pico"]]
-        yield cast("EmbeddingBackbone", pico.backbone), [one.backbone for one in engines]
+            models = [stack.enter_context(Reranker.from_pretrained(name)) for name in names or ["pico"]]
+        yield pico, models
 
 
 def _sets(data: Sequence[str], split: str, pooled: bool) -> list[EvalSet]:
-    from kalm_rag.evaluation.gather import EvalSet
+    from kalm_rag.evaluation import EvalSet
 
     sets = [EvalSet.parse(text, split=split, pooled=pooled) for text in data]
     names = [one.name for one in sets]
@@ -208,11 +207,9 @@ def _sets(data: Sequence[str], split: str, pooled: bool) -> list[EvalSet]:
 
 def _tasks(sets: Sequence[EvalSet], task: str | None, own: bool) -> list[str | None]:
     """The task of each set."""
-    from kalm_rag.evaluation.run import own_task
-
     if not own:
         return [task] * len(sets)
-    found = [own_task(one.folder) for one in sets]
+    found = [one.own_task for one in sets]
     if not any(found):
         raise InputError(f"none of {', '.join(one.name for one in sets)} has an instruction.txt for --own-instruction.")
     return [text if text is not None else task for text in found]

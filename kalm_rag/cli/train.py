@@ -62,7 +62,7 @@ def train(
     with errors():
         logging.getLogger("kalm_rag").setLevel(logging.INFO)
         if plot is not None:
-            from kalm_rag.evaluation.curve import check_plot
+            from kalm_rag.evaluation.plots import check_plot
 
             check_plot(plot)  # before the work, not after it
         if base is None or (Path(base) / "pico.safetensors").is_file():

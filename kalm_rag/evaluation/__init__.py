@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kalm_rag.evaluation.gather import EvalSet
+from kalm_rag.evaluation.beir import EvalSet
 from kalm_rag.evaluation.metrics import RESAMPLES, paired_interval
 from kalm_rag.evaluation.report import EvalReport, EvalRow, Summary, summarise
 from kalm_rag.evaluation.run import evaluate

@@ -7,11 +7,63 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kalm_rag.errors import InputError
+
+POOLED = "pooled"
+
+OWN_TASK = "instruction.txt"
+"""File in a BEIR folder with the task its queries are meant under (BIRCO's sets have one)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """One set to measure on.
+
+    Attributes:
+        folder: BEIR folder: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``.
+        split: Which judgements; queries without a relevant passage are left out.
+        pooled: Rank only the passages that a query's judgements name, instead of what is retrieved.
+    """
+
+    folder: Path
+    split: str = "test"
+    pooled: bool = False
+
+    @classmethod
+    def parse(cls, text: str, *, split: str = "test", pooled: bool = False) -> EvalSet:
+        """Read ``FOLDER``, ``FOLDER:SPLIT`` or ``FOLDER:SPLIT:pooled``.
+
+        Args:
+            text: What to read.
+            split: Split where the text names none.
+            pooled: Whether sets are pooled that don't say so.
+
+        Raises:
+            InputError: If there is more behind the folder than that.
+
+        Example:
+            >>> EvalSet.parse("data/selqa:test:pooled").pooled
+            True
+        """
+        folder, *rest = [text] if Path(text).is_dir() else text.split(":")
+        if not folder or len(rest) > 2 or rest[1:] not in ([], [POOLED]):
+            raise InputError(f"data is {text!r}; wanted FOLDER, FOLDER:SPLIT or FOLDER:SPLIT:{POOLED}.")
+        return cls(folder=Path(folder), split=rest[0] if rest and rest[0] else split, pooled=pooled or len(rest) > 1)
+
+    @property
+    def name(self) -> str:
+        """Folder name and split, for tables."""
+        return f"{self.folder.resolve().name} {self.split}" + (f" ({POOLED})" if self.pooled else "")
+
+    @property
+    def own_task(self) -> str | None:
+        """The task that the folder brings along in ``instruction.txt``, or None."""
+        path = Path(self.folder) / OWN_TASK
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +76,7 @@ class Collection:
         doc_ids: Ids of the passages, in file order.
         passages: Their texts: title, a space, text, stripped.
         queries: Texts by query id; only queries with a positive judgement, in the order of the judgements.
-        qrels: Per query id, grades by passage id (0 is judged and not relevant).
+        qrels: Grades by passage id of each query id (0 is judged and not relevant).
     """
 
     name: str
@@ -33,6 +85,11 @@ class Collection:
     passages: list[str]
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
+
+    def only(self, query_ids: Iterable[str], texts: Mapping[str, str] | None = None) -> Collection:
+        """The same passages with some of the queries, in the order given; `texts` replace those of some of them."""
+        queries = {one: (texts or {}).get(one, self.queries[one]) for one in query_ids}
+        return replace(self, queries=queries, qrels={one: self.qrels[one] for one in queries})
 
 
 def load_collection(folder: Path, split: str) -> Collection:
@@ -65,8 +122,8 @@ def load_collection(folder: Path, split: str) -> Collection:
     queries = {qid: texts[qid] for qid, grades in qrels.items() if qid in texts and max(grades.values()) > 0}
     if not queries:
         raise InputError(f"{judgements} judges no query of queries.jsonl as relevant; nothing to measure.")
-    kept = {qid: qrels[qid] for qid in queries}
-    return Collection(name=folder.name, split=split, doc_ids=doc_ids, passages=passages, queries=queries, qrels=kept)
+    whole = Collection(name=folder.name, split=split, doc_ids=doc_ids, passages=passages, queries=queries, qrels=qrels)
+    return whole.only(queries)
 
 
 def read_instructions(folder: Path) -> dict[str, tuple[str, str]]:

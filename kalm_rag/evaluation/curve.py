@@ -1,14 +1,12 @@
 """The compression curve: quality, bytes and time at each ratio and codec, as a table and a plot.
 
-States really pass through the codec: pooled, packed to bytes, unpacked, scored. matplotlib is in the extra ``plot``.
-Letters: B passages, N pooled states, H width.
+States really pass through the codec: a store of each layout is filled, read and scored. matplotlib is in the extra
+``plot``.
 """
 
 from __future__ import annotations
 
-import importlib
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,18 +15,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from kalm_rag.errors import InputError, MissingDependencyError
-from kalm_rag.evaluation.gather import EvalSet, Gathered, Library, as_retriever, check_ratios, gather, library_of
+from kalm_rag.engine.reranker import Reranker
+from kalm_rag.errors import InputError
+from kalm_rag.evaluation.beir import EvalSet
+from kalm_rag.evaluation.candidates import (
+    Candidates,
+    StoredEngine,
+    as_retriever,
+    check_ratios,
+    find_candidates,
+    stored,
+)
 from kalm_rag.evaluation.metrics import best_first, mean, query_ndcg
+from kalm_rag.evaluation.plots import check_plot, new_figure, save, tidy
 from kalm_rag.evaluation.run import baselines
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
-from kalm_rag.states import DTYPES, Codec, Layout, PassageStates, pack_states, unpack_batch
+from kalm_rag.states import DTYPES, Codec, Layout, PassageStates, StateBatch, passage_key
+from kalm_rag.store import open_store
 
 RATIOS = (1, 2, 4, 8, 16, 32, 64)
-PLOTS = (".svg", ".png", ".pdf")
+
+_STYLES = {"bf16": ("#1f6fb4", "o", "-"), "int8": ("#d1622b", "s", "-"), "exact": ("#3a3a3a", "D", ":")}
+"""Colour, marker and line of a codec."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +49,7 @@ class CurvePoint:
         codec: How states are kept.
         ndcg_10: nDCG@10, mean over sets.
         bytes_per_passage: Payload of a candidate passage, mean over candidates, then over sets.
-        milliseconds: Time from a query's stored bytes to its margins, disk aside: median over queries, mean over sets.
+        milliseconds: Time from a query's stored bytes to its order, disk aside: median over queries, mean over sets.
     """
 
     ratio: int
@@ -79,9 +88,9 @@ class Curve:
 
 def measure_curve(
     sets: Sequence[EvalSet],
-    backbone: Backbone,
+    engine: Reranker,
     *,
-    retriever: EmbeddingBackbone | None = None,
+    retriever: Reranker | None = None,
     ratios: Sequence[int] = RATIOS,
     codecs: Sequence[str | Codec] = tuple(Codec),
     top_k: int = 50,
@@ -92,8 +101,8 @@ def measure_curve(
 
     Args:
         sets: BEIR sets, at least one.
-        backbone: The model.
-        retriever: The model whose vectors retrieve; None takes `backbone`.
+        engine: The model.
+        retriever: The model whose vectors retrieve; None takes `engine`.
         ratios: Pooling ratios, each a multiple of the smallest, whose states the others are pooled from.
         codecs: How states are kept.
         top_k: Candidates reranked.
@@ -107,84 +116,49 @@ def measure_curve(
     ratios, kinds = check_ratios(ratios), [Codec.parse(codec) for codec in codecs]
     if not sets or not kinds:
         raise InputError(f"{len(sets)} sets and {len(kinds)} codecs; wanted at least one of each.")
-    searcher = as_retriever(backbone, retriever)
-    layouts = [backbone.info.layout(ratio, codec) for codec in kinds for ratio in ratios]
-    found: list[list[_Cell]] = []
+    searcher = as_retriever(engine, retriever)
+    layouts = [engine.info.layout(ratio, codec) for codec in kinds for ratio in ratios]
+    cells: list[list[CurvePoint]] = []  # by set
     floors: list[list[float]] = []
     queries, most = 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = cache if cache is not None else Path(scratch)
         for what in sets:
-            gathered = gather(
-                what,
-                searcher,
-                top_k=top_k,
-                max_queries=max_queries,
-                ratio=ratios[0],
-                folder=folder,
-                keep=backbone.info.fingerprint == searcher.info.fingerprint,
-            )
-            library = library_of(backbone, gathered, searcher, ratios[0], folder)
-            floors.append([_quality(gathered, one.scores) for one in baselines(gathered)])
-            found.append([_measure(backbone, gathered, library, layout) for layout in layouts])
-            queries, most = queries + len(gathered.rows), max(most, gathered.top_k)
-    points = [
-        CurvePoint(
-            ratio=layout.ratio,
-            codec=layout.codec.value,
-            ndcg_10=mean([cells[place].ndcg for cells in found]),
-            bytes_per_passage=mean([cells[place].size for cells in found]),
-            milliseconds=mean([cells[place].milliseconds for cells in found]),
-        )
-        for place, layout in enumerate(layouts)
-    ]
+            with stored(searcher, ratios[0], folder) as reader:
+                candidates = find_candidates(what, reader, top_k=top_k, max_queries=max_queries)
+            floors.append([_quality(candidates, one.scores) for one in baselines(candidates)])
+            with stored(engine, ratios[0], folder) as reader:
+                cells.append([_measure(reader, candidates, layout) for layout in layouts])
+            queries, most = queries + len(candidates.rows), max(most, candidates.top_k)
     return Curve(
-        model=backbone.info.name,
+        model=engine.info.name,
         sets=tuple(one.name for one in sets),
         queries=queries,
         top_k=most,
         retrieval=mean([floor[0] for floor in floors]),
         fusion=mean([floor[2] for floor in floors]),
-        points=tuple(points),
+        points=tuple(_mean_point(points) for points in zip(*cells, strict=True)),
     )
 
 
 def curve_table(curve: Curve) -> str:
-    """One markdown table: a row a ratio, the columns of each codec side by side."""
+    """One markdown table: a row per ratio, the columns of each codec side by side."""
     codecs = list(dict.fromkeys(point.codec for point in curve.points))
     by_cell = {(point.ratio, point.codec): point for point in curve.points}
     head = [f"{codec} {what}" for codec in codecs for what in ("nDCG@10", "bytes/passage", "ms/query")]
     lines = [
         f"{Path(curve.model).name}, mean of {len(curve.sets)} sets ({', '.join(curve.sets)}), {curve.queries} queries, "
         f"at most {curve.top_k} candidates. Retrieval alone {curve.retrieval:.4f}, BM25 + retrieval "
-        f"{curve.fusion:.4f}. ms: a query's candidates, from stored bytes to margins, median.",
+        f"{curve.fusion:.4f}. ms: a query's candidates, from stored bytes to an order, median.",
         "",
         f"| r | {' | '.join(head)} |",
         "|--:" * (len(head) + 1) + "|",
     ]
     for ratio in dict.fromkeys(point.ratio for point in curve.points):
-        cells = [by_cell[ratio, codec] for codec in codecs]
-        shown = [f"{one.ndcg_10:.4f} | {one.bytes_per_passage:,.0f} | {one.milliseconds:.1f}" for one in cells]
+        points = [by_cell[ratio, codec] for codec in codecs]
+        shown = [f"{one.ndcg_10:.4f} | {one.bytes_per_passage:,.0f} | {one.milliseconds:.1f}" for one in points]
         lines.append(f"| {ratio} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
-
-
-def check_plot(path: Path) -> None:
-    """Refuse a plot that can't be drawn, before anything is measured.
-
-    Raises:
-        InputError: If the file's ending is none of svg, png and pdf.
-        MissingDependencyError: If matplotlib is not installed.
-    """
-    if path.suffix not in PLOTS:
-        raise InputError(f"plot is {path.name!r}; wanted a file that ends in {', '.join(PLOTS)}.")
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as err:
-        raise MissingDependencyError(
-            "drawing the curve needs the module matplotlib, which is not installed. Install the extra 'plot': "
-            "pip install 'kalm-rag[plot]'."
-        ) from err
 
 
 def draw_curve(curve: Curve, path: Path) -> None:
@@ -195,61 +169,39 @@ def draw_curve(curve: Curve, path: Path) -> None:
         path: Where to; svg, png or pdf.
 
     Raises:
-        InputError: As `check_plot`.
-        MissingDependencyError: As `check_plot`.
+        InputError: If the file's ending is another one.
+        MissingDependencyError: If matplotlib is not installed.
     """
     check_plot(path)
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = new_figure(10, 4.2)
     quality, speed = figure.subplots(1, 2, width_ratios=(3, 2))
-    styles = {"bf16": ("#1f6fb4", "o", "-"), "int8": ("#d1622b", "s", "-"), "exact": ("#3a3a3a", "D", ":")}
     for codec in dict.fromkeys(point.codec for point in curve.points):
         own = [point for point in curve.points if point.codec == codec]
-        colour, marker, line = styles[codec]
+        colour, marker, line = _STYLES[codec]
         look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "label": codec}
         if codec == "exact":  # often the same bytes as bf16: a ring around its marks
             look |= {"markerfacecolor": "none", "markersize": 9, "linewidth": 1}
         quality.plot([p.bytes_per_passage for p in own], [p.ndcg_10 for p in own], **look)
         speed.plot([p.ratio for p in own], [p.milliseconds for p in own], **look)
+    _annotate(curve, quality)
+    _label(curve, quality, speed)
+    save(figure, path)
+
+
+def _annotate(curve: Curve, quality: Any) -> None:  # noqa: ANN401 - axes of matplotlib
+    """Write the ratios beside the points, and the floors as lines."""
+    text = {"textcoords": "offset points", "fontsize": 8}
     for codec, shift in (("bf16", (8, -13)), ("int8", (-8, 8))):  # int8 lies above: less bytes at like quality
         for point in (p for p in curve.points if p.codec == codec):
-            quality.annotate(
-                f"r={point.ratio}",
-                (point.bytes_per_passage, point.ndcg_10),
-                textcoords="offset points",
-                xytext=shift,
-                ha="center",
-                fontsize=8,
-                color=styles[codec][0],
-            )
-    for level, name in ((curve.retrieval, "retrieval alone"), (curve.fusion, "BM25 + retrieval")):
-        quality.axhline(level, color="#8a8a8a", linewidth=1, linestyle="--" if name.startswith("r") else "-.")
-        quality.annotate(
-            name,
-            (0.995, level),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            xytext=(0, 3),
-            ha="right",
-            fontsize=8,
-            color="#6a6a6a",
-        )
-    _finish(curve, quality, speed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+            where = (point.bytes_per_passage, point.ndcg_10)
+            quality.annotate(f"r={point.ratio}", where, xytext=shift, ha="center", color=_STYLES[codec][0], **text)
+    for level, name, line in ((curve.retrieval, "retrieval alone", "--"), (curve.fusion, "BM25 + retrieval", "-.")):
+        quality.axhline(level, color="#8a8a8a", linewidth=1, linestyle=line)
+        look = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": "#6a6a6a"}
+        quality.annotate(name, (0.995, level), xytext=(0, 3), **look, **text)
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """One ratio and codec on one set."""
-
-    ndcg: float
-    size: float
-    milliseconds: float
-
-
-def _finish(curve: Curve, quality: Any, speed: Any) -> None:  # noqa: ANN401 - axes of matplotlib
+def _label(curve: Curve, quality: Any, speed: Any) -> None:  # noqa: ANN401
     ratios = list(dict.fromkeys(point.ratio for point in curve.points))
     sizes = sorted(point.bytes_per_passage for point in curve.points)
     steps = [2**power for power in range(int(np.floor(np.log2(sizes[0]))), int(np.ceil(np.log2(sizes[-1]))) + 1)]
@@ -264,50 +216,58 @@ def _finish(curve: Curve, quality: Any, speed: Any) -> None:  # noqa: ANN401 - a
     speed.set_xlabel("ratio r (tokens per state)")
     speed.set_ylabel(f"ms per query, {curve.top_k} candidates")
     speed.set_ylim(bottom=0)
+    tidy(quality, speed)
     for axes in (quality, speed):
-        axes.grid(color="#e4e4e4", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.minorticks_off()
     speed.legend(frameon=False)
 
 
-def _quality(gathered: Gathered, scores: Sequence[Tensor]) -> float:
-    return mean(query_ndcg(gathered.found, best_first(gathered.rows, scores)))
+def _quality(candidates: Candidates, scores: Sequence[Tensor]) -> float:
+    return mean(query_ndcg(candidates.found, best_first(candidates.rows, scores)))
 
 
-def _measure(model: Backbone, gathered: Gathered, library: Library, layout: Layout) -> _Cell:
-    """Score every query's candidates from bytes in one layout."""
-    scores, spent, sizes = [], [], []
-    bar = tqdm(gathered.queries, desc=f"r={layout.ratio} {layout.codec.value}", unit="query")
-    for query, rows in zip(bar, gathered.rows, strict=True):
-        payloads, tokens = _pack(library, rows.tolist(), layout)
-        sizes += [len(payload) for payload in payloads]
-        began = time.perf_counter()
-        batch = unpack_batch(payloads, tokens, tokens, layout)
-        placed = *batch.on(model.device, torch.float32), batch.token_ids_on(model.device)
-        prompt = model.prompt(query, Instructions())
-        scores.append(model.decode([prompt] * len(rows), *placed).float().cpu())
-        spent.append(1000 * (time.perf_counter() - began))
-    return _Cell(_quality(gathered, scores), mean(sizes), float(np.median(spent)))
+def _measure(reader: StoredEngine, candidates: Candidates, layout: Layout) -> CurvePoint:
+    """Fill a store of one layout with the candidates' states, and score every query from it."""
+    texts = list(dict.fromkeys(text for own in candidates.texts for text in own))
+    tokens: dict[str, int] = {}
+    with open_store(":memory:", layout) as store:
+        for part, found in reader.index(texts):
+            store.put_many(_pooled(found, [passage_key(text) for text in part], layout))
+            tokens |= dict(zip(part, found.tokens.tolist(), strict=True))
+        scored = StoredEngine(reader.engine, store).score(candidates, Instructions())
+    return CurvePoint(
+        ratio=layout.ratio,
+        codec=layout.codec.value,
+        ndcg_10=_quality(candidates, scored.margins),
+        bytes_per_passage=mean([layout.payload_bytes(tokens[text]) for own in candidates.texts for text in own]),
+        milliseconds=scored.milliseconds,
+    )
 
 
-def _pack(library: Library, rows: Sequence[int], layout: Layout) -> tuple[list[bytes], list[int]]:
-    """Bytes of passages as a store of this layout holds them, and their tokens."""
-    states, _, token_ids = library.batch(rows, layout.ratio, torch.device("cpu"))  # (B, N, H), (B, N, r)
-    tokens = library.tokens[library.spots(rows)].tolist()
-    payloads = [
-        pack_states(
-            PassageStates(
-                vectors=one[: -(-size // layout.ratio)].to(DTYPES[layout.state_dtype]),
-                tokens=size,
-                total_tokens=size,
-                ratio=layout.ratio,
-                fingerprint=layout.fingerprint,
-                key=str(row),
-                token_ids=None if token_ids is None else token_ids[place].flatten()[:size],
-            ),
-            layout,
+def _pooled(batch: StateBatch, keys: Sequence[str], layout: Layout) -> list[PassageStates]:
+    """States pooled to a layout's ratio, as the model would have made them."""
+    vectors, _ = batch.on(torch.device("cpu"), torch.float32, layout.ratio)  # (B, N, H)
+    sizes, totals = batch.tokens.tolist(), batch.total_tokens.tolist()
+    return [
+        PassageStates(
+            vectors=vectors[row, : -(-sizes[row] // layout.ratio)].to(DTYPES[layout.state_dtype]),
+            tokens=sizes[row],
+            total_tokens=totals[row],
+            ratio=layout.ratio,
+            fingerprint=layout.fingerprint,
+            key=key,
+            token_ids=None if batch.token_ids is None else batch.token_ids[row, : sizes[row]],
         )
-        for place, (row, one, size) in enumerate(zip(rows, states, tokens, strict=True))
+        for row, key in enumerate(keys)
     ]
-    return payloads, tokens
+
+
+def _mean_point(points: Sequence[CurvePoint]) -> CurvePoint:
+    """One ratio and codec, mean over sets."""
+    return CurvePoint(
+        ratio=points[0].ratio,
+        codec=points[0].codec,
+        ndcg_10=mean([one.ndcg_10 for one in points]),
+        bytes_per_passage=mean([one.bytes_per_passage for one in points]),
+        milliseconds=mean([one.milliseconds for one in points]),
+    )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalm_rag.errors import MissingDependencyError
+from kalm_rag.errors import require
 
 
 class Bm25:
@@ -27,13 +27,7 @@ class Bm25:
         Raises:
             MissingDependencyError: If bm25s is not installed.
         """
-        try:
-            import bm25s
-        except ImportError as err:
-            raise MissingDependencyError(
-                "BM25 needs the module bm25s, which is not installed. Install the extra 'eval': "
-                "pip install 'kalm-rag[eval]'."
-            ) from err
+        bm25s = require("bm25s", "eval", "BM25")
         self.module = bm25s
         self.index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
         self.index.index(bm25s.tokenize(list(texts), stopwords="en", show_progress=False), show_progress=False)

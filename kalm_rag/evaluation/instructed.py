@@ -15,26 +15,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
-from kalm_rag.evaluation.beir import read_instructions
-from kalm_rag.evaluation.gather import (
-    EvalSet,
-    Gathered,
-    Library,
-    RankedCandidate,
-    as_retriever,
-    gather,
-    library_of,
-    read_passages,
-)
+from kalm_rag.evaluation.beir import EvalSet, read_instructions
+from kalm_rag.evaluation.candidates import Candidates, StoredEngine, as_retriever, find_candidates, stored
 from kalm_rag.evaluation.metrics import Change, best_first, compare, load_measures, mean, paired_interval, query_metrics
-from kalm_rag.evaluation.run import own_task, score_candidates
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
+from kalm_rag.store import open_store
 
 GENERIC = (
     Instructions(system="You support the staff of our company. Stay calm and kind, whatever comes."),
@@ -50,7 +39,7 @@ GENERIC = (
     Instructions(task="Score every candidate by how well it serves what is being asked."),
     Instructions(task="Look up evidence so that a reply can be written."),
 )
-"""Held-out texts that say nothing about what a passage must be about; none is in `kalm_rag.training.instruct`."""
+"""Held-out texts that say nothing about what a passage must be about; none is among those trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +122,8 @@ class InstructionReport:
         model: Name of the model.
         ratio: Pooling ratio of its states.
         contrast: The bundled set: without, as task, as system; empty if it was left out.
-        drift: One entry a set without instructions of its own for each query.
-        following: Three entries a set with ``instructions.jsonl``.
+        drift: One entry per set without instructions of its own for each query.
+        following: Three entries per set with ``instructions.jsonl``.
     """
 
     model: str
@@ -150,9 +139,9 @@ class InstructionReport:
 
 def evaluate_instructions(
     sets: Sequence[EvalSet],
-    backbone: Backbone,
+    engine: Reranker,
     *,
-    retriever: EmbeddingBackbone | None = None,
+    retriever: Reranker | None = None,
     ratio: int = 4,
     top_k: int = 50,
     max_queries: int | None = None,
@@ -163,8 +152,8 @@ def evaluate_instructions(
 
     Args:
         sets: BEIR sets; none measures on the bundled contrast set alone.
-        backbone: The model.
-        retriever: The model whose vectors retrieve; None takes `backbone`.
+        engine: The model.
+        retriever: The model whose vectors retrieve; None takes `engine`.
         ratio: Pooling ratio.
         top_k: Candidates reranked.
         max_queries: Only the first so many queries (of ``instructions.jsonl``: pairs) of a set; None is all.
@@ -180,27 +169,19 @@ def evaluate_instructions(
     following: list[Following] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = cache if cache is not None else Path(scratch)
-        contrasts = measure_contrast(backbone, ratio=ratio) if contrast else ()
+        contrasts = measure_contrast(engine, ratio=ratio) if contrast else ()
         for what in sets:
-            searcher = as_retriever(backbone, retriever)
             apart = read_instructions(what.folder)
-            gathered = gather(
-                what,
-                searcher,
-                top_k=top_k,
-                max_queries=max_queries,
-                ratio=ratio,
-                folder=folder,
-                keep=backbone.info.fingerprint == searcher.info.fingerprint,
-                texts={query_id: query for query_id, (_, query) in apart.items()},
-            )
-            library = library_of(backbone, gathered, searcher, ratio, folder)
-            if apart:
-                following += _following(backbone, gathered, library, ratio, apart)
-            else:
-                drift.append(_drift(backbone, gathered, library, ratio))
+            texts = {query_id: query for query_id, (_, query) in apart.items()}
+            with stored(as_retriever(engine, retriever), ratio, folder) as reader:
+                candidates = find_candidates(what, reader, top_k=top_k, max_queries=max_queries, texts=texts)
+            with stored(engine, ratio, folder) as reader:
+                if apart:
+                    following += _following(reader, candidates, apart)
+                else:
+                    drift.append(_drift(reader, candidates))
     return InstructionReport(
-        model=backbone.info.name,
+        model=engine.info.name,
         ratio=ratio,
         contrast=contrasts,
         drift=tuple(drift),
@@ -214,41 +195,30 @@ def load_contrast() -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def measure_contrast(backbone: Backbone, *, ratio: int = 4) -> tuple[Contrast, ...]:
+def measure_contrast(engine: Reranker, *, ratio: int = 4) -> tuple[Contrast, ...]:
     """Measure on the bundled contrast set: without instructions, with them as task, and as system text."""
     rows = load_contrast()
-    texts = [one["passage"] for row in rows for one in row["asked"]]
-    with tempfile.TemporaryDirectory() as scratch:
-        library = read_passages(backbone, texts, ratio, Path(scratch), keep=True)
-        found = []
+    found = []
+    with open_store(":memory:", engine.at(ratio).layout()) as store:
+        reader = StoredEngine(engine, store)
+        list(reader.index([one["passage"] for row in rows for one in row["asked"]]))
         for where in ("none", "task", "system"):
-            right = []
-            for place, row in enumerate(tqdm(rows, desc=f"contrast, {where}", unit="query")):
-                placed = library.batch([2 * place, 2 * place + 1], ratio, backbone.device)
-                steers = [_steer(where, one["instruction"]) for one in row["asked"]]
-                margins = [_margins(backbone, row["query"], steer, placed) for steer in steers]
-                right.append([_ahead(margins[0][0] - margins[0][1]), _ahead(margins[1][1] - margins[1][0])])
+            bar = tqdm(rows, desc=f"contrast, {where}", unit="query")
+            right = [_in_order(reader, row, where) for row in bar]
             found.append(_contrast(where, right, [row["contrast"] for row in rows]))
     return tuple(found)
 
 
-def _steer(where: str, text: str) -> Instructions:
-    if where == "none":
-        return Instructions()
-    return Instructions(task=text) if where == "task" else Instructions(system=text)
-
-
-def _margins(backbone: Backbone, query: str, steer: Instructions, placed: RankedCandidate) -> Tensor:
-    prompt = backbone.prompt(query, steer)
-    margins = backbone.decode([prompt] * len(placed[0]), *placed).float().cpu()
-    if not bool(margins.isfinite().all()):
-        raise InputError(f"model {backbone.info.name!r} gave a margin that is not finite for query {query[:60]!r}.")
-    return margins
-
-
-def _ahead(lead: Tensor) -> float:
-    """1 if ahead, 0 if behind, half a point for a tie."""
-    return 0.5 + 0.5 * float(torch.sign(lead))
+def _in_order(reader: StoredEngine, row: dict[str, Any], where: str) -> list[float]:
+    """Whether the passage that each of a row's two instructions asks for is ahead: 1, 0, or half a point for a tie."""
+    passages = [one["passage"] for one in row["asked"]]
+    ahead = []
+    for place, one in enumerate(row["asked"]):
+        steer = Instructions() if where == "none" else Instructions(**{where: one["instruction"]})
+        margins = reader.margins(row["query"], passages, steer)
+        lead = float(margins[place] - margins[1 - place])
+        ahead.append(0.5 if lead == 0 else float(lead > 0))
+    return ahead
 
 
 def _contrast(where: str, right: Sequence[Sequence[float]], kinds: Sequence[str]) -> Contrast:
@@ -267,16 +237,16 @@ def _contrast(where: str, right: Sequence[Sequence[float]], kinds: Sequence[str]
     )
 
 
-def _drift(model: Backbone, gathered: Gathered, library: Library, ratio: int) -> Drift:
+def _drift(reader: StoredEngine, candidates: Candidates) -> Drift:
     def ndcg(steer: Instructions) -> list[float]:
-        return _metrics(model, gathered, library, ratio, steer)[0]
+        return _metrics(reader, candidates, steer)[0]
 
     before = ndcg(Instructions())
     changes = [mean(ndcg(steer)) - mean(before) for steer in GENERIC]
     worst = max(range(len(changes)), key=lambda place: abs(changes[place]))
-    task = own_task(gathered.what.folder)
+    task = candidates.what.own_task
     return Drift(
-        name=gathered.what.name,
+        name=candidates.what.name,
         queries=len(before),
         ndcg_10=mean(before),
         mean=mean([abs(change) for change in changes]),
@@ -286,54 +256,48 @@ def _drift(model: Backbone, gathered: Gathered, library: Library, ratio: int) ->
     )
 
 
-def _following(
-    model: Backbone, gathered: Gathered, library: Library, ratio: int, apart: dict[str, tuple[str, str]]
-) -> list[Following]:
-    found = gathered.found
-    missing = [query_id for query_id in found.queries if query_id not in apart]
+def _following(reader: StoredEngine, candidates: Candidates, apart: dict[str, tuple[str, str]]) -> list[Following]:
+    missing = [query_id for query_id in candidates.found.queries if query_id not in apart]
+    name = candidates.what.name
     if missing:
-        raise InputError(f"{gathered.what.name}: query {missing[0]!r} is not in instructions.jsonl; wanted all there.")
-    told = [apart[query_id][0] for query_id in found.queries]
-    joined = [f"{text} {query}" for text, query in zip(told, gathered.queries, strict=True)]
-    ways: dict[str, tuple[list[Instructions], list[str]]] = {
-        "query": ([Instructions()] * len(told), gathered.queries),
-        "instruction": ([Instructions(task=text) for text in told], gathered.queries),
-        "joined": ([Instructions()] * len(told), joined),
+        raise InputError(f"{name}: query {missing[0]!r} is not in instructions.jsonl; wanted all there.")
+    told = [apart[query_id][0] for query_id in candidates.found.queries]
+    queries, plain = candidates.queries, Instructions()
+    joined = [f"{text} {query}" for text, query in zip(told, queries, strict=True)]
+    ways = {
+        "query": _metrics(reader, candidates, plain),
+        "instruction": _metrics(reader, candidates, [Instructions(task=text) for text in told]),
+        "joined": _metrics(reader, candidates, plain, joined),
     }
-    rows: list[Following] = []
-    before: list[float] = []
-    for asked, (steers, queries) in ways.items():
-        ndcg, mrr = _metrics(model, gathered, library, ratio, steers, queries)
-        before = before or ndcg
+    rows = []
+    for asked, (ndcg, mrr) in ways.items():
         lowest: dict[str, float] = {}
-        for query, value in zip(gathered.queries, ndcg, strict=True):
+        for query, value in zip(queries, ndcg, strict=True):
             lowest[query] = min(value, lowest.get(query, value))
         rows.append(
             Following(
-                name=gathered.what.name,
+                name=name,
                 asked=asked,
                 queries=len(lowest),
                 instructions=len(told),
                 ndcg_10=mean(ndcg),
                 mrr_10=mean(mrr),
                 robustness_10=mean(list(lowest.values())),
-                over_query=compare(ndcg, before) if asked != "query" else None,
+                over_query=compare(ndcg, ways["query"][0]) if asked != "query" else None,
             )
         )
     return rows
 
 
 def _metrics(
-    model: Backbone,
-    gathered: Gathered,
-    library: Library,
-    ratio: int,
+    reader: StoredEngine,
+    candidates: Candidates,
     steer: Instructions | Sequence[Instructions],
     queries: Sequence[str] | None = None,
 ) -> tuple[list[float], list[float]]:
     """nDCG@10 and reciprocal rank at 10 of each query."""
     measures = load_measures()
-    scores, _ = score_candidates(model, gathered, library, ratio, steer, queries)
-    orders = best_first(gathered.rows, scores)
-    ndcg, mrr = query_metrics(gathered.found, orders, [measures.nDCG @ 10, measures.RR @ 10])
+    scored = reader.score(candidates, steer, queries=queries)
+    orders = best_first(candidates.rows, scored.margins)
+    ndcg, mrr = query_metrics(candidates.found, orders, [measures.nDCG @ 10, measures.RR @ 10])
     return ndcg, mrr

@@ -1,22 +1,20 @@
-"""Numbers: metrics a query, paired comparisons with interval and p value, calibration. Knows no model and no file.
+"""Numbers: metrics per query, paired comparisons with interval and p value, calibration. Knows no model and no file.
 
 Rank metrics come from ir-measures, the paired test from scipy (both in the extra ``eval``).
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kalm_rag.errors import MissingDependencyError
+from kalm_rag.errors import require
 from kalm_rag.evaluation.beir import Collection
 
 RESAMPLES = 2000
@@ -85,7 +83,7 @@ def compare(after: Sequence[float], before: Sequence[float]) -> Change:
 
 
 def change_of(*differences: Sequence[float] | np.ndarray) -> Change:
-    """Sum up differences query by query, one argument a set; every set counts the same."""
+    """Sum up differences query by query, one argument per set; every set counts the same."""
     sets = [np.asarray(one, dtype=np.float64) for one in differences]
     low, high = paired_interval(*sets)
     return Change(mean=mean([float(one.mean()) for one in sets]), low=low, high=high, p=_paired_p(sets))
@@ -95,7 +93,7 @@ def paired_interval(*differences: Sequence[float] | np.ndarray, seed: int = 0) -
     """95% interval of a mean difference, by bootstrap over queries.
 
     Args:
-        differences: One number a query: metric after minus metric before. Several sets: the interval of the mean of
+        differences: One number per query: metric after minus metric before. Several sets: the interval of the mean of
             their means, queries drawn within each set.
         seed: Fixes the draws.
 
@@ -152,19 +150,13 @@ def _gap(guessed: np.ndarray, true: np.ndarray, weights: np.ndarray, bins: Seque
     return math.fsum(abs(float((weights[rows] * (guessed[rows] - true[rows])).sum())) for rows in bins)
 
 
-def load_measures() -> ModuleType:
+def load_measures() -> Any:  # noqa: ANN401 - a module
     """Import ir-measures.
 
     Raises:
         MissingDependencyError: If it is not installed.
     """
-    try:
-        return importlib.import_module("ir_measures")
-    except ImportError as err:
-        raise MissingDependencyError(
-            "evaluating needs the module ir_measures, which is not installed. Install the extra 'eval': "
-            "pip install 'kalm-rag[eval]' (or pip install ir-measures)."
-        ) from err
+    return require("ir_measures", "eval", "evaluating")
 
 
 def query_metrics(found: Collection, orders: Sequence[Tensor], wanted: Sequence[Any]) -> list[list[float]]:
@@ -176,7 +168,7 @@ def query_metrics(found: Collection, orders: Sequence[Tensor], wanted: Sequence[
         wanted: Measures of ir-measures.
 
     Returns:
-        One list a measure, one value a query, in the collection's order.
+        One list per measure, one value per query, in the collection's order.
     """
     ranked = {  # a rank is scored as minus itself, so that no tie is broken anew
         query_id: {found.doc_ids[row]: -float(rank) for rank, row in enumerate(rows.tolist())}
@@ -222,5 +214,5 @@ def _paired_p(sets: Sequence[np.ndarray]) -> float | None:
         return 1.0 if centre == 0 else 0.0
     parts = np.array([one.var(ddof=1) / len(one) for one in sets])  # squared standard error of each set's mean
     freedom = parts.sum() ** 2 / sum(part**2 / (len(one) - 1) for part, one in zip(parts, sets, strict=True))
-    stats = importlib.import_module("scipy.stats")  # ir-measures brings it along
+    stats = require("scipy.stats", "eval", "testing for significance")
     return float(2 * stats.t.sf(abs(centre) * len(sets) / parts.sum() ** 0.5, freedom))

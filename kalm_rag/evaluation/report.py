@@ -69,8 +69,9 @@ class EvalReport:
         queries: Queries measured.
         passages: Passages of the collection.
         top_k: Most candidates of a query.
-        rows: Retrieval, BM25, fusion, then one row a model and ratio.
-        seconds: Wall-clock of each stage: retrieve (with encoding for it), bm25, encode, rerank.
+        rows: Retrieval, BM25, fusion, then one row per model and ratio.
+        seconds: Wall-clock of each stage: retrieve (with indexing), bm25, rerank, and encode (what was met without
+            states then).
     """
 
     name: str
@@ -135,7 +136,7 @@ def summarise(reports: Sequence[EvalReport]) -> list[Summary]:
         reports: Reports of the same models and ratios, at least one.
 
     Returns:
-        One summary a row of the reports, in their order.
+        One summary per row of the reports, in their order.
 
     Raises:
         InputError: If there are none, or their rows are not of the same rankings.

@@ -1,25 +1,21 @@
-"""Evaluating one set: the rankings side by side, over the same candidates. What ``kalm-rag eval`` calls per set.
-
-Knows backbones, no store and no framework; candidates and metrics are its neighbours'.
-"""
+"""Evaluating one set: the rankings side by side, over the same candidates. What ``kalm-rag eval`` calls per set."""
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
+from kalm_rag.evaluation.beir import EvalSet
+from kalm_rag.evaluation.candidates import Candidates, as_retriever, check_ratios, find_candidates, stored
 from kalm_rag.evaluation.fusion import Bm25, fuse
-from kalm_rag.evaluation.gather import EvalSet, Gathered, Library, as_retriever, check_ratios, gather, library_of
 from kalm_rag.evaluation.metrics import (
     best_first,
     calibration,
@@ -30,17 +26,12 @@ from kalm_rag.evaluation.metrics import (
     query_metrics,
 )
 from kalm_rag.evaluation.report import EvalReport, EvalRow
+from kalm_rag.index.results import Timings
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.backbone import Backbone, EmbeddingBackbone
-
-logger = logging.getLogger(__name__)
-
-OWN_TASK = "instruction.txt"
-"""File in a BEIR folder with the task its queries are meant under (BIRCO's sets have one)."""
 
 
-@dataclass(frozen=True)
-class Ranking:
+@dataclass(frozen=True, kw_only=True)
+class RankedSet:
     """Scores of each query's candidates, and whose they are."""
 
     ranking: str
@@ -51,13 +42,11 @@ class Ranking:
 
 
 def evaluate(
-    data: Path | str,
-    split: str,
-    backbone: Backbone,
+    what: EvalSet,
+    engine: Reranker,
     *,
-    others: Sequence[Backbone] = (),
-    pooled: bool = False,
-    retriever: EmbeddingBackbone | None = None,
+    others: Sequence[Reranker] = (),
+    retriever: Reranker | None = None,
     ratios: Sequence[int] = (1, 4, 16, 32),
     top_k: int = 50,
     max_queries: int | None = None,
@@ -67,18 +56,16 @@ def evaluate(
     """Measure retrieval, BM25, their fusion, and models that rerank at each ratio, on one collection.
 
     Args:
-        data: BEIR folder: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``.
-        split: Which judgements; queries without a relevant passage are left out.
-        backbone: The model that reranks.
+        what: The set: a BEIR folder, a split, and whether only judged passages are ranked.
+        engine: The model that reranks.
         others: Further models, compared with the first.
-        pooled: Rank only the passages that a query's judgements name, all of them.
-        retriever: The model whose vectors retrieve; None takes `backbone`, which must then embed (pico does).
-        ratios: Pooling ratios, each a multiple of the smallest.
+        retriever: The model whose vectors retrieve; None takes `engine`, which must then embed (pico does).
+        ratios: Pooling ratios, each a multiple of the smallest, at which states are kept.
         top_k: Candidates reranked, >= 1.
         max_queries: Measure only the first so many queries; None is all.
         instructions: Instructions for every query; None is the default ones.
         cache: Folder for passage states, so that a second run with the same model and corpus encodes nothing; None
-            keeps them in a temporary file.
+            keeps them in a temporary folder.
 
     Returns:
         Metrics, gains with intervals and p values, calibration and times.
@@ -89,131 +76,75 @@ def evaluate(
         MissingDependencyError: If ir-measures or bm25s is not installed.
     """
     ratios = check_ratios(ratios)
-    models = _by_name([backbone, *others])
-    searcher = as_retriever(backbone, retriever)
+    engines = _by_name([engine, *others])
+    searcher = as_retriever(engine, retriever)
     load_measures()
-    what = EvalSet(folder=Path(data), split=split, pooled=pooled)
     steer = instructions if instructions is not None else Instructions()
-    seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = cache if cache is not None else Path(scratch)
-        clock = _Clock(seconds)
-        gathered = gather(
-            what,
-            searcher,
-            top_k=top_k,
-            max_queries=max_queries,
-            ratio=ratios[0],
-            folder=folder,
-            keep=any(one.info.fingerprint == searcher.info.fingerprint for one in models.values()),
-        )
-        clock.lap("retrieve")
-        rankings = baselines(gathered)
-        clock.lap("bm25")
-        for name, model in models.items():
-            library = library_of(model, gathered, searcher, ratios[0], folder)
-            clock.lap("encode")
-            for ratio in ratios:
-                scores, spent = score_candidates(model, gathered, library, ratio, steer)
-                rankings.append(Ranking("reranked", scores, name, ratio, spent))
-            clock.lap("rerank")
+    timings = Timings()
+    with ExitStack() as stack:
+        folder = cache if cache is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with timings.stage("retrieve"), stored(searcher, ratios[0], folder) as reader:
+            candidates = find_candidates(what, reader, top_k=top_k, max_queries=max_queries)
+        with timings.stage("bm25"):
+            rankings = baselines(candidates)
+        for name, one in engines.items():
+            with stored(one, ratios[0], folder) as reader:
+                for ratio in ratios:
+                    with timings.stage("rerank"):
+                        scored = reader.score(candidates, steer, ratio=ratio)
+                    _move(timings.seconds, "rerank", "encode", scored.encoding)
+                    rankings.append(
+                        RankedSet(
+                            ranking="reranked",
+                            scores=scored.margins,
+                            model=name,
+                            ratio=ratio,
+                            milliseconds=scored.milliseconds,
+                        )
+                    )
     return EvalReport(
         name=what.name,
-        data=str(data),
-        split=split,
-        pooled=pooled,
+        data=str(what.folder),
+        split=what.split,
+        pooled=what.pooled,
         task=steer.task,
-        models=tuple(models),
-        queries=len(gathered.queries),
-        passages=len(gathered.found.passages),
-        top_k=gathered.top_k,
-        rows=_rows(gathered, rankings),
-        seconds=seconds,
+        models=tuple(engines),
+        queries=len(candidates.rows),
+        passages=len(candidates.found.passages),
+        top_k=candidates.top_k,
+        rows=_rows(candidates, rankings),
+        seconds=timings.seconds,
     )
 
 
-def own_task(folder: Path) -> str | None:
-    """The task that a BEIR folder brings along in ``instruction.txt``, or None."""
-    path = Path(folder) / OWN_TASK
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
-
-
-def score_candidates(
-    model: Backbone,
-    gathered: Gathered,
-    library: Library,
-    ratio: int,
-    instructions: Instructions | Sequence[Instructions],
-    queries: Sequence[str] | None = None,
-) -> tuple[list[Tensor], float]:
-    """Score each query's candidates from their states.
-
-    Args:
-        model: The reranking model.
-        gathered: The queries and their candidates.
-        library: The candidates' states.
-        ratio: Pooling ratio, a multiple of the library's.
-        instructions: For all queries, or one a query.
-        queries: What is asked instead of the queries' own texts; None asks those.
-
-    Returns:
-        Margins of each query's candidates, on the CPU, and the median milliseconds a query.
-
-    Raises:
-        InputError: If a margin is not finite.
-    """
-    steers = [instructions] * len(gathered.rows) if isinstance(instructions, Instructions) else instructions
-    out, spent = [], []
-    asked = zip(queries if queries is not None else gathered.queries, gathered.rows, steers, strict=True)
-    for query, rows, steer in tqdm(asked, desc=f"rerank r={ratio}", unit="query", total=len(gathered.rows)):
-        placed = library.batch(rows.tolist(), ratio, model.device)
-        began = time.perf_counter()
-        prompt = model.prompt(query, steer)
-        margins = model.decode([prompt] * len(rows), *placed).float().cpu()
-        spent.append(1000 * (time.perf_counter() - began))
-        if not bool(margins.isfinite().all()):
-            raise InputError(f"model {model.info.name!r} gave a margin that is not finite for query {query[:60]!r}.")
-        out.append(margins)
-    return out, float(np.median(spent))
-
-
-def baselines(gathered: Gathered) -> list[Ranking]:
+def baselines(candidates: Candidates) -> list[RankedSet]:
     """Retrieval, BM25 (words counted over the whole corpus) and their fusion, over the same candidates."""
-    matcher = Bm25(gathered.found.passages)
-    bm25 = [
-        matcher.scores(query)[rows]
-        for query, rows in zip(gathered.queries, tqdm(gathered.rows, desc="BM25", unit="query"), strict=True)
-    ]
-    fused = [fuse(dense[None], own[None])[0] for dense, own in zip(gathered.cosines, bm25, strict=True)]
-    return [Ranking("retrieval", gathered.cosines), Ranking("bm25", bm25), Ranking("fusion", fused)]
+    matcher = Bm25(candidates.found.passages)
+    bm25 = [matcher.scores(query)[rows] for query, rows in zip(candidates.queries, candidates.rows, strict=True)]
+    fused = [fuse(dense[None], own[None])[0] for dense, own in zip(candidates.cosines, bm25, strict=True)]
+    named = {"retrieval": candidates.cosines, "bm25": bm25, "fusion": fused}
+    return [RankedSet(ranking=name, scores=scores) for name, scores in named.items()]
 
 
-class _Clock:
-    """Adds the time since the last lap to a stage."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self.began = seconds, time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.began
-        self.began = now
+def _move(seconds: dict[str, float], source: str, target: str, amount: float) -> None:
+    seconds[source] -= amount
+    seconds[target] = seconds.get(target, 0.0) + amount
 
 
-def _by_name(models: Sequence[Backbone]) -> dict[str, Backbone]:
-    named = {one.info.name: one for one in models}
-    if len(named) < len(models):
-        raise InputError(f"models are {', '.join(one.info.name for one in models)}; wanted each name once.")
+def _by_name(engines: Sequence[Reranker]) -> dict[str, Reranker]:
+    named = {one.info.name: one for one in engines}
+    if len(named) < len(engines):
+        raise InputError(f"models are {', '.join(one.info.name for one in engines)}; wanted each name once.")
     return named
 
 
-def _rows(gathered: Gathered, rankings: Sequence[Ranking]) -> tuple[EvalRow, ...]:
+def _rows(candidates: Candidates, rankings: Sequence[RankedSet]) -> tuple[EvalRow, ...]:
     measures = load_measures()
-    wanted = [measures.nDCG @ 10, measures.RR @ 10, measures.R @ 10, measures.R @ gathered.top_k]
-    relevant = is_relevant(gathered.found, gathered.rows)
+    wanted = [measures.nDCG @ 10, measures.RR @ 10, measures.R @ 10, measures.R @ candidates.top_k]
+    relevant = is_relevant(candidates.found, candidates.rows)
     rows: list[EvalRow] = []
     for one in rankings:
-        metrics = query_metrics(gathered.found, best_first(gathered.rows, one.scores), wanted)
+        metrics = query_metrics(candidates.found, best_first(candidates.rows, one.scores), wanted)
         sure = calibration(torch.cat(list(one.scores)).sigmoid(), relevant) if one.model is not None else None
         ndcg, mrr, recall, recall_k = (mean(values) for values in metrics)
         row = EvalRow(

@@ -1,0 +1,249 @@
+"""What is ranked: each query's candidates, found and scored as an app's would be, through an engine and a state store.
+
+Retrieval is exact cosine over the vectors of the retriever's own states. Knows no framework and no Chroma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kalm_rag.checks import check_count
+from kalm_rag.engine.reranker import Reranker
+from kalm_rag.errors import InputError
+from kalm_rag.evaluation.beir import Collection, EvalSet, load_collection
+from kalm_rag.index.candidates import find_states, rank_texts
+from kalm_rag.index.embedders import BundledEmbedder
+from kalm_rag.index.results import Timings
+from kalm_rag.instructions import Instructions
+from kalm_rag.states import StateBatch
+from kalm_rag.states.pooling import check_ratio
+from kalm_rag.store import StateStore, open_store
+
+_WINDOW = 256
+"""Passages that are indexed at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """One set's candidates.
+
+    Attributes:
+        what: Which set.
+        found: The collection, with the queries measured.
+        rows: Passage rows of each query's candidates, nearest first; ties keep corpus order.
+        cosines: Cosine of each, in that order.
+    """
+
+    what: EvalSet
+    found: Collection
+    rows: list[Tensor]
+    cosines: list[Tensor]
+
+    @property
+    def queries(self) -> list[str]:
+        """Texts of the queries."""
+        return list(self.found.queries.values())
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """Texts of each query's candidates."""
+        return [[self.found.passages[row] for row in rows.tolist()] for rows in self.rows]
+
+    @property
+    def top_k(self) -> int:
+        """Most candidates of a query."""
+        return max(len(rows) for rows in self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a model gave.
+
+    Attributes:
+        margins: Of each query's candidates, in their order.
+        milliseconds: Median time of a query, from stored states to an order.
+        encoding: Seconds that went into encoding passages that had no states yet.
+    """
+
+    margins: list[Tensor]
+    milliseconds: float
+    encoding: float
+
+
+class StoredEngine:
+    """An engine with the store of its states, as an app has it.
+
+    Args:
+        engine: Used at the store's ratio.
+        store: Where states are kept; passages that have none are encoded when they are met.
+    """
+
+    def __init__(self, engine: Reranker, store: StateStore) -> None:
+        self.engine, self.store = engine.at(store.layout.ratio), store
+
+    def index(self, passages: Sequence[str]) -> Iterator[tuple[Sequence[str], StateBatch]]:
+        """Keep the states of passages; gives some texts and their states at a time."""
+        starts = range(0, len(passages), _WINDOW)
+        for start in tqdm(starts, desc="index", unit=f"{_WINDOW} passages"):
+            texts = passages[start : start + _WINDOW]
+            states = find_states(self.engine, self.store, texts, missing="encode", timings=Timings()).states
+            if states is not None:
+                yield texts, states
+
+    def vectors(self, passages: Sequence[str]) -> Tensor:
+        """Index passages and give their retrieval vectors, float32 ``(passages, width)``."""
+        embedder = BundledEmbedder(self.engine)
+        parts = [torch.from_numpy(embedder.from_states(states)) for _, states in self.index(passages)]
+        return torch.cat(parts)
+
+    def margins(
+        self,
+        query: str,
+        texts: Sequence[str],
+        instructions: Instructions,
+        *,
+        ratio: int | None = None,
+        timings: Timings | None = None,
+    ) -> Tensor:
+        """Score one query's candidates, float32 ``(candidates,)``; `timings` get the stages fetch, encode and score."""
+        ranking = rank_texts(
+            self.engine,
+            self.store,
+            query,
+            texts,
+            missing="encode",
+            timings=timings if timings is not None else Timings(),
+            instructions=instructions,
+            ratio=ratio,
+        )
+        margins = torch.empty(len(texts))
+        for candidate in ranking.placed:
+            margins[candidate.index] = candidate.margin if candidate.margin is not None else -torch.inf
+        return margins
+
+    def score(
+        self,
+        candidates: Candidates,
+        instructions: Instructions | Sequence[Instructions],
+        *,
+        ratio: int | None = None,
+        queries: Sequence[str] | None = None,
+    ) -> Scored:
+        """Score each query's candidates.
+
+        Args:
+            candidates: The queries and their candidates.
+            instructions: For all queries, or one per query.
+            ratio: A multiple of the store's ratio; None takes that.
+            queries: What is asked instead of the queries' own texts; None asks those.
+
+        Raises:
+            KalmRagError: If a margin is not finite.
+        """
+        asked = candidates.queries if queries is None else queries
+        steers = [instructions] * len(asked) if isinstance(instructions, Instructions) else instructions
+        margins, spent, encoding = [], [], 0.0
+        bar = tqdm(asked, desc=f"rerank r={ratio or self.engine.ratio}", unit="query")
+        for query, texts, steer in zip(bar, candidates.texts, steers, strict=True):
+            timings = Timings()
+            margins.append(self.margins(query, texts, steer, ratio=ratio, timings=timings))
+            encoding += timings.seconds.pop("encode", 0.0)
+            spent.append(1000 * sum(timings.seconds.values()))
+        return Scored(margins=margins, milliseconds=float(np.median(spent)), encoding=encoding)
+
+
+@contextmanager
+def stored(engine: Reranker, ratio: int, folder: Path) -> Iterator[StoredEngine]:
+    """Open the store that keeps an engine's states of one ratio in a folder; models that make the same share them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = engine.at(ratio).layout()
+    with open_store(folder / f"states_r{ratio}.sqlite3", layout) as store:
+        yield StoredEngine(engine, store)
+
+
+def check_ratios(ratios: Sequence[int]) -> list[int]:
+    """Give ratios in rising order if all can be had from states of the smallest.
+
+    Raises:
+        InputError: If there are none, one is not a whole number >= 1, or one is no multiple of the smallest.
+    """
+    checked = sorted({check_ratio(ratio) for ratio in ratios})
+    if not checked or any(ratio % checked[0] for ratio in checked):
+        raise InputError(f"ratios are {list(ratios)}; wanted at least one, each a multiple of the smallest.")
+    return checked
+
+
+def as_retriever(engine: Reranker, retriever: Reranker | None) -> Reranker:
+    """Give the retriever, or the reranking engine itself if its model embeds.
+
+    Raises:
+        InputError: If there is no retriever and the model gives no vectors.
+    """
+    if retriever is None and not hasattr(engine.backbone, "embed_query"):
+        raise InputError(
+            f"model {engine.info.name!r} gives no retrieval vectors. Pass retriever=Reranker.from_pretrained('pico') "
+            f"to retrieve with pico and rerank with it."
+        )
+    return engine if retriever is None else retriever
+
+
+def find_candidates(
+    what: EvalSet,
+    retriever: StoredEngine,
+    *,
+    top_k: int,
+    max_queries: int | None,
+    texts: Mapping[str, str] | None = None,
+) -> Candidates:
+    """Read a set, index its passages and find each query's candidates.
+
+    Args:
+        what: Which set.
+        retriever: Its vectors retrieve.
+        top_k: Most candidates retrieved, >= 1; a pooled set has all its judged passages.
+        max_queries: Only the first so many queries; None is all.
+        texts: What some queries ask instead of their own text, by query id.
+
+    Raises:
+        InputError: If the folder or split is missing, an argument is out of range, or a pooled query has no judged
+            passage in the corpus.
+    """
+    check_count(top_k, "top_k")
+    if max_queries is not None:
+        check_count(max_queries, "max_queries")
+    whole = load_collection(Path(what.folder), what.split)
+    found = whole.only(list(whole.queries)[:max_queries], texts)
+    pools = _pools(found) if what.pooled else None
+    indexed = range(len(found.passages)) if pools is None else sorted({row for pool in pools for row in pool})
+    place = {row: spot for spot, row in enumerate(indexed)}
+    vectors = retriever.vectors([found.passages[row] for row in indexed])
+    every = torch.tensor(indexed)
+    embedder, rows, cosines = BundledEmbedder(retriever.engine), [], []
+    for number, query in enumerate(tqdm(found.queries.values(), desc="retrieve", unit="query")):
+        near = vectors @ torch.tensor(embedder.query(query))
+        own = torch.arange(len(near)) if pools is None else torch.tensor([place[row] for row in pools[number]])
+        nearest = near[own].sort(descending=True, stable=True)
+        cut = None if what.pooled else top_k
+        rows.append(every[own[nearest.indices[:cut]]])
+        cosines.append(nearest.values[:cut])
+    return Candidates(what=what, found=found, rows=rows, cosines=cosines)
+
+
+def _pools(found: Collection) -> list[list[int]]:
+    """Corpus rows that each query's judgements name, in corpus order."""
+    row_of = {doc_id: row for row, doc_id in enumerate(found.doc_ids)}
+    pools = [sorted(row_of[doc] for doc in found.qrels[query_id] if doc in row_of) for query_id in found.queries]
+    if not all(pools):
+        bad = list(found.queries)[[bool(pool) for pool in pools].index(False)]
+        raise InputError(
+            f"{found.name} {found.split}: no passage judged for query {bad!r} is in corpus.jsonl; nothing to pool."
+        )
+    return pools
