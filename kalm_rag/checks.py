@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 _MEANT = {
     **dict.fromkeys(("score_threshold", "similarity_cutoff", "min_score", "cutoff"), ("threshold",)),
-    **dict.fromkeys(("top_k", "limit", "n_results", "similarity_top_k"), ("top_n", "k")),
+    **dict.fromkeys(("top_k", "limit", "n_results", "similarity_top_k", "top_n", "k"), ("top_n", "k")),
     **dict.fromkeys(("instruction", "instruct", "prompt", "system_prompt"), ("instructions",)),
     **dict.fromkeys(("model_name", "model_id", "model_name_or_path", "checkpoint"), ("model", "name")),
     **dict.fromkeys(("embedder", "embedding", "embeddings", "embed_model"), ("embedder", "embedding_function")),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from kalm_rag.checks import check_passages, check_query
 from kalm_rag.engine.reranker import DEFAULT_RATIO, Reranker
 from kalm_rag.errors import InputError, MissingDependencyError
 from kalm_rag.index.lazy_engine import rank_candidates
@@ -131,7 +132,8 @@ class MtebReranker:
         scores = np.empty(len(asked), dtype=np.float32)
         shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
         for (query, steer), places in tqdm(groups.items(), desc="reranking", unit="query", disable=not shown):
-            texts = [passages[place] for place in places]
+            check_query(query)
+            texts = check_passages([passages[place] for place in places])
             for placed in rank_candidates(self.engine, self.store, query, texts, instructions=steer):
                 scores[places[placed.index]] = placed.margin
         return scores

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kalm_rag.checks import check_cut, check_query, check_text
+from kalm_rag.checks import check_cut, check_text
 from kalm_rag.engine.reranker import DEFAULT_RATIO, Reranker
 from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.index.candidates import Missing, RankedCandidate, check_missing, rank_texts
@@ -242,11 +242,15 @@ def rank_candidates(
 ) -> list[RankedCandidate]:
     """Order candidates by relevance: states by content, decoder, cut. What both adapters do between their hooks.
 
+    A blank query (an agent's, or an empty rewriting) and a candidate that is no valid Unicode (text out of a PDF) don't
+    end the app's run: what can't be scored comes back unscored, in retrieval order, and the log says so.
+
     Args:
         engine: The engine; used at the store's ratio.
         store: Where states are; None takes the process's bounded cache.
-        query: The question, not blank.
-        texts: Exact candidate texts in retrieval order; None marks one without text, which is not scored.
+        query: The question. A blank one scores nothing.
+        texts: Exact candidate texts in retrieval order; None marks one without text, which is not scored. Neither is
+            one with a lone surrogate.
         instructions: System and task text; None takes the model's defaults.
         ratio: A multiple of the store's ratio to score at; None takes the stored one.
         top_n: Most candidates given back, >= 1; None gives all.
@@ -258,24 +262,23 @@ def rank_candidates(
         Best first, ties in input order; unscored candidates behind the scored ones, in input order.
 
     Raises:
-        InputError: If the query is blank, a number is out of range, or a text is no valid string.
+        InputError: If the query is no valid string, a number is out of range, or a text is no string.
         MissingStateError: Under ``missing="raise"``.
         StateMismatchError: If the store is another model's, or `ratio` no multiple of its.
         StoreFormatError: If a stored state is damaged.
     """
-    check_query(query)
     check_cut(top_n, threshold)
     check_missing(missing)
-    for position, text in enumerate(texts):
-        if text is not None:
-            check_text(text, f"document {position}")
+    readable = [_readable(text, position) for position, text in enumerate(texts)]
+    if is_blank(query):
+        return unscored_candidates(len(texts), top_n=top_n, threshold=threshold)
     engine, store = match_ratio(engine, store)
     timings = Timings()
     ranking = rank_texts(
         engine,
         store,
         query,
-        texts,
+        readable,
         missing=missing,
         timings=timings,
         instructions=instructions,
@@ -292,6 +295,36 @@ def rank_candidates(
         {stage: round(seconds, 4) for stage, seconds in timings.seconds.items()},
     )
     return ranking.placed[:top_n]
+
+
+def is_blank(query: str) -> bool:
+    """Whether a query asks for nothing; such a one needs no engine: see `unscored_candidates`.
+
+    Raises:
+        InputError: If it is no valid string.
+    """
+    return not check_text(query, "query").strip()
+
+
+def unscored_candidates(count: int, *, top_n: int | None, threshold: float | None) -> list[RankedCandidate]:
+    """What comes back for a blank query: the retrieval order, unscored; nothing under a threshold."""
+    logger.warning(
+        "query is blank, so %d candidates are not scored: %s",
+        count,
+        "they come back in retrieval order" if threshold is None else "the threshold drops them",
+    )
+    return [] if threshold is not None else [RankedCandidate(index=i) for i in range(count)][:top_n]
+
+
+def _readable(text: str | None, position: int) -> str | None:
+    """A text that can be scored, or None; why not is logged."""
+    try:
+        return None if text is None else check_text(text, f"document {position}")
+    except InputError as err:
+        if not isinstance(text, str):
+            raise
+        logger.warning("%s It comes back unscored.", err)
+        return None
 
 
 def is_open(engine: Reranker) -> bool:

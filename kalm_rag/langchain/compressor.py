@@ -10,25 +10,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from langchain_core.callbacks import Callbacks
+from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun, Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
-from langchain_core.runnables import RunnableConfig, RunnableSerializable
+from langchain_core.runnables import ConfigurableFieldSpec, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.config import (
     ensure_config,
     get_async_callback_manager_for_config,
     get_callback_manager_for_config,
     run_in_executor,
 )
-from pydantic import ConfigDict, Field, StrictInt, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
-from kalm_rag.checks import check_cut, check_query
+from kalm_rag.checks import check_cut
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, RankedCandidate
-from kalm_rag.index.lazy_engine import EngineSpec, rank_candidates, shared_store, spec_of
+from kalm_rag.index.lazy_engine import (
+    EngineSpec,
+    is_blank,
+    rank_candidates,
+    shared_store,
+    spec_of,
+    unscored_candidates,
+)
 from kalm_rag.instructions import Instructions, as_instructions
+from kalm_rag.langchain.inputs import (
+    CONFIG_SPECS,
+    RerankInput,
+    check_documents,
+    check_names,
+    configured_instructions,
+    read_input,
+)
 from kalm_rag.store import Reference, StateStore
 
 SCORE = "relevance_score"
@@ -39,14 +54,8 @@ RETRIEVAL_SCORE = "retrieval_score"
 """Metadata key of the score a document came with, with ``keep_retrieval_score``."""
 RETRIEVAL_RANK = "retrieval_rank"
 """Metadata key of the place a document came at, from 1, with ``keep_retrieval_score``."""
-CONFIG_KEY = "kalm_instructions"
-"""Key in ``config["configurable"]`` for the instructions of one call."""
-
 _ENGINE_FIELDS = {field.name for field in fields(EngineSpec)} - {"ratio"}
 """Fields that say which engine; `ratio` is the store's too."""
-
-_QUERY_KEYS = ("query", "question", "input")
-_DOCUMENT_KEYS = ("documents", "context", "docs")
 
 
 class KaLMDocumentCompressor(BaseDocumentCompressor):
@@ -57,15 +66,15 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
 
     Args:
         model: ``pico`` (bundled), ``nano``, ``small``, ``large``, a repository id or a folder.
-        revision: As `Reranker.from_pretrained`.
-        device: As `Reranker.from_pretrained`.
-        dtype: As `Reranker.from_pretrained`.
+        revision: Commit, tag or branch of a repository; None takes the pinned one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or several as ``"cuda:0,cuda:1"``; None takes CUDA where there is one.
+        dtype: ``bf16`` or ``fp32``; None takes bf16 on CUDA, fp32 on the CPU.
         ratio: Tokens a state stands for. With a store: a multiple of what is stored; None takes the stored one.
             Without a store: None is 4.
         batch_size: Most passages in one pass.
-        decoder_weights: As `Reranker.from_pretrained`: ``int8`` scores KaLM checkpoints faster on the CPU.
-        compiled: As `Reranker.from_pretrained`.
-        prefix_cache_bytes: As `Reranker.from_pretrained`.
+        decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU, a little less exactly; None as they are.
+        compiled: Whether a KaLM checkpoint's decoder is compiled, which takes a minute at the first query.
+        prefix_cache_bytes: Most bytes of decoder work that a KaLM checkpoint keeps between queries; None leaves it.
         top_n: Most documents given back, >= 1; None gives all.
         threshold: Keep only P(yes) >= this, in [0, 1].
         missing: Documents without stored states are encoded and kept (``"encode"``), an error (``"raise"``), or put
@@ -74,6 +83,8 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         store: Where states are: a `StateStore`, a folder or a ``.sqlite3`` file. None keeps the latest 256 MiB of
             states in memory, shared by the process.
         reranker: A ready engine, in place of `model` and its settings. Stays yours to close.
+        keep_score: Give ``relevance_score`` = P(yes) in the metadata. False leaves it out, for what compares whole
+            documents afterwards (see `KaLMRetriever`).
         keep_retrieval_score: Keep ``retrieval_rank``, and a former ``relevance_score`` as ``retrieval_score``.
         keep_margin: Give ``relevance_margin`` = logit(yes) - logit(no), which doesn't saturate.
 
@@ -104,8 +115,15 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
     instructions: Instructions | None = None
     store: Any = None
     reranker: Reranker | None = Field(default=None, exclude=True, repr=False)
+    keep_score: bool = True
     keep_retrieval_score: bool = False
     keep_margin: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hint_at_names(cls, values: object) -> object:
+        check_names(values if isinstance(values, Mapping) else (), cls.model_fields, cls.__name__)
+        return values
 
     @field_validator("device", "dtype", mode="before")
     @classmethod
@@ -139,6 +157,8 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
                 raise InputError(f"reranker and {', '.join(sorted(given))} were both given; wanted one of them.")
             self.__dict__.update(spec_of(self.reranker))  # so that what is written down makes the same engine
         check_cut(self.top_n, self.threshold)
+        if self.keep_margin and not self.keep_score:
+            raise InputError("keep_margin=True needs keep_score=True: a margin is a score.")
         self._spec()
         return self
 
@@ -149,14 +169,14 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
 
         Args:
             documents: Candidates in retrieval order, left as they are. None of them: an empty list comes back.
-            query: The question, not blank.
+            query: The question. A blank one (an agent's, an empty rewriting) gives the retrieval order, unscored.
             callbacks: Where the step is traced; None takes those of the chain that is running.
 
         Returns:
             Copies, best first, at most `top_n`; ties in input order; unscored ones last.
 
         Raises:
-            InputError: If the query is blank, or an item is no `Document`.
+            InputError: If the query is no valid string, or an item is no `Document`.
             MissingStateError: Under ``missing="raise"``.
             StateMismatchError: If the store is another model's, or at a ratio that can't give `ratio`.
             ModelError: If the model can't be loaded.
@@ -202,7 +222,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         manager = get_callback_manager_for_config(config)
         traced = manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
-            ranked = self._rank(documents, query, config, references)
+            ranked = self.rank(documents, query, config, references)
         except BaseException as err:
             traced.on_chain_error(err)
             raise
@@ -221,25 +241,33 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         traced = await manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
             with cancel_on_error():
-                ranked = await run_in_executor(None, self._rank, documents, query, config, references)
+                ranked = await run_in_executor(None, self.rank, documents, query, config, references)
         except BaseException as err:  # cancelled too: a start without an end stays open in a trace for ever
             await traced.on_chain_error(err)
             raise
         await traced.on_chain_end({"documents": ranked})
         return ranked
 
-    def _rank(
-        self, documents: Sequence[Document], query: str, config: RunnableConfig, references: Sequence[Reference]
+    def rank(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        config: RunnableConfig,
+        references: Sequence[Reference] = (),
     ) -> list[Document]:
-        check_query(query)
-        _check_documents(documents)
+        """Rerank without a trace of its own, for a step that has one; see `compress_documents`."""
+        blank = is_blank(query)
+        check_documents(documents)
         if not documents:
             return []
+        if blank:
+            placed = unscored_candidates(len(documents), top_n=self.top_n, threshold=self.threshold)
+            return [self._scored(documents[one.index], one) for one in placed]
         engine = self.engine()
         store = shared_store(self.store, engine) if isinstance(self.store, str) else self.store
         if store is None and self.ratio is not None and engine.ratio != self.ratio:
             engine = engine.at(self.ratio)
-        told = (config.get("configurable") or {}).get(CONFIG_KEY)
+        told = configured_instructions(config)
         placed = rank_candidates(
             engine,
             store,
@@ -260,7 +288,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
             if SCORE in document.metadata:
                 metadata[RETRIEVAL_SCORE] = document.metadata[SCORE]
             metadata[RETRIEVAL_RANK] = placed.index + 1
-        if placed.probability is not None:
+        if self.keep_score and placed.probability is not None:
             metadata[SCORE] = placed.probability
         if self.keep_margin and placed.margin is not None:
             metadata[MARGIN] = placed.margin
@@ -283,52 +311,90 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         return self.model_copy()
 
 
-class KaLMRerank(RunnableSerializable[dict[str, Any], list[Document]]):
+class KaLMRerank(RunnableSerializable[Any, list[Document]]):
     """A chain step: takes a dict with the question and the documents, gives the documents reranked.
 
     Reads the question under ``query``, ``question`` or ``input``, the documents under ``documents``, ``context`` or
-    ``docs`` (the first there is). Instructions of one call: ``config["configurable"]["kalm_instructions"]``.
+    ``docs`` (the first there is), out of a dict or a pydantic or dataclass state; documents may be dicts with
+    ``page_content``. Instructions of one call: ``config["configurable"]["kalm_instructions"]``.
 
     Args:
-        compressor: What reranks.
+        compressor: What reranks. None makes a `KaLMDocumentCompressor`.
+        name: Name of the step in traces and events; None is the class's.
+        **settings: Arguments of `KaLMDocumentCompressor` (``top_n``, ``model``, ...), in place of `compressor`.
+
+    Raises:
+        InputError: If both a compressor and settings are given.
+        pydantic.ValidationError: If a setting is unknown or out of range.
+
+    Example:
+        >>> step = KaLMRerank(top_n=1)
+        >>> texts = ["I like tea.", "Paris is the capital of France."]
+        >>> step.invoke({"question": "capital of France?", "documents": [Document(t) for t in texts]})[0].page_content
+        'Paris is the capital of France.'
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     compressor: KaLMDocumentCompressor
 
-    def invoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
+    def __init__(
+        self,
+        compressor: KaLMDocumentCompressor | None = None,
+        *,
+        name: str | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> None:
+        if compressor is not None and settings:
+            raise InputError(f"compressor and {', '.join(sorted(settings))} were both given; wanted one of them.")
+        if compressor is None:
+            check_names(settings, KaLMDocumentCompressor.model_fields, type(self).__name__)
+            compressor = KaLMDocumentCompressor(**settings)
+        super().__init__(compressor=compressor, name=name)  # type: ignore[call-arg]
+
+    @property
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        """What a call's config may carry: ``kalm_instructions``."""
+        return CONFIG_SPECS
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
+        """Say what `invoke` reads, for LangServe and other callers by HTTP."""
+        return RerankInput
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
         """Rerank; see `KaLMDocumentCompressor.compress_documents`.
+
+        Args:
+            input: Question and documents; see the class.
+            config: Callbacks, tags, ``run_id``, ``run_name``, and instructions of this call.
+            **kwargs: Refused.
 
         Raises:
             InputError: If a key is missing, or an argument is unknown.
         """
-        query, documents = _inputs(input, kwargs)
-        return self.compressor.run(documents, query, ensure_config(config))
+        _refuse(kwargs)
+        return self._call_with_config(self._rerank, input, config)
 
-    async def ainvoke(
-        self,
-        input: dict[str, Any],
-        config: RunnableConfig | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> list[Document]:
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
         """Rerank without holding up the event loop; see `invoke`."""
-        query, documents = _inputs(input, kwargs)
-        return await self.compressor.arun(documents, query, ensure_config(config))
+        _refuse(kwargs)
+        return await self._acall_with_config(self._arerank, input, config)
+
+    def _rerank(self, given: object, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> list[Document]:
+        query, documents = read_input(given)
+        return self.compressor.rank(documents, query, config)
+
+    async def _arerank(
+        self, given: object, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
+    ) -> list[Document]:
+        query, documents = read_input(given)
+        with cancel_on_error():
+            return await run_in_executor(None, self.compressor.rank, documents, query, config)
 
 
-def _inputs(given: object, kwargs: Mapping[str, object]) -> tuple[Any, Any]:
+def _refuse(kwargs: Mapping[str, object]) -> None:
     if kwargs:
         raise InputError(f"unknown arguments {', '.join(sorted(kwargs))}; the step takes its input and a config.")
-    if not isinstance(given, Mapping):
-        raise InputError(f"input is {type(given).__name__}; wanted a dict with the question and the documents.")
-    found = []
-    for names in (_QUERY_KEYS, _DOCUMENT_KEYS):
-        key = next((name for name in names if name in given), None)
-        if key is None:
-            raise InputError(f"input has the keys {sorted(map(str, given))}; wanted one of {', '.join(names)} in it.")
-        found.append(given[key])
-    return found[0], found[1]
 
 
 def _config(callbacks: Callbacks | None) -> RunnableConfig:
@@ -336,14 +402,6 @@ def _config(callbacks: Callbacks | None) -> RunnableConfig:
     config = ensure_config()
     config.pop("run_name", None)
     return config if callbacks is None else {**config, "callbacks": callbacks}
-
-
-def _check_documents(documents: object) -> None:
-    if isinstance(documents, str | Mapping) or not isinstance(documents, Sequence):
-        raise InputError(f"documents is {type(documents).__name__}; wanted a list of Document.")
-    for position, document in enumerate(documents):
-        if not isinstance(document, Document):
-            raise InputError(f"document {position} is {type(document).__name__}; wanted a langchain_core Document.")
 
 
 def _shown(documents: object, query: object) -> dict[str, Any]:

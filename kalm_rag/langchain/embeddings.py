@@ -8,30 +8,45 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.embeddings import Embeddings
 
 from kalm_rag.engine.reranker import Reranker
+from kalm_rag.errors import InputError
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
-from kalm_rag.index.lazy_engine import EngineSpec
+from kalm_rag.index.lazy_engine import EngineSpec, spec_of
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 class KaLMEmbeddings(Embeddings):
-    """The vectors of pico's encoder (all-MiniLM-L6-v2, 384 wide) for LangChain; loaded on first use.
+    """The vectors of pico's encoder (all-MiniLM-L6-v2, 384 wide) for any LangChain vector store; loaded on first use.
+
+    `KaLMChroma` takes them by itself, and then makes vector and states in one encoder pass.
 
     Args:
-        device: As `Reranker.from_pretrained`.
-        reranker: A ready engine over pico, used instead.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes CUDA where there is one.
+        reranker: A ready engine over pico whose encoder is used; it stays yours to close.
+
+    Raises:
+        InputError: If `reranker` is no engine over pico.
+
+    Example:
+        >>> embeddings = KaLMEmbeddings()
+        >>> len(embeddings.embed_query("capital of France?"))
+        384
+        >>> embeddings.embed_documents([])
+        []
     """
 
     name = BUNDLED
 
     def __init__(self, device: str | None = None, reranker: Reranker | None = None) -> None:
+        if reranker is not None and reranker.info.family != "pico":
+            raise InputError(f"reranker is {reranker.info.name}, which makes no vectors; wanted an engine over pico.")
         self._spec = EngineSpec(device=device)
         self._reranker = reranker
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Vectors of passages, unit length."""
-        vectors: list[list[float]] = self.passages(texts).tolist()
+        """Vectors of passages, unit length; none for no passages."""
+        vectors: list[list[float]] = self.passages(texts).tolist() if texts else []
         return vectors
 
     def embed_query(self, text: str) -> list[float]:
@@ -53,4 +68,6 @@ class KaLMEmbeddings(Embeddings):
         return BundledEmbedder(engine)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reranker": None}
+        """Settings without the model: the copy loads the same one."""
+        spec = self._spec if self._reranker is None else EngineSpec(**spec_of(self._reranker))
+        return {"_spec": spec, "_reranker": None}

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import logging
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import ensure_config, run_in_executor
+from langchain_core.runnables import ConfigurableFieldSpec, RunnableConfig
+from langchain_core.runnables.config import run_in_executor
 from langchain_core.vectorstores import VectorStore
-from pydantic import ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import ConfigDict, Field, StrictInt, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
-from kalm_rag.checks import check_cut, check_query
+from kalm_rag.checks import check_count, check_cut, check_text
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions, as_instructions
-from kalm_rag.langchain.compressor import CONFIG_KEY, RETRIEVAL_SCORE, KaLMDocumentCompressor
+from kalm_rag.langchain.compressor import RETRIEVAL_RANK, RETRIEVAL_SCORE, KaLMDocumentCompressor
+from kalm_rag.langchain.inputs import CONFIG_SPECS, check_names, configured_instructions
 from kalm_rag.store import Reference
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -41,21 +45,40 @@ class KaLMRetriever(BaseRetriever):
     Over a `KaLMChroma` the candidates' stored states are used. Over any other vector store (or with a `compressor` of
     yours) states come from the compressor's store, or from memory. ``invoke`` takes `k`, `fetch_k`, `filter`,
     `instructions` and `threshold` for one call, too, and so does ``config["configurable"]["kalm_instructions"]``.
+    What a call says goes before what the retriever says, that before what the compressor says.
+
+    Behind a retriever that asks several times and compares whole documents (``MultiQueryRetriever``), each question's
+    own ``relevance_score`` makes one document look like several. Put the reranking outside, so that it is done once,
+    for the user's question: ``ContextualCompressionRetriever(base_compressor=store.as_compressor(),
+    base_retriever=MultiQueryRetriever.from_llm(store.as_retriever(), llm))``. Or take ``keep_score=False``.
 
     Args:
         vectorstore: Where candidates come from.
-        k: Documents wanted, >= 1.
+        k: Documents wanted, >= 1. Not given, it is the `top_n` that the compressor was given, or else 4.
         fetch_k: Candidates, >= 1; at least `k` are taken.
         instructions: `Instructions`, a task as a string, or the app's prompt or chain.
         threshold: Keep only P(yes) >= this.
         ratio: A multiple of the stored ratio to score at; None takes the stored one.
         filter: The vector store's own filter.
-        search_kwargs: Further arguments of its ``similarity_search``.
+        search_kwargs: Further arguments of its ``similarity_search``. A vector store with a ``fetch_k`` of its own
+            (FAISS looks at so many, then filters) is told at least the number of candidates; more by
+            ``search_kwargs={"fetch_k": 1000}``.
         compressor: What scores; None takes the vector store's own, or else pico.
+        keep_score: Give ``relevance_score`` = P(yes) in the metadata. False leaves it out.
         keep_retrieval_score: Keep the vector store's score (Chroma: a distance, lower is nearer) and rank.
 
     Raises:
-        pydantic.ValidationError: If an argument is unknown or out of range.
+        pydantic.ValidationError: If an argument is unknown or out of range, or `k` and the compressor's `top_n` were
+            both given and differ.
+
+    Example:
+        >>> from langchain_core.vectorstores import InMemoryVectorStore
+        >>> from kalm_rag.langchain import KaLMEmbeddings
+        >>> vectors = InMemoryVectorStore(KaLMEmbeddings())
+        >>> ids = vectors.add_texts(["I like tea.", "Paris is the capital of France.", "France borders Spain."])
+        >>> retriever = KaLMRetriever(vectorstore=vectors, k=1, instructions="Find the city.")
+        >>> retriever.invoke("What is the capital of France?")[0].page_content
+        'Paris is the capital of France.'
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -69,7 +92,24 @@ class KaLMRetriever(BaseRetriever):
     filter: Any = None
     search_kwargs: dict[str, Any] = Field(default_factory=dict)
     compressor: KaLMDocumentCompressor | None = None
+    keep_score: bool = True
     keep_retrieval_score: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hint_at_names(cls, values: object) -> object:
+        check_names(values if isinstance(values, Mapping) else (), cls.model_fields, cls.__name__)
+        return values
+
+    @field_validator("vectorstore", mode="before")
+    @classmethod
+    def _hint_at_vectorstore(cls, value: object) -> object:
+        if isinstance(value, BaseRetriever):
+            raise InputError(
+                f"vectorstore is the retriever {type(value).__name__}; wanted a vector store. Behind a retriever, use "
+                f"ContextualCompressionRetriever(base_compressor=KaLMDocumentCompressor(...), base_retriever=...)."
+            )
+        return value
 
     @field_validator("instructions", mode="before")
     @classmethod
@@ -78,22 +118,40 @@ class KaLMRetriever(BaseRetriever):
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        _check_counts(self.k, self.fetch_k)
+        if self.compressor is not None and "top_n" in self.compressor.model_fields_set:
+            wanted = self.compressor.top_n
+            if "k" in self.model_fields_set and self.k != wanted:
+                raise InputError(
+                    f"k is {self.k} and the compressor's top_n {wanted}; wanted one of them, or the same twice."
+                )
+            if wanted is not None:
+                self.k = wanted
+        check_count(self.k, "k")
+        check_count(self.fetch_k, "fetch_k")
         check_cut(None, self.threshold)
-        if taken := sorted({"k", "fetch_k", "query"} & self.search_kwargs.keys()):
-            raise InputError(
-                f"search_kwargs has {', '.join(taken)}; give k (documents wanted) and fetch_k (candidates) to "
-                f"KaLMRetriever itself."
-            )
+        if taken := sorted({"k", "query"} & self.search_kwargs.keys()):
+            raise InputError(f"search_kwargs has {', '.join(taken)}; give k to the retriever itself.")
+        if "fetch_k" in self.search_kwargs and _own(self.vectorstore) is not None:
+            raise InputError("search_kwargs has fetch_k, which Chroma's search hasn't; give it to the retriever.")
         return self
+
+    @field_serializer("compressor")
+    def _write_compressor(self, value: KaLMDocumentCompressor | None) -> dict[str, Any] | None:
+        """Settings, with the `top_n` that holds, so that what is read back agrees with `k`."""
+        return None if value is None else {**value.model_dump(), "top_n": self.k}
+
+    @property
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        """What a call's config may carry: ``kalm_instructions``."""
+        return CONFIG_SPECS
 
     def invoke(self, input: str, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
         """Retrieve and rerank; see the class for what `kwargs` may hold."""
-        return super().invoke(input, config, **_with_configured(config, kwargs))
+        return super().invoke(input, config, **_arguments(config, kwargs))
 
     async def ainvoke(self, input: str, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
         """Retrieve and rerank without holding up the event loop."""
-        return await super().ainvoke(input, config, **_with_configured(config, kwargs))
+        return await super().ainvoke(input, config, **_arguments(config, kwargs))
 
     def _get_relevant_documents(
         self,
@@ -106,7 +164,13 @@ class KaLMRetriever(BaseRetriever):
         instructions: object = None,
         threshold: float | None = None,
     ) -> list[Document]:
-        candidates, references, compressor = self._candidates(query, k, fetch_k, filter, instructions, threshold)
+        changes = self._changes(k, instructions, threshold)
+        search = self._search(query, changes["top_n"], fetch_k, filter)
+        store = self.vectorstore
+        search_store = store.similarity_search_with_score if self.keep_retrieval_score else store.similarity_search
+        found: Sequence[Any] = search_store(**search)
+        candidates = _as_candidates(found, search)
+        compressor, references = self._set_up(candidates, changes)
         return compressor.run(candidates, query, {"callbacks": run_manager.get_child()}, references)
 
     async def _aget_relevant_documents(
@@ -120,52 +184,51 @@ class KaLMRetriever(BaseRetriever):
         instructions: object = None,
         threshold: float | None = None,
     ) -> list[Document]:
-        search = partial(self._candidates, query, k, fetch_k, filter, instructions, threshold)
-        candidates, references, compressor = await run_in_executor(None, search)
+        changes = self._changes(k, instructions, threshold)
+        search = self._search(query, changes["top_n"], fetch_k, filter)
+        store = self.vectorstore  # its own async methods: a store opened in async mode has no others
+        search_store = store.asimilarity_search_with_score if self.keep_retrieval_score else store.asimilarity_search
+        found: Sequence[Any] = await search_store(**search)
+        candidates = _as_candidates(found, search)
+        compressor, references = await run_in_executor(None, self._set_up, candidates, changes)
         return await compressor.arun(candidates, query, {"callbacks": run_manager.get_child()}, references)
 
-    def _candidates(
-        self,
-        query: str,
-        k: int | None,
-        fetch_k: int | None,
-        filter: Any,  # noqa: ANN401
-        instructions: object,
-        threshold: float | None,
-    ) -> tuple[list[Document], Sequence[Reference], KaLMDocumentCompressor]:
-        """Candidates of one call, references for their states, and the compressor set up for it."""
-        check_query(query)
-        k, fetch_k = k if k is not None else self.k, fetch_k if fetch_k is not None else self.fetch_k
-        _check_counts(k, fetch_k)
+    def _changes(self, k: int | None, instructions: object, threshold: float | None) -> dict[str, Any]:
+        """Settings of the compressor that this call, or else the retriever, says otherwise."""
+        top_n = check_count(k if k is not None else self.k, "k")
         threshold = threshold if threshold is not None else self.threshold
-        check_cut(k, threshold)
-        search = dict(self.search_kwargs)
-        chosen = filter if filter is not None else self.filter
-        if chosen is not None:
-            search["filter"] = chosen
-        candidates = self._search(query, max(k, fetch_k), search)
-        own = _own(self.vectorstore)
-        references = own.references(candidates) if own is not None else []
+        check_cut(None, threshold)
         told = as_instructions(instructions)
-        given = {
+        said = {
             "instructions": told if told is not None else self.instructions,
             "threshold": threshold,
             "ratio": self.ratio,
+            "keep_score": None if self.keep_score else False,
         }
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return candidates, references, self._compressor().model_copy(update={**changes, "top_n": k})
+        return {"top_n": top_n, **{name: value for name, value in said.items() if value is not None}}
 
-    def _search(self, query: str, count: int, search: dict[str, Any]) -> list[Document]:
-        if not self.keep_retrieval_score:
-            return self.vectorstore.similarity_search(query, k=count, **search)
-        return [
-            document.model_copy(
-                update={"metadata": {**document.metadata, RETRIEVAL_SCORE: float(score), "retrieval_rank": place}}
-            )
-            for place, (document, score) in enumerate(
-                self.vectorstore.similarity_search_with_score(query, k=count, **search), start=1
-            )
-        ]
+    def _search(self, query: str, k: int, fetch_k: int | None, filter: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Arguments of the vector store's search."""
+        check_text(query, "query")
+        count = max(k, check_count(fetch_k if fetch_k is not None else self.fetch_k, "fetch_k"))
+        search = {"query": query, "k": count, **self.search_kwargs}
+        chosen = filter if filter is not None else self.filter
+        if chosen is not None:
+            search["filter"] = chosen
+        store = self.vectorstore
+        search_store = store.similarity_search_with_score if self.keep_retrieval_score else store.similarity_search
+        own = signature(search_store).parameters.get("fetch_k")
+        if own is not None and "fetch_k" not in search:
+            search["fetch_k"] = max(count, own.default) if isinstance(own.default, int) else count
+        return search
+
+    def _set_up(
+        self, candidates: Sequence[Document], changes: dict[str, Any]
+    ) -> tuple[KaLMDocumentCompressor, Sequence[Reference]]:
+        """The compressor of one call, and references for the states of its candidates."""
+        own = _own(self.vectorstore)
+        references = own.references(candidates) if own is not None else []
+        return self._compressor().model_copy(update=changes), references
 
     def _compressor(self) -> KaLMDocumentCompressor:
         if self.compressor is not None:
@@ -179,13 +242,26 @@ def _own(vectorstore: VectorStore) -> KeepsStates | None:
     return vectorstore if isinstance(vectorstore, KeepsStates) else None
 
 
-def _with_configured(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _as_candidates(found: Sequence[Any], search: Mapping[str, Any]) -> list[Document]:
+    """Documents of a search; with scores, their score and rank in a copy of the metadata."""
+    if not found and "fetch_k" in search and search.get("filter") is not None:
+        logger.warning(
+            "the vector store looked at %d records and gave none that its filter lets through. If there should be "
+            "some, let it look at more: search_kwargs={'fetch_k': ...}.",
+            search["fetch_k"],
+        )
+    return [
+        one
+        if isinstance(one, Document)
+        else one[0].model_copy(
+            update={"metadata": {**one[0].metadata, RETRIEVAL_SCORE: float(one[1]), RETRIEVAL_RANK: place}}
+        )
+        for place, one in enumerate(found, start=1)
+    ]
+
+
+def _arguments(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call, with the instructions that its config, or that of the running chain, carries."""
-    configured = (ensure_config(config).get("configurable") or {}).get(CONFIG_KEY)
+    check_names(kwargs, ("k", "fetch_k", "filter", "instructions", "threshold"), "KaLMRetriever.invoke")
+    configured = configured_instructions(config)
     return kwargs if configured is None else {"instructions": configured, **kwargs}
-
-
-def _check_counts(k: int, fetch_k: int) -> None:
-    for name, value in (("k", k), ("fetch_k", fetch_k)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} is {value!r}; wanted a whole number >= 1.")

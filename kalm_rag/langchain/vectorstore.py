@@ -30,6 +30,7 @@ from kalm_rag.index.lazy_engine import EngineSpec, is_open, match_ratio
 from kalm_rag.index.results import BackfillReport, VerifyReport
 from kalm_rag.langchain.compressor import KaLMDocumentCompressor
 from kalm_rag.langchain.embeddings import KaLMEmbeddings
+from kalm_rag.langchain.inputs import check_names
 from kalm_rag.langchain.retriever import KaLMRetriever
 from kalm_rag.states import Codec, passage_key
 from kalm_rag.store import GcReport, Reference, StateStore
@@ -236,6 +237,8 @@ class KaLMChroma(Chroma):
             StoreError: If the states can't be written. Batches finished before stay.
         """
         _refuse(kwargs, "add_texts", allowed=("batch_size",))
+        if isinstance(metadatas, Mapping):
+            raise InputError("metadatas is one dict; wanted a list with one per text. Put it in brackets.")
         passages = check_passages(list(texts) if not isinstance(texts, str) else texts)
         given = ids if ids is not None else [None] * len(passages)
         named = [i if i is not None else str(uuid.uuid4()) for i in given]
@@ -331,7 +334,7 @@ class KaLMChroma(Chroma):
     def rerank(
         self,
         query: str,
-        k: int = 4,
+        k: int | None = None,
         fetch_k: int = 50,
         filter: dict[str, Any] | None = None,
         where_document: dict[str, Any] | None = None,
@@ -341,22 +344,50 @@ class KaLMChroma(Chroma):
 
         Args:
             query: The question.
-            k: Documents wanted.
+            k: Documents wanted; None is 4. ``top_n`` says the same.
             fetch_k: Candidates that the vector search gives.
             filter: Chroma metadata filter.
             where_document: Chroma document filter.
-            settings: Arguments of `KaLMDocumentCompressor`: instructions, threshold, ratio, missing, keep_margin.
+            **settings: Arguments of `KaLMDocumentCompressor`: instructions, threshold, ratio, missing, keep_margin.
+
+        Raises:
+            InputError: If both `k` and ``top_n`` are given.
         """
-        search = {} if where_document is None else {"where_document": where_document}
-        retriever = KaLMRetriever(
+        return self._retriever(k, fetch_k, filter, where_document, settings).invoke(query)
+
+    async def arerank(
+        self,
+        query: str,
+        k: int | None = None,
+        fetch_k: int = 50,
+        filter: dict[str, Any] | None = None,
+        where_document: dict[str, Any] | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> list[Document]:
+        """Search and rerank without holding up the event loop; see `rerank`."""
+        make = partial(self._retriever, k, fetch_k, filter, where_document, settings)
+        return await (await run_in_executor(None, make)).ainvoke(query)
+
+    def _retriever(
+        self,
+        k: int | None,
+        fetch_k: int,
+        filter: dict[str, Any] | None,
+        where_document: dict[str, Any] | None,
+        settings: dict[str, Any],
+    ) -> KaLMRetriever:
+        if k is not None and "top_n" in settings:
+            raise InputError("k and top_n were both given; wanted one of them.")
+        check_names(settings, (*KaLMDocumentCompressor.model_fields, "k"), "rerank")
+        wanted: dict[str, Any] = {} if k is None else {"k": k}
+        return KaLMRetriever(
             vectorstore=self,
-            k=k,
             fetch_k=fetch_k,
             filter=filter,
-            search_kwargs=search,
+            search_kwargs={} if where_document is None else {"where_document": where_document},
             compressor=self.as_compressor(**settings) if settings else None,
+            **wanted,
         )
-        return retriever.invoke(query)
 
     def references(self, documents: Sequence[Document]) -> list[Reference]:
         """References of documents just read from this collection, so that `gc` keeps states encoded for them."""
@@ -371,13 +402,25 @@ class KaLMChroma(Chroma):
         """Compare every record with its states; see `ChromaIndex.verify`."""
         return self.index.verify()
 
+    async def averify(self) -> VerifyReport:
+        """Compare in a thread; see `verify`."""
+        return await run_in_executor(None, self.verify)
+
     def backfill(self) -> BackfillReport:
         """Encode what is missing, e.g. for a collection that somebody else filled; see `ChromaIndex.backfill`."""
         return self.index.backfill()
 
+    async def abackfill(self) -> BackfillReport:
+        """Encode in a thread; see `backfill`."""
+        return await run_in_executor(None, self.backfill)
+
     def gc(self) -> GcReport:
         """Drop states that no record uses; see `ChromaIndex.gc`."""
         return self.index.gc()
+
+    async def agc(self) -> GcReport:
+        """Drop states in a thread; see `gc`."""
+        return await run_in_executor(None, self.gc)
 
     def close(self) -> None:
         """Close the state store if this object opened it. It is opened again when needed."""
@@ -419,6 +462,12 @@ class KaLMChroma(Chroma):
             return self._spec
         told = collection_model(self._client, self._collection_name)
         return self._spec if told is None else EngineSpec(**{**vars(self._spec), "model": told})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Share client, engine and states: a copy of a chain or a retriever is over the same collection."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as settings: the copy opens the same database. Only what lies on disk or a server can be copied."""

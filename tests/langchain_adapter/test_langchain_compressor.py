@@ -17,6 +17,7 @@ pytest.importorskip("langchain_chroma", reason="langchain-chroma is not installe
 
 from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_documents import QUERY, TEXTS, Trace, documents
 from pydantic import ValidationError
 
@@ -24,7 +25,7 @@ from kalm_rag import Instructions
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingStateError, StateMismatchError
 from kalm_rag.index.lazy_engine import CacheStore, match_ratio, release_engines
-from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor
+from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMEmbeddings
 
 
 def test_scores_are_the_engines_and_nothing_of_the_callers_changes(
@@ -113,7 +114,8 @@ def test_missing_states(compressor: KaLMDocumentCompressor) -> None:
         ({"ratio": 0}, "ratio"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"missing": "guess"}, "'encode', 'raise' or 'skip'"),
-        ({"modle": "pico"}, "Extra inputs are not permitted"),
+        ({"modle": "pico"}, r"has no argument modle\. Did you mean model\?"),
+        ({"zzz": 1}, "Extra inputs are not permitted"),
         ({"instructions": 3}, "prompt is int; wanted a string"),
         ({"instructions": "auto"}, "'auto', which nothing here can follow"),
         ({"store": 3}, "store is int; wanted a StateStore"),
@@ -126,16 +128,14 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_bad_calls(compressor: KaLMDocumentCompressor, tiny: Reranker) -> None:
-    with pytest.raises(InputError, match="query is blank"):
-        compressor.compress_documents(documents(), "  ")
     with pytest.raises(InputError, match="query is NoneType; wanted a string"):
         compressor.compress_documents(documents(), None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="document 1 is str"):
         compressor.compress_documents([Document("x"), "y"], QUERY)  # type: ignore[list-item]
     with pytest.raises(InputError, match="documents is str"):
         compressor.compress_documents("text", QUERY)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="document 0 holds a lone surrogate"):
-        compressor.compress_documents([Document("\ud800")], QUERY)
+    with pytest.raises(InputError, match="query holds a lone surrogate"):
+        compressor.compress_documents(documents(), "\ud800")
     with pytest.raises(ValidationError, match="reranker and model were both given"):
         KaLMDocumentCompressor(model="nano", reranker=tiny)
     with pytest.raises(StateMismatchError, match="ratio"):
@@ -225,3 +225,57 @@ def test_classic_retriever_and_pipeline(chroma: KaLMChroma, tiny: Reranker) -> N
     assert len(trace.of("KaLMDocumentCompressor")) == 4
     assert trace.paired()
     assert not chroma.verify().stale, "rewritten texts must not move the references of their records"
+
+
+def test_nothing_to_rank_or_embed(compressor: KaLMDocumentCompressor) -> None:
+    """LangChain's contract for no texts is an empty list; a store's ``add_documents([])`` failed on our vectors."""
+    assert compressor.compress_documents([], "") == []
+    assert KaLMEmbeddings().embed_documents([]) == []
+    assert InMemoryVectorStore(KaLMEmbeddings()).add_documents([]) == []
+
+
+def test_a_blank_query_gives_the_retrieval_order(caplog: pytest.LogCaptureFixture) -> None:
+    """An agent's blank query ended the app's run. It needs no model, so none is looked for."""
+    compressor = KaLMDocumentCompressor(model="/no/such/folder", top_n=2)
+    given = [Document(t, metadata={"relevance_score": 9.0}) for t in TEXTS]
+    for query in ("", " \n"):
+        found = compressor.compress_documents(given, query)
+        assert [d.page_content for d in found] == TEXTS[:2]
+        assert all("relevance_score" not in d.metadata for d in found), "a former score is not ours"
+        assert asyncio.run(compressor.acompress_documents(given, query)) == found
+    assert "query is blank, so 5 candidates are not scored: they come back in retrieval order" in caplog.text
+    assert compressor.model_copy(update={"threshold": 0.0}).compress_documents(given, " ") == []
+    assert "the threshold drops them" in caplog.text
+
+
+def test_a_candidate_that_is_no_unicode_leaves_the_others_alone(
+    compressor: KaLMDocumentCompressor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One lone surrogate, common in text out of PDFs, made the whole rerank fail."""
+    given = documents([*TEXTS[:2], "equation \ud835", *TEXTS[2:]])
+    found = compressor.compress_documents(given, QUERY)
+    assert found[-1].id == "id-2"
+    assert "relevance_score" not in found[-1].metadata
+    alone = compressor.compress_documents(documents(), QUERY)
+    assert [d.page_content for d in found[:-1]] == [d.page_content for d in alone]
+    scores = [[d.metadata["relevance_score"] for d in some] for some in (found[:-1], alone)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert "document 2 holds a lone surrogate (U+D835 at position 9)" in caplog.text
+
+
+def test_scores_can_be_left_out(compressor: KaLMDocumentCompressor) -> None:
+    plain = KaLMDocumentCompressor(reranker=compressor.reranker, top_n=None, keep_score=False)
+    found = plain.compress_documents(documents(), QUERY)
+    assert [d.id for d in found] == [d.id for d in compressor.compress_documents(documents(), QUERY)]
+    assert all(d in documents() for d in found), "nothing tells them from what was given"
+    with pytest.raises(ValidationError, match="keep_margin=True needs keep_score=True"):
+        KaLMDocumentCompressor(keep_score=False, keep_margin=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("score_threshold", "threshold"), ("top_k", "top_n"), ("k", "top_n"), ("instruction", "instructions")],
+)
+def test_names_of_other_rerankers_are_answered_with_ours(theirs: str, ours: str) -> None:
+    with pytest.raises(ValidationError, match=rf"has no argument {theirs}\. Did you mean {ours}\?"):
+        KaLMDocumentCompressor(**{theirs: 1})  # type: ignore[arg-type]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from typing import Any
 
 import pytest
 
 pytest.importorskip("langchain_chroma", reason="langchain-chroma is not installed (extra 'langchain')")
 
+from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_documents import QUERY, TEXTS, VECTORS, documents
 from pydantic import ValidationError
@@ -58,8 +61,8 @@ def test_bad_retriever_calls(chroma: KaLMChroma) -> None:
         retriever.invoke(QUERY, k=0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'top'"):
         retriever.invoke(QUERY, top=3)
-    with pytest.raises(InputError, match="query is blank"):
-        asyncio.run(retriever.ainvoke(" "))
+    with pytest.raises(InputError, match="query is int; wanted a string"):
+        asyncio.run(retriever.ainvoke(3))  # type: ignore[arg-type]
 
 
 def test_a_filter_of_the_stores_own_kind(tiny: Reranker) -> None:
@@ -73,3 +76,117 @@ def test_a_filter_of_the_stores_own_kind(tiny: Reranker) -> None:
     assert [d.id for d in retriever.invoke(QUERY)] == ["id-3"]
     with pytest.raises(ValidationError, match="search_kwargs has k; give k"):
         KaLMRetriever(vectorstore=vectors, search_kwargs={"k": 10})
+
+
+class AsyncOnly(InMemoryVectorStore):
+    """As a store that was opened in async mode."""
+
+    def similarity_search(self, *args: Any, **kwargs: Any) -> list[Document]:
+        raise NotImplementedError("opened in async mode")
+
+    def similarity_search_with_score(self, *args: Any, **kwargs: Any) -> list[tuple[Document, float]]:
+        raise NotImplementedError("opened in async mode")
+
+
+def test_a_store_in_async_mode(tiny: Reranker) -> None:
+    """The store's sync search was run in a thread, which such a store does not have."""
+    store = AsyncOnly(VECTORS)
+    asyncio.run(store.aadd_documents(documents()))
+    for keep in (False, True):
+        retriever = KaLMRetriever(
+            vectorstore=store, compressor=KaLMDocumentCompressor(reranker=tiny), k=2, keep_retrieval_score=keep
+        )
+        found = asyncio.run(retriever.ainvoke(QUERY))
+        assert [d.page_content for d in found] == [TEXTS[r.index] for r in tiny.rank(QUERY, TEXTS, top_n=2)]
+        assert all(("retrieval_score" in d.metadata) is keep for d in found)
+
+
+class FiltersLate(InMemoryVectorStore):
+    """As FAISS: looks at `fetch_k` records, then filters."""
+
+    def similarity_search(
+        self, query: str, k: int = 4, filter: Any = None, fetch_k: int = 20, **kwargs: Any
+    ) -> list[Document]:
+        return [d for d in super().similarity_search(query, k=fetch_k) if filter is None or filter(d)][:k]
+
+
+def test_a_store_that_filters_late(tiny: Reranker, caplog: pytest.LogCaptureFixture) -> None:
+    """It gave nothing, without a word, and its own fetch_k could not be set."""
+    store = FiltersLate(VECTORS)
+    store.add_documents(documents([f"Fact {i}." for i in range(60)]))
+    far = store.similarity_search(QUERY, k=60, fetch_k=60)
+    settings: dict[str, Any] = {
+        "vectorstore": store,
+        "compressor": KaLMDocumentCompressor(reranker=tiny),
+        "filter": lambda d: d in far[30:33],
+        "k": 2,
+    }
+    assert len(KaLMRetriever(**settings).invoke(QUERY)) == 2, "our 50 candidates, not its own 20"
+    assert len(KaLMRetriever(**settings, fetch_k=2, search_kwargs={"fetch_k": 60}).invoke(QUERY)) == 2
+    assert not caplog.records
+    assert KaLMRetriever(**settings, fetch_k=2).invoke(QUERY) == []
+    assert "looked at 20 records and gave none that its filter lets through" in caplog.text
+
+
+def test_top_n_of_a_compressor_is_the_retrievers_k(chroma: KaLMChroma) -> None:
+    """It was overridden by `k`, without a word."""
+    chroma.add_documents(documents())
+    one = chroma.as_compressor(top_n=1)
+    assert len(KaLMRetriever(vectorstore=chroma, compressor=one).invoke(QUERY)) == 1
+    assert len(KaLMRetriever(vectorstore=chroma, compressor=one).invoke(QUERY, k=2)) == 2
+    assert len(KaLMRetriever(vectorstore=chroma, compressor=chroma.as_compressor(), k=2).invoke(QUERY)) == 2
+    assert len(KaLMRetriever(vectorstore=chroma, compressor=chroma.as_compressor(top_n=None)).invoke(QUERY)) == 4
+    with pytest.raises(ValidationError, match="k is 2 and the compressor's top_n 1; wanted one of them"):
+        KaLMRetriever(vectorstore=chroma, compressor=one, k=2)
+    assert len(chroma.rerank(QUERY, top_n=1)) == 1
+    assert len(chroma.rerank(QUERY, 2, keep_margin=True)) == 2
+    assert len(chroma.rerank(QUERY)) == 4
+    with pytest.raises(InputError, match="k and top_n were both given"):
+        chroma.rerank(QUERY, 2, top_n=2)
+    with pytest.raises(InputError, match=r"rerank has no argument score_threshold\. Did you mean threshold\?"):
+        chroma.rerank(QUERY, score_threshold=0.5)
+
+
+def test_several_questions_at_once(chroma: KaLMChroma) -> None:
+    """MultiQueryRetriever compares whole documents: each question's own score made one document look like three."""
+    retrievers = pytest.importorskip("langchain_classic.retrievers", reason="langchain-classic is not installed")
+    chroma.add_documents([Document(t, id=str(i)) for i, t in enumerate(TEXTS)])
+    model = FakeListChatModel(responses=["what do bees eat?\nwho makes honey?\nhoney"])
+
+    def asked(retriever: Any) -> list[str | None]:
+        return [d.id for d in retriever.invoke(QUERY)]
+
+    inside = KaLMRetriever(vectorstore=chroma, k=5, keep_score=False)
+    found = asked(retrievers.MultiQueryRetriever.from_llm(retriever=inside, llm=model))
+    assert sorted(found, key=str) == list("01234")
+    outside = retrievers.ContextualCompressionRetriever(
+        base_compressor=chroma.as_compressor(top_n=2),
+        base_retriever=retrievers.MultiQueryRetriever.from_llm(retriever=chroma.as_retriever(), llm=model),
+    )
+    assert asked(outside) == asked(KaLMRetriever(vectorstore=chroma, k=2)), "ranked for the user's own question"
+
+
+def test_blank_queries_of_agents(chroma: KaLMChroma) -> None:
+    chroma.add_documents(documents())
+    retriever = KaLMRetriever(vectorstore=chroma, k=2)
+    wanted = [d.id for d in chroma.similarity_search(" ", k=2)]
+    assert [d.id for d in retriever.invoke(" ")] == wanted
+    assert [d.id for d in asyncio.run(retriever.ainvoke(" "))] == wanted
+
+
+def test_what_people_write_instead_is_answered(chroma: KaLMChroma) -> None:
+    retriever = KaLMRetriever(vectorstore=chroma)
+    with pytest.raises(InputError, match=r"KaLMRetriever.invoke has no argument top_k\. Did you mean k\?"):
+        retriever.invoke(QUERY, top_k=2)
+    with pytest.raises(ValidationError, match=r"KaLMRetriever has no argument top_n\. Did you mean k\?"):
+        KaLMRetriever(vectorstore=chroma, top_n=2)  # type: ignore[call-arg]
+    with pytest.raises(ValidationError, match="vectorstore is the retriever VectorStoreRetriever"):
+        KaLMRetriever(vectorstore=chroma.as_retriever())  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="search_kwargs has fetch_k, which Chroma's search hasn't"):
+        KaLMRetriever(vectorstore=chroma, search_kwargs={"fetch_k": 9})
+
+
+def test_a_blank_query_of_the_bundled_vectors(pico: Reranker) -> None:
+    store = KaLMChroma(f"blank-{uuid.uuid4()}", reranker=pico)
+    store.add_texts(TEXTS)
+    assert len(KaLMRetriever(vectorstore=store, k=2).invoke("")) == 2

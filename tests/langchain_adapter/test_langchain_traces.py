@@ -36,13 +36,13 @@ def test_the_step_is_traced(compressor: KaLMDocumentCompressor) -> None:
 
 def test_a_start_is_paired_on_errors_and_cancellation(tiny: Reranker, compressor: KaLMDocumentCompressor) -> None:
     trace = Trace()
-    with pytest.raises(InputError, match="blank"):
-        compressor.compress_documents(documents(), " ", callbacks=[trace])
+    with pytest.raises(InputError, match="lone surrogate"):
+        compressor.compress_documents(documents(), "\ud800", callbacks=[trace])
     slow = compressor.model_copy(update={"store": Waiting(tiny.layout())})
 
     async def cancelled() -> None:
-        with pytest.raises(InputError, match="blank"):
-            await compressor.acompress_documents(documents(), " ", callbacks=[trace])
+        with pytest.raises(InputError, match="lone surrogate"):
+            await compressor.acompress_documents(documents(), "\ud800", callbacks=[trace])
         task = asyncio.create_task(slow.acompress_documents(documents(), QUERY, callbacks=[trace]))
         await asyncio.to_thread(slow.store.asked.wait, 60)
         task.cancel()
@@ -69,8 +69,8 @@ def test_traces_of_chains_and_retrievers_nest(chroma: KaLMChroma) -> None:
     asyncio.run(retriever.ainvoke(QUERY, config={"callbacks": [trace]}))
     assert len(trace.of("KaLMDocumentCompressor")) == 3
     assert trace.paired()
-    with pytest.raises(InputError, match="blank"):
-        retriever.invoke("", config={"callbacks": [trace]})
+    with pytest.raises(InputError, match="lone surrogate"):
+        retriever.invoke("\ud800", config={"callbacks": [trace]})
     assert trace.paired()
 
 

@@ -80,6 +80,8 @@ def test_bad_writes(chroma: KaLMChroma) -> None:
         chroma.add_texts("text")
     with pytest.raises(InputError, match="filter_complex_metadata"):
         chroma.add_texts(["x"], metadatas=[{"nested": {"a": 1}}])
+    with pytest.raises(InputError, match="metadatas is one dict; wanted a list"):
+        chroma.add_texts(["x"], metadatas={"a": 1})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="neither ids nor a filter"):
         chroma.delete()
     with pytest.raises(InputError, match="unknown arguments: force"):
@@ -255,3 +257,14 @@ def test_engines_are_loaded_again_after_a_release(tiny_folder: Path, tmp_path: P
     assert store.verify().clean
     store.close()
     release_engines()
+
+
+def test_upkeep_from_a_coroutine(chroma: KaLMChroma) -> None:
+    async def kept() -> None:
+        await chroma.aadd_documents(documents())
+        assert (await chroma.averify()).clean
+        assert (await chroma.abackfill()).encoded == 0
+        assert (await chroma.agc()).states == 0
+        assert await chroma.arerank(QUERY, top_n=2) == chroma.rerank(QUERY, k=2)
+
+    asyncio.run(kept())

@@ -1,0 +1,115 @@
+"""What LangChain components of ours are given: documents, a chain step's input, instructions in a config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.runnables import ConfigurableFieldSpec, RunnableConfig
+from langchain_core.runnables.config import ensure_config
+from pydantic import BaseModel, Field
+
+from kalm_rag.checks import unknown_argument_hint
+from kalm_rag.errors import InputError
+
+CONFIG_KEY = "kalm_instructions"
+"""Key in ``config["configurable"]`` for the instructions of one call."""
+
+CONFIG_SPECS = [
+    ConfigurableFieldSpec(
+        id=CONFIG_KEY,
+        annotation=str | dict[str, str | None] | None,
+        name="Instructions",
+        description="What kind of passage is wanted, for this call: a task, or {'system': ..., 'task': ...}.",
+        default=None,
+        is_shared=True,
+    )
+]
+"""Tells LangServe that calls may carry instructions; what no spec names is dropped there."""
+
+_QUERY_KEYS = ("query", "question", "input")
+_DOCUMENT_KEYS = ("documents", "context", "docs")
+
+
+class RerankInput(BaseModel):
+    """Input of `KaLMRerank`: one of the three names of the question, one of the three of the documents."""
+
+    query: str | None = Field(default=None, description="The question; or question, or input.")
+    question: str | None = None
+    input: str | None = None
+    documents: list[Document] | None = Field(default=None, description="What is reranked; or context, or docs.")
+    context: list[Document] | None = None
+    docs: list[Document] | None = None
+
+
+def read_input(given: object) -> tuple[Any, Any]:
+    """Find question and documents in what a chain or a graph hands on: a dict, a pydantic model or a dataclass.
+
+    Raises:
+        InputError: If it is none of these, or has no question or no documents.
+    """
+    if isinstance(given, Mapping):
+        values: Mapping[str, Any] = given
+    elif isinstance(given, BaseModel):
+        values = {name: getattr(given, name) for name in type(given).model_fields}
+    elif is_dataclass(given) and not isinstance(given, type):
+        values = {field.name: getattr(given, field.name) for field in fields(given)}
+    else:
+        raise InputError(
+            f"input is {type(given).__name__}; wanted a dict (or a pydantic or dataclass state) with the question and "
+            f"the documents."
+        )
+    found = []
+    for names in (_QUERY_KEYS, _DOCUMENT_KEYS):
+        key = next((name for name in names if values.get(name) is not None), None)
+        if key is None:
+            raise InputError(f"input has the keys {sorted(map(str, values))}; wanted one of {', '.join(names)} in it.")
+        found.append(values[key])
+    documents = found[1]
+    if isinstance(documents, Sequence) and not isinstance(documents, str):
+        documents = [_as_document(document) for document in documents]
+    return found[0], documents
+
+
+def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Answer a mistyped argument, or one that other libraries call so, with what it is called here; others pass.
+
+    Raises:
+        InputError: If one of them was probably meant to be one of `known`.
+    """
+    there = list(known)
+    for name in given:
+        if name not in there and (hint := unknown_argument_hint(name, there)):
+            raise InputError(f"{where} has no argument {name}.{hint}")
+
+
+def check_documents(documents: object) -> None:
+    """Refuse what is no list of documents.
+
+    Raises:
+        InputError: If it is none; the first item that is no `Document` is named.
+    """
+    if isinstance(documents, str | Mapping) or not isinstance(documents, Sequence):
+        raise InputError(f"documents is {type(documents).__name__}; wanted a list of Document.")
+    for position, document in enumerate(documents):
+        if not isinstance(document, Document):
+            raise InputError(f"document {position} is {type(document).__name__}; wanted a langchain_core Document.")
+
+
+def configured_instructions(config: RunnableConfig | None) -> Any:  # noqa: ANN401 - whatever the app put there
+    """Instructions that a call's config, or that of the running chain, carries; None for none."""
+    return (ensure_config(config).get("configurable") or {}).get(CONFIG_KEY)
+
+
+def _as_document(value: object) -> object:
+    """A document that went through JSON (``page_content`` with ``metadata`` and ``id``, or LangChain's own form)."""
+    if not isinstance(value, Mapping):
+        return value
+    held = value["kwargs"] if "lc" in value and isinstance(value.get("kwargs"), Mapping) else value
+    if not isinstance(held.get("page_content"), str):
+        raise InputError(f"a document is a dict with the keys {sorted(map(str, value))}; wanted page_content in it.")
+    return Document(
+        page_content=held["page_content"], **{key: held[key] for key in ("metadata", "id") if held.get(key) is not None}
+    )
