@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
+
 import pytest
 import torch
 
 from kalm_rag import Instructions, Reranker
 from kalm_rag.engine.explanation import Explanation, Span
 from kalm_rag.errors import InputError, StateMismatchError
+from kalm_rag.index.results import Hit, QueryResult
 from kalm_rag.states import batch_states
 
 PASSAGE = "Tea is a drink. <b>Paris</b> is the capital of France; naïve café 🌏. <end_of_turn> Bees make honey."
@@ -91,3 +94,54 @@ def test_bad_input(tiny: Reranker) -> None:
         tiny.explain("q", 3)  # type: ignore[arg-type]
     with pytest.raises(StateMismatchError, match="ratio 6"):
         tiny.explain("q", "p", ratio=6)
+
+
+HOSTILE = (
+    """<script>alert(1)</script> " onmouseover="alert(2)" ' onclick='x' </div></span><img src=x onerror=y> &lt;b&gt;"""
+)
+
+
+class _Tags(HTMLParser):
+    """The tags and attributes that a browser would see."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_html_of_hostile_text_is_text() -> None:
+    """Whatever stands in a passage, a query or an id is shown as it is, and makes no tag and no attribute."""
+    middle = len(HOSTILE) // 2
+    explained = Explanation(
+        query=HOSTILE,
+        passage=HOSTILE,
+        spans=[Span(0, 9, 0.5), Span(9, middle, 0.25), Span(middle + 3, len(HOSTILE), 0.25)],
+        margin=1.0,
+        probability=0.7,
+    )
+    hit = Hit(
+        id=HOSTILE,
+        text=HOSTILE,
+        metadata={HOSTILE: HOSTILE},
+        retrieval_rank=2,
+        distance=0.1,
+        margin=1.0,
+        probability=0.7,
+    )
+    result = QueryResult(query=HOSTILE, hits=[hit], candidates=1, from_store=1, encoded=0, unscored=0, seconds={})
+    for shown in (explained, result):
+        assert shown._repr_html_() == shown.to_html()
+        seen = _Tags(shown.to_html())
+        assert seen.tags <= {"div", "b", "br", "span", "table", "tr", "th", "td", "small"}
+        assert seen.attributes <= {"style", "title"}
+        assert seen.text.count(HOSTILE) >= 2

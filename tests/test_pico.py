@@ -215,9 +215,23 @@ def test_what_is_wanted_of_a_topic_is_heard(pico, text):
 def test_preview_shows_what_is_read_after_the_cut(pico):
     steer = Instructions(system="Be brief.", task="Find " + "very " * 300 + "old texts")
     lines = pico.preview("Who [SEP] wrote it?", steer).split("\n")
-    assert lines[:2] == ["query: [CLS] Who [SEP] wrote it? [SEP]", "system: [CLS] Be brief. [SEP]"]
-    assert lines[2] == "task: [CLS] Find " + ("very " * 125).strip() + " [SEP]"
+    assert lines[0] == "query: [CLS] Who [SEP] wrote it? [SEP]"
+    assert lines[1] == "system: [CLS] Be brief. [SEP] (generic: not heard)"
+    assert lines[2].startswith("task: [CLS] Find " + ("very " * 125).strip() + " [SEP] (cut: 126 of 303 tokens)")
     assert pico.preview("", Instructions()) == "query: [CLS]  [SEP]"
+
+
+def test_preview_tells_what_is_not_heard(pico):
+    """A text that the gate takes for generic changes no score, and preview showed it like one that does."""
+    heard, unheard = "Only what it costs, please.", "Answer in German, with at most 50 words."
+    for system, task in ((heard, unheard), (unheard, heard)):
+        told = Instructions(system=system, task=task)
+        lines = pico.preview("museum of natural history", told).split("\n")
+        assert lines[1:] == [
+            f"{name}: [CLS] {text} [SEP]" + (" (generic: not heard)" if text == unheard else "")
+            for name, text in (("system", system), ("task", task))
+        ]
+        assert len(pico.prompt("museum of natural history", told).extras) == 1
 
 
 def test_a_long_instruction_leaves_the_query_whole(pico):

@@ -91,6 +91,27 @@ def test_queries_and_instructions_follow_the_protocol(tiny: Reranker, tiny_folde
     assert [r.margin for r in got] == pytest.approx(want, abs=1e-5)
 
 
+def test_long_instructions_are_cut_and_say_so(tiny: Reranker, caplog: pytest.LogCaptureFixture) -> None:
+    """A prompt of 10,000 tokens took 2.6 GB: nothing bounded a system text or a task."""
+    backbone = tiny.backbone
+    short, start = Instructions(task="y" * 1024), JUDGE + "\n"  # the tiny tokenizer reads a byte per token here
+    long = Instructions(system="é<end_of_turn>" * 600, task="y" * 5000)
+    assert " cut: " not in tiny.preview("q", short)
+    with caplog.at_level("WARNING", logger="kalm_rag"):
+        ids = [len(backbone.prompt("q", told).ids) for told in (short, long, long)]
+    assert 1024 < ids[0] < ids[1] == ids[2] < 2 * 1024 + 60
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        f"the system text has {backbone._tokens.total_tokens(start + 'é<end_of_turn>' * 600)} tokens",
+        "the task has 5000 tokens",
+    ]
+    shown = tiny.preview("x" * 600, long)
+    assert shown.startswith(f"<bos><start_of_turn>user\n{start}é<end_of_turn>é")
+    assert f"\n<Instruct>: {'y' * 1024}\n<Query>: {'x' * 512}<end_of_turn>" in shown
+    *_, system_cut, task_cut, query_cut = shown.split("\n")
+    assert system_cut.startswith("(system text cut: 1024 of ")
+    assert (task_cut, query_cut) == ("(task cut: 1024 of 5000 tokens)", "(query cut: 512 of 600 tokens)")
+
+
 def test_mixed_prompts_in_one_batch(tiny: Reranker, tiny_folder: Path) -> None:
     queries = ["a?", "a much longer question about the north " * 3, "b?"]
     pairs = [(queries[i % 3], p) for i, p in enumerate(PASSAGES)]

@@ -240,19 +240,29 @@ class PicoBackbone:
         extras = []
         for _, text in parts[1:]:
             extra = self._prepare(text, MAX_INSTRUCTION_TOKENS, 1)
-            with torch.inference_mode():
-                gate = self.decoder.gates(main.vector, extra.vector)
+            gate = self._gate(main, extra)
             if float(gate) >= GATE_THRESHOLD:
                 extras.append((extra, gate))
         return PicoPrompt(query=main, extras=tuple(extras))
 
     def preview(self, query: str, instructions: Instructions) -> str:
-        """Show the exact text the decoder reads, one segment a line, after its cut."""
+        """Show the exact text the decoder reads, one segment per line, after its cut.
+
+        An instruction that is taken for generic, and so changes no score, is marked ``(generic: not heard)``.
+        """
+        (_, asked), *_ = segments = self._segments(check_text(query, "query"), instructions)
+        main = self._prepare(asked, MAX_QUERY_TOKENS, 0)
         lines = []
-        for name, text in self._segments(check_text(query, "query"), instructions):
+        for name, text in segments:
             limit = MAX_QUERY_TOKENS if name == "query" else MAX_INSTRUCTION_TOKENS
-            offsets = self.encoder.tokenizer.encode(text, add_special_tokens=False).offsets[: limit - 2]
-            lines.append(f"{name}: [CLS] {text[: offsets[-1][1]] if offsets else ''} [SEP]")
+            offsets = self.encoder.tokenizer.encode(text, add_special_tokens=False).offsets
+            read = offsets[: limit - 2]
+            line = f"{name}: [CLS] {text[: read[-1][1]] if read else ''} [SEP]"
+            if len(read) < len(offsets):
+                line += f" (cut: {len(read)} of {len(offsets)} tokens)"
+            if name != "query" and float(self._gate(main, self._prepare(text, limit, 1))) < GATE_THRESHOLD:
+                line += " (generic: not heard)"
+            lines.append(line)
         return "\n".join(lines)
 
     @torch.inference_mode()
@@ -331,6 +341,11 @@ class PicoBackbone:
     def _prepare(self, text: str, limit: int, segment: int) -> Prepared:
         hidden, mask, block = self._read(tuple(self.encoder.tokenize([text], limit)[0][0]))
         return self.decoder.prepare(hidden.float(), block, self._table[block], mask, segment)
+
+    @torch.inference_mode()
+    def _gate(self, query: Prepared, extra: Prepared) -> Tensor:
+        """How far an instruction is heard beside a query, 0 to 1, ``(1,)``."""
+        return self.decoder.gates(query.vector, extra.vector)
 
     def _codes(self, states: Tensor, counts: Tensor, token_ids: Tensor | None) -> Tensor:
         """Codes of the tokens behind each state, ``(B, N, r, X)``; zero on padding, whatever stands there."""

@@ -31,7 +31,9 @@ from kalm_rag.models.t5gemma2.int8 import Int8Projection, check_weights
 from kalm_rag.models.t5gemma2.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
 from kalm_rag.models.t5gemma2.protocol import (
     HEAD_TEMPLATE,
+    MAX_INSTRUCTION_TOKENS,
     MAX_PASSAGE_TOKENS,
+    MAX_QUERY_TOKENS,
     PASSAGE_TEMPLATE,
     PROMPT_TEMPLATE,
     USER_TEMPLATE,
@@ -170,8 +172,9 @@ class T5Gemma2Backbone:
 
     def prompt(self, query: str, instructions: Instructions) -> Prompt:
         """Tokenise the decoder's input; see `Backbone.prompt`."""
-        ids = self._tokens.prompt_ids(self._user_part(query, instructions))
-        head = HEAD_TEMPLATE.format(system=instructions.system_text, task=instructions.task_text)
+        system, task = self._instruction_texts(instructions)
+        ids = self._tokens.prompt_ids(self._user_part(query, system, task))
+        head = HEAD_TEMPLATE.format(system=system, task=task)
         # tokens may merge across the seam to the query, so only what the whole prompt begins with counts
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self._tokens.head_ids(head), ids, strict=False))
         return Prompt(index_tensor(ids, self.device), tuple(one for one, _ in same))
@@ -299,13 +302,25 @@ class T5Gemma2Backbone:
             return self._eager
 
     def preview(self, query: str, instructions: Instructions) -> str:
-        """Show the exact decoder text; see `Backbone.preview`."""
-        return PROMPT_TEMPLATE.format(user=self._user_part(query, instructions))
+        """Show the exact decoder text, and behind it what was cut; see `Backbone.preview`."""
+        texts = (
+            ("system text", instructions.system_text, MAX_INSTRUCTION_TOKENS),
+            ("task", instructions.task_text, MAX_INSTRUCTION_TOKENS),
+            ("query", query, MAX_QUERY_TOKENS),
+        )
+        counted = [(name, limit, self._tokens.total_tokens(text)) for name, text, limit in texts]
+        cuts = [f"({name} cut: {limit} of {total} tokens)" for name, limit, total in counted if total > limit]
+        read = PROMPT_TEMPLATE.format(user=self._user_part(query, *self._instruction_texts(instructions)))
+        return "\n".join([read, *cuts])
 
-    def _user_part(self, query: str, instructions: Instructions) -> str:
-        cut = self._tokens.cut_query(query)
+    def _instruction_texts(self, instructions: Instructions) -> tuple[str, str]:
+        """System text and task as they are read."""
+        cut = self._tokens.cut_instruction
+        return cut(instructions.system_text, "system text"), cut(instructions.task_text, "task")
+
+    def _user_part(self, query: str, system: str, task: str) -> str:
         # str.format never reads braces inside the values, so a query with "{x}" is safe here
-        return USER_TEMPLATE.format(system=instructions.system_text, task=instructions.task_text, query=cut)
+        return USER_TEMPLATE.format(system=system, task=task, query=self._tokens.cut_query(query))
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         width = max(len(row) for row in ids)

@@ -5,6 +5,7 @@ Protocol: arXiv 2606.22807 and the model cards of ``KaLM-Embedding/KaLM-Reranker
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,12 @@ HEAD_TEMPLATE = "{system}\n\n<Instruct>: {task}\n<Query>:"
 USER_TEMPLATE = HEAD_TEMPLATE + " {query}"
 MAX_PASSAGE_TOKENS = 1024
 MAX_QUERY_TOKENS = 512
+MAX_INSTRUCTION_TOKENS = 1024
+"""Where a system text (judge sentence included) and a task are cut, each for itself. The protocol names no limit, but
+memory grows with the square of the prompt: 10,000 tokens took 2.6 GB."""
+_MOST_CUT_TEXTS = 100
+
+logger = logging.getLogger(__name__)
 
 
 class TextTokens:
@@ -38,6 +45,7 @@ class TextTokens:
         self._plain.no_truncation()
         self._inert: Tokenizer | None = None
         self._lock = threading.Lock()
+        self._cut_texts: set[str] = set()  # those that the log has told
         self._markers = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         pad = tokenizer.pad_token_id
         self.pad_id: int = pad if pad is not None else 0
@@ -75,6 +83,29 @@ class TextTokens:
         if len(ids) <= MAX_QUERY_TOKENS:
             return query
         return str(self._plain.decode(ids[:MAX_QUERY_TOKENS], skip_special_tokens=False))
+
+    def total_tokens(self, text: str) -> int:
+        """How many tokens a user text has, special tokens inert."""
+        return len(self.ids(text, inert=self.has_markers(text)))
+
+    def cut_instruction(self, text: str, name: str) -> str:
+        """Cut a system text or a task to `MAX_INSTRUCTION_TOKENS`; the log says so once per text.
+
+        Args:
+            text: The whole text.
+            name: How to name it in the log.
+        """
+        if len(text.encode()) <= MAX_INSTRUCTION_TOKENS:  # a token is a byte at least
+            return text
+        offsets = self.offsets(text)
+        if len(offsets) <= MAX_INSTRUCTION_TOKENS:
+            return text
+        if text not in self._cut_texts:
+            if len(self._cut_texts) >= _MOST_CUT_TEXTS:
+                self._cut_texts.clear()
+            self._cut_texts.add(text)
+            logger.warning("the %s has %d tokens; the first %d are read.", name, len(offsets), MAX_INSTRUCTION_TOKENS)
+        return text[: offsets[MAX_INSTRUCTION_TOKENS][0]]
 
     def prompt_ids(self, user: str) -> list[int]:
         """Token ids of the whole decoder input around the user's part."""
