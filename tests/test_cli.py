@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def bees(tmp_path_factory: pytest.TempPathFactory, pico: Reranker) -> Path:
 def test_command_line(folder: Path, tmp_path: Path) -> None:
     """The commands on a real folder, with a tiny checkpoint as the model and the bundled vectors."""
     model, db = str(save_tiny(tmp_path / "model")), str(tmp_path / "cli-db")
-    assert "10 documents: 9 new or changed" in call("index", str(folder), "--db", db, "--model", model)
+    assert "10 documents: 9 new, 1 without text" in call("index", str(folder), "--db", db, "--model", model)
     again = json.loads(call("index", str(folder), "--db", db, "--json"))  # the collection remembers its model
     assert (again["encoded"], again["written"]) == (0, 0)
     found = json.loads(call("query", "subject 3", "--db", db, "--task", "Find notes.", "--top-n", "2", "--json"))
@@ -154,6 +155,30 @@ def test_equal_texts_are_one_result_with_all_their_places(bees: Path, pico: Rera
     assert "..." not in call("query", "a worker of the hive", "--db", str(bees), "--top-n", "1", "--full")
     ranked = json.loads(call("rank", "bees", "honey", "iron", "honey", "--json"))
     assert [(one["index"], one["also"]) for one in ranked] == [(0, [2]), (1, [])]
+
+
+def test_index_tells_numbers_that_add_up(folder: Path, tmp_path: Path, pico: Reranker) -> None:
+    """Passages written were more than those encoded and those in the store: repeats were counted nowhere."""
+    (folder / "twin.txt").write_text((folder / "note1.txt").read_text())
+    (folder / "noise.txt").write_bytes(bytes(range(256)))
+    (folder / "wide.txt").write_bytes("Käse".encode("utf-16"))
+    (folder / "broken.pdf").write_bytes(b"no pdf")
+    db = ["--db", str(tmp_path / "db")]
+    told = " ".join(call("index", str(folder), *db, code=1).split())
+    assert "14 documents: 11 new, 1 without text, 1 binary, left out, 1 not readable, kept as indexed before" in told
+    assert "decoded from utf-16 (1)" in told
+    assert "1 of a text beside it" in told
+    for line in ("no text in docs/empty.txt", "binary docs/noise.txt", "could not read docs/broken.pdf:"):
+        assert line in told
+    again = json.loads(call("index", str(folder), *db, "--json", code=1))
+    kinds = ("new", "changed", "empty", "binary", "unreadable")
+    assert again["documents"] == again["unchanged"] + sum(len(again[kind]) for kind in kinds) == 14
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert "0 documents; 11 removed" in call("index", str(folder), *db)
+    assert "holds no document" in call("index", str(folder), *db, code=1)
+    assert "holds no document" in call("index", str(folder), "--db", str(tmp_path / "new"), code=1)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

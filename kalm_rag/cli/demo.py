@@ -17,7 +17,7 @@ from kalm_rag.cli.terminal import DAILY, Model, command_line, errors, out, shown
 from kalm_rag.instructions import Instructions
 
 if TYPE_CHECKING:  # torch and Chroma take seconds to import; --help must not
-    from kalm_rag.index.folder import Source
+    from kalm_rag.index.folder import Document
 
 app = typer.Typer()
 
@@ -59,7 +59,7 @@ def demo(
     with errors(stopped=GOES_ON):
         out.print("[bold]1. Index[/bold]: the Python language reference, encoded once, without any query")
         with open_index(db, COLLECTION, model=model) as opened:
-            print_sync(sync_documents(opened, reference_sources(), SCOPE), opened)
+            print_sync(sync_documents(opened, reference_documents(), SCOPE), opened)
             for number, question in enumerate(QUESTIONS, 1):
                 out.print(f"\n[bold]2.{number} {shown(question.query)}[/bold]")
                 for name in ("system", "task"):
@@ -74,12 +74,13 @@ def demo(
         out.print(f"\nThe database is {shown(str(db))}. Ask it yourself:\n{shown(ask)}", soft_wrap=True)
 
 
-def reference_sources() -> list[Source]:
+def reference_documents() -> list[Document]:
     """The topics of ``pydoc_data.topics`` (~465 kB of text), one document each."""
-    from kalm_rag.index.folder import Source, text_digest
+    from kalm_rag.index.folder import Document, text_digest
+    from kalm_rag.index.readers import DocumentText
 
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
     return [
-        Source(f"{SCOPE}{name}", text_digest(text.encode()), partial(str, text))
+        Document(f"{SCOPE}{name}", text_digest(text.encode()), partial(DocumentText, text=text, title=name))
         for name, text in sorted(topics.items())
     ]

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sized
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalm_rag.cli.opening import GOES_ON, Database, Name, open_index
-from kalm_rag.cli.terminal import DAILY, AsJson, Model, err, errors, out, print_json, progress, shown, stages
+from kalm_rag.cli.opening import GOES_ON, Database, Name, has_index, open_index
+from kalm_rag.cli.terminal import DAILY, AsJson, Model, err, errors, out, print_json, progress, shown, stages, working
+from kalm_rag.errors import InputError
 
 if TYPE_CHECKING:  # torch and Chroma take seconds to import; --help must not
     from kalm_rag.index import ChromaIndex
-    from kalm_rag.index.folder import Source, SyncReport
+    from kalm_rag.index.folder import Document, SyncReport
+    from kalm_rag.index.results import AddReport
 
 app = typer.Typer()
+
+_NAMES = 20
+"""Names listed of each kind of document that was not indexed."""
+_NOTHING = "{} holds no document; wanted .txt, .md, .rst, .html or .pdf files in it or below."
 
 
 @app.command(rich_help_panel=DAILY)
@@ -32,12 +40,19 @@ def index(
 ) -> None:
     """Index a folder; run again, it touches only what changed and removes what is gone."""
     with errors(stopped=GOES_ON):
-        from kalm_rag.index.folder import folder_sources
+        from kalm_rag.index.folder import folder_documents, folder_origin, folder_scope
 
-        sources = folder_sources(folder)
-        with open_index(db, collection, model=model, ratio=ratio, codec=codec) as opened:
-            scope = f"{folder.resolve().name}/"
-            report = sync_documents(opened, sources, scope, str(folder.resolve()))
+        with working("reading the folder ..."):
+            listing = folder_documents(folder)
+        found = bool(listing.documents or listing.unreadable)
+        if not found and not has_index(db):
+            raise InputError(_NOTHING.format(folder))
+        with open_index(db, collection, create=found, model=model, ratio=ratio, codec=codec) as opened:
+            report = sync_documents(
+                opened, listing.documents, folder_scope(folder), folder_origin(folder), listing.unreadable
+            )
+            if not found and not report.removed:
+                raise InputError(_NOTHING.format(folder))
             if as_json:
                 print_json(_sync_dict(report))
             else:
@@ -46,52 +61,86 @@ def index(
                 raise typer.Exit(1)
 
 
-def sync_documents(opened: ChromaIndex, sources: list[Source], scope: str, origin: str = "") -> SyncReport:
+def sync_documents(
+    opened: ChromaIndex,
+    documents: list[Document],
+    scope: str,
+    origin: str = "",
+    unreadable: Mapping[str, str] | None = None,
+) -> SyncReport:
     """Bring an index up to the documents there are, with a bar on a terminal."""
     from kalm_rag.index.folder import sync
 
     wrap = partial(progress, description="indexing", unit="document")
-    return sync(opened, sources, scope=scope, origin=origin, progress=wrap)
+    return sync(opened, documents, scope=scope, origin=origin, unreadable=unreadable, progress=wrap)
 
 
 def print_sync(report: SyncReport, opened: ChromaIndex) -> None:
     """Tell what indexing did, in numbers that add up."""
     added, stats = report.added, opened.store.stats()
-    total = sum(added.seconds.values())
-    rate = f", {added.records / total:.0f} passages/s" if added.records and total else ""
-    out.print(
-        f"{report.sources} documents: {len(report.changed)} new or changed, {len(report.removed)} removed; "
-        f"{added.records} passages written{rate}, {report.deleted} deleted"
+    kinds = _counts(
+        *((report.new, "new"), (report.changed, "changed"), (range(report.unchanged), "unchanged")),
+        *((report.empty, "without text"), (report.binary, "binary, left out")),
+        (report.unreadable, "not readable, kept as indexed before"),
     )
-    repeats = added.records - added.encoded - added.from_store
-    out.print(
-        f"encoded {added.encoded}, already in the store {added.from_store}, "
-        + (f"repeated here {repeats}, " if repeats else "")
-        + f"left alone {added.unchanged}"
-        + (f"; {len(added.truncated)} longer than the model reads" if added.truncated else "")
-    )
+    out.print(f"{report.documents} documents{kinds}; {len(report.removed)} removed, {report.deleted} passages deleted")
+    if report.encodings:
+        found = Counter(report.encodings.values()).most_common()
+        out.print("decoded from " + ", ".join(f"{encoding} ({count})" for encoding, count in found))
     if added.records:
-        out.print("seconds: " + stages(added.seconds))
+        total = sum(added.seconds.values())
+        ways = _counts(
+            *((range(added.encoded), "encoded"), (range(added.from_store), "already in the store")),
+            (range(repeats_of(added)), "of a text beside it"),
+        )
+        out.print(f"{added.records} passages written in {total:.1f} s{ways}; {added.unchanged} left alone")
+        out.print(f"seconds: {stages(added.seconds)}")
+    if added.truncated:
+        out.print(f"{len(added.truncated)} passages are longer than the model reads; it reads their beginnings")
     out.print(
         f"index: {len(opened)} passages, {stats.states} states of ratio {opened.store.layout.ratio}, "
         f"{stats.payload_bytes / 1e6:.1f} MB ({stats.disk_bytes / 1e6:.1f} MB on disk)"
     )
-    for name, reason in report.unreadable.items():
-        err.print(f"[yellow]could not read[/yellow] {shown(name)}: {shown(reason)}", soft_wrap=True)
+    _list_names("no text in", dict.fromkeys(report.empty, ""))
+    _list_names("binary", dict.fromkeys(report.binary, ""))
+    _list_names("could not read", report.unreadable)
+
+
+def _counts(*groups: tuple[Sized, str]) -> str:
+    parts = [f"{len(group)} {name}" for group, name in groups if len(group)]
+    return ": " + ", ".join(parts) if parts else ""
+
+
+def _list_names(what: str, names: Mapping[str, str]) -> None:
+    for name in list(names)[:_NAMES]:
+        reason = f": {shown(names[name])}" if names[name] else ""
+        err.print(f"[yellow]{what}[/yellow] {shown(name)}{reason}", soft_wrap=True)
+    if len(names) > _NAMES:
+        err.print(f"[yellow]{what}[/yellow] {len(names) - _NAMES} more; --json lists all")
+
+
+def repeats_of(added: AddReport) -> int:
+    """Records whose text another record of the same batch brought to the encoder."""
+    return added.records - added.encoded - added.from_store
 
 
 def _sync_dict(report: SyncReport) -> dict[str, Any]:
     return {
-        "documents": report.sources,
+        "documents": report.documents,
+        "new": report.new,
         "changed": report.changed,
-        "removed": report.removed,
+        "unchanged": report.unchanged,
+        "empty": report.empty,
+        "binary": report.binary,
         "unreadable": report.unreadable,
+        "removed": report.removed,
+        "encodings": report.encodings,
         "deleted": report.deleted,
         "written": report.added.records,
-        "unchanged": report.added.unchanged,
         "encoded": report.added.encoded,
         "from_store": report.added.from_store,
-        "repeats": report.added.records - report.added.encoded - report.added.from_store,
+        "repeats": repeats_of(report.added),
+        "left_alone": report.added.unchanged,
         "truncated": report.added.truncated,
         "seconds": report.added.seconds,
     }

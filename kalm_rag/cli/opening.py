@@ -20,13 +20,18 @@ FetchK = Annotated[int, typer.Option("--fetch-k", help="Candidates the vector se
 GOES_ON = "What was finished is kept; run the same command again, and it goes on from there."
 
 
+def has_index(db: Path) -> bool:
+    """Whether a folder holds a Chroma database."""
+    return (db / "chroma.sqlite3").is_file()
+
+
 def open_index(db: Path, collection: str, *, create: bool = True, **options: Any) -> ChromaIndex:  # noqa: ANN401
     """Open a collection; `options` are `ChromaIndex.open`'s.
 
     Raises:
         InputError: If there is no database under ``create=False``; nothing is made then.
     """
-    if not create and not (db / "chroma.sqlite3").is_file():
+    if not create and not has_index(db):
         made = f"Make one with: {command_line('kalm-rag', 'index', 'FOLDER', '--db', db)}"
         raise InputError(f"no database at {db}. {made}")
     with working("opening the index ..."):

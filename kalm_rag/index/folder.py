@@ -1,38 +1,31 @@
-"""Files and other texts to passages of an index: reads, splits, and brings a collection up to what is there now.
-
-Splitting and reading are left to well-kept libraries (langchain-text-splitters, BeautifulSoup, pypdf; extra ``files``).
-"""
+"""Documents to records of an index: lists a folder, and brings a collection up to what is there now."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.errors import InputError, MissingDependencyError
+from kalm_rag.errors import InputError
 from kalm_rag.index import ChromaIndex
 from kalm_rag.index.collection import PAGE
+from kalm_rag.index.readers import SUFFIXES, DocumentText, read_bytes, read_file
 from kalm_rag.index.results import AddReport
+from kalm_rag.index.splitting import RULES, fit_passages, split_text
 from kalm_rag.index.upkeep import BATCH
 
-logger = logging.getLogger(__name__)
-
-CHUNK_CHARACTERS = 700
-"""Most characters a passage: 150 to 250 tokens, so that even code stays under pico's limit of 256."""
-OVERLAP_CHARACTERS = 80
-SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".pdf")
-_RULES = f"v1 {CHUNK_CHARACTERS} {OVERLAP_CHARACTERS}"
-"""Part of a source's digest, so that other splitting rules split again."""
+Record = tuple[str, str, dict[str, Any]]
+"""Id, text and metadata of a passage."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """One document: where it comes from, what it holds, how to get its text.
+class Document:
+    """One document: its name, what it holds, how to get its text.
 
     Attributes:
         name: Name in the index, distinct; passages get the ids ``name#0``, ``name#1``, ...
@@ -42,174 +35,224 @@ class Source:
 
     name: str
     digest: str
-    load: Callable[[], str]
+    load: Callable[[], DocumentText]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds.
+
+    Attributes:
+        documents: Those that can be read, sorted by name.
+        unreadable: Name to reason of those that can't; a folder's name ends with a slash.
+    """
+
+    documents: list[Document]
+    unreadable: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """What bringing an index up to date did.
+    """What bringing an index up to date did. A document is in one of the first five lists.
 
     Attributes:
-        sources: Documents there are now.
-        changed: Of them, new or changed ones, by name.
-        removed: Documents that were indexed and are gone, by name.
+        new: Documents that were not indexed before, by name.
+        changed: Documents whose content is another one now.
+        unchanged: How many documents are as they were.
+        empty: Documents without any text, e.g. scanned PDFs.
+        binary: Documents that are no text, whatever their names say.
         unreadable: Name to reason; what was indexed of them before stays.
+        removed: Documents that were indexed and are gone.
+        encodings: Encoding of each new or changed document that was not UTF-8.
         deleted: Records deleted.
         added: What writing the passages did.
     """
 
-    sources: int
+    new: list[str]
     changed: list[str]
-    removed: list[str]
+    unchanged: int
+    empty: list[str]
+    binary: list[str]
     unreadable: dict[str, str]
+    removed: list[str]
+    encodings: dict[str, str]
     deleted: int
     added: AddReport
+
+    @property
+    def documents(self) -> int:
+        """Documents there are now."""
+        lists = (self.new, self.changed, self.empty, self.binary, self.unreadable)
+        return self.unchanged + sum(map(len, lists))
 
 
 @dataclass
 class _Known:
-    """What the collection holds of one source."""
+    """What the collection holds of one document."""
 
     digest: str = ""
     chunks: int = -1
     ids: set[str] = field(default_factory=set)
 
 
-def folder_sources(folder: Path) -> list[Source]:
-    """List the documents of a folder (see `SUFFIXES`), sorted, named ``<folder>/<path below it>``.
+def folder_documents(folder: Path) -> Listing:
+    """List the documents of a folder (see `SUFFIXES`), named ``<folder>/<path below it>``.
 
-    Hidden files and folders are left out.
+    Hidden files and folders are left out, links to folders are not followed. Bytes of a name that are no UTF-8 stand
+    as escapes in the document's name.
 
     Raises:
-        InputError: If it is no folder, or holds no document.
+        InputError: If it is no folder, or can't be listed.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; wanted one with {', '.join(SUFFIXES)} files.")
     root = folder.resolve()
-    paths = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
-    if not paths:
-        raise InputError(f"{folder} holds no document; wanted {', '.join(SUFFIXES)} files in it or below.")
-    return [
-        Source(
-            name=f"{root.name}/{path.relative_to(root).as_posix()}",
-            digest=text_digest(path.read_bytes()),
-            load=partial(read_file, path),
-        )
-        for path in paths
-    ]
+    documents: dict[str, Document] = {}
+    unreadable: dict[str, str] = {}
+
+    def locked(err: OSError) -> None:
+        if Path(err.filename) == root:
+            raise InputError(f"{folder} can't be listed: {err.strerror or err}") from err
+        unreadable[f"{_name(root, Path(err.filename))}/"] = f"it can't be listed: {err.strerror or err}"
+
+    for parent, folders, files in os.walk(root, onerror=locked):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in sorted(files) if not name.startswith(".")):
+            name = _name(root, path)
+            try:
+                if path.suffix.lower() not in SUFFIXES or not _is_file(path):
+                    continue
+                if name in documents:
+                    raise InputError("another file's name is the same in UTF-8; rename one of them.")
+                documents[name] = Document(name, text_digest(read_bytes(path)), partial(read_file, path))
+            except InputError as err:
+                unreadable.setdefault(name, str(err))
+    return Listing([documents[name] for name in sorted(documents)], unreadable)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, not a pipe (which would be waited for); a link to nothing is an error, not a no."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as err:
+        raise InputError(f"it can't be opened: {err.strerror or err}") from err
+
+
+def folder_scope(folder: Path) -> str:
+    """Prefix of the names of a folder's documents."""
+    return f"{_utf8(folder.resolve().name)}/"
+
+
+def folder_origin(folder: Path) -> str:
+    """Where a folder lies, as it is noted with each passage."""
+    return _utf8(str(folder.resolve()))
+
+
+def _name(root: Path, path: Path) -> str:
+    return _utf8(f"{root.name}/{path.relative_to(root).as_posix()}")
+
+
+def _utf8(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def text_digest(content: bytes) -> str:
     """Digest of a document's content and of the rules it is split by."""
-    return hashlib.sha256(_RULES.encode() + b"\0" + content).hexdigest()[:24]
-
-
-def read_file(path: Path) -> str:
-    """Read the text of a document.
-
-    Raises:
-        MissingDependencyError: If HTML or PDF readers are not installed.
-        InputError: If the file can't be read as what its name says.
-    """
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".html", ".htm"):
-            soup = _extra("bs4").BeautifulSoup(path.read_bytes(), "html.parser")
-            for tag in soup(["script", "style", "nav"]):
-                tag.decompose()
-            text = soup.get_text("\n", strip=True)
-        elif suffix == ".pdf":
-            text = "\n\n".join(page.extract_text() for page in _extra("pypdf").PdfReader(path).pages)
-        else:
-            text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    except MissingDependencyError:
-        raise
-    except Exception as err:  # parsers raise errors of many kinds for broken files
-        raise InputError(f"{path.name} can't be read as {suffix}: {err}") from err
-    return str(text).encode("utf-8", errors="replace").decode()  # PDFs can hold lone surrogates
-
-
-def split_text(text: str) -> list[tuple[int, str]]:
-    """Cut a text into passages at paragraph, line, sentence or word ends, whichever comes first.
-
-    Returns:
-        Pairs of start (characters) and passage, in order.
-
-    Raises:
-        MissingDependencyError: If the splitter is not installed.
-    """
-    splitter = _extra("langchain_text_splitters").RecursiveCharacterTextSplitter(
-        chunk_size=CHUNK_CHARACTERS,
-        chunk_overlap=OVERLAP_CHARACTERS,
-        separators=["\n\n", "\n", ". ", " ", ""],
-        add_start_index=True,
-    )
-    return [(int(d.metadata["start_index"]), str(d.page_content)) for d in splitter.create_documents([text])]
+    return hashlib.sha256(RULES.encode() + b"\0" + content).hexdigest()[:24]
 
 
 def sync(
     index: ChromaIndex,
-    sources: Sequence[Source],
+    documents: Sequence[Document],
     *,
     scope: str,
     origin: str = "",
-    progress: Callable[[Iterable[Source]], Iterable[Source]] = lambda items: items,
+    unreadable: Mapping[str, str] | None = None,
+    progress: Callable[[Iterable[Document]], Iterable[Document]] = lambda items: items,
 ) -> SyncReport:
     """Bring a collection up to the documents there are: write what is new or changed, delete what is gone.
 
     A document is finished in one go or done again next time; unchanged passages of a changed document are left
-    alone, and a passage whose text was seen before is not encoded again.
+    alone, and a passage whose text was seen before is not encoded again. Passages are cut so that the model reads
+    all of each. Nothing is deleted of what can't be read now.
 
     Args:
         index: Where to write.
-        sources: All documents of the scope.
+        documents: All documents of the scope.
         scope: Prefix of the names that these documents own; what the index has under it beyond them is deleted.
         origin: Where the documents lie, e.g. the folder's full path; noted with each passage. Another origin under
             the same scope is refused as long as it exists, so that two folders of one name can't delete each other's
             passages; a folder that was moved is adopted.
+        unreadable: Name to reason of further documents, which are there but can't be read; a name that ends with a
+            slash stands for all documents below.
         progress: Wraps the iteration over documents, for a progress bar.
 
     Raises:
         InputError: If a name is outside the scope, or the scope belongs to another origin.
         StoreError: If states can't be written. What was finished before stays.
     """
-    outside = [s.name for s in sources if not s.name.startswith(scope)]
+    outside = [d.name for d in documents if not d.name.startswith(scope)]
     if outside:
         raise InputError(f"document {outside[0]!r} is outside the scope {scope!r}.")
     known = _known(index, scope, origin)
-    changed: list[str] = []
-    unreadable: dict[str, str] = {}
-    added, deleted = AddReport(), 0
-    batch: list[tuple[str, str, dict[str, Any]]] = []
-    stale: list[str] = []
-    for source in progress(sources):
-        old = known.pop(source.name, _Known())
-        if old.digest == source.digest and old.chunks == len(old.ids):
+    locked = dict(unreadable or {})
+    encodings: dict[str, str] = {}
+    kinds: dict[str, list[str]] = {"new": [], "changed": [], "unchanged": [], "empty": [], "binary": []}
+    changes = _Changes(index)
+    for document in progress(documents):
+        old = known.pop(document.name, None)
+        if old is not None and old.digest == document.digest and old.chunks == len(old.ids):
+            kinds["unchanged"].append(document.name)
             continue
         try:
-            records = list(_records(source, origin))
+            read = document.load()
         except InputError as err:
-            unreadable[source.name] = str(err)
+            locked[document.name] = str(err)
             continue
-        if records or old.ids:  # an empty document leaves nothing to remember it by
-            changed.append(source.name)
-        batch += records
-        stale += old.ids - {i for i, _, _ in records}
-        if len(batch) >= BATCH:
-            added, deleted = added + _flush(index, batch), deleted + index.delete(stale)
-            batch, stale = [], []
-    added, deleted = added + _flush(index, batch), deleted + index.delete(stale)
-    removed = sorted(known)
-    deleted += index.delete([i for name in removed for i in sorted(known[name].ids)])
+        records = _records(index, document, read, origin)
+        kind = ("new" if old is None else "changed") if records else "binary" if read.binary else "empty"
+        kinds[kind].append(document.name)
+        if read.encoding:
+            encodings[document.name] = read.encoding
+        changes.add(records, (old.ids if old is not None else set()) - {i for i, _, _ in records})
+    folders = tuple(name for name in locked if name.endswith("/"))
+    removed = sorted(name for name in known if name not in locked and not name.startswith(folders))
+    for name in removed:
+        changes.add([], known[name].ids)
+    changes.write()
+    unchanged = len(kinds.pop("unchanged"))
     return SyncReport(
-        sources=len(sources), changed=changed, removed=removed, unreadable=unreadable, deleted=deleted, added=added
+        **kinds,
+        unchanged=unchanged,
+        unreadable=locked,
+        removed=removed,
+        encodings=encodings,
+        deleted=changes.deleted,
+        added=changes.added,
     )
+
+
+@dataclass
+class _Changes:
+    """Records to write and to delete, a batch at a time: what replaces a document is there before the old one goes."""
+
+    index: ChromaIndex
+    added: AddReport = field(default_factory=AddReport)
+    deleted: int = 0
+    _records: list[Record] = field(default_factory=list)
+    _stale: list[str] = field(default_factory=list)
+
+    def add(self, records: Sequence[Record], stale: Iterable[str]) -> None:
+        self._records += records
+        self._stale += stale
+        if len(self._records) >= BATCH:
+            self.write()
+
+    def write(self) -> None:
+        rows = self._records
+        self.added += self.index.upsert([i for i, _, _ in rows], [t for _, t, _ in rows], [m for _, _, m in rows])
+        self.deleted += self.index.delete(self._stale)
+        self._records, self._stale = [], []
 
 
 def _known(index: ChromaIndex, scope: str, origin: str) -> dict[str, _Known]:
@@ -219,7 +262,7 @@ def _known(index: ChromaIndex, scope: str, origin: str) -> dict[str, _Known]:
     while ids := (page := index.collection.get(limit=PAGE, offset=offset, include=["metadatas"]))["ids"]:
         for i, meta in zip(ids, page["metadatas"], strict=True):
             source = str((meta or {}).get("source", ""))
-            if source.startswith(scope) and meta is not None and "digest" in meta:
+            if source.startswith(scope) and meta is not None and "digest" in meta and "chunks" in meta:
                 _check_origin(str(meta.get("origin", "")), origin, scope)
                 entry = known.setdefault(source, _Known(str(meta["digest"]), int(meta["chunks"])))
                 if entry.digest != meta["digest"]:
@@ -237,21 +280,19 @@ def _check_origin(found: str, wanted: str, scope: str) -> None:
         )
 
 
-def _records(source: Source, origin: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    pieces = split_text(source.load())
-    for number, (start, text) in enumerate(pieces):
-        meta: dict[str, Any] = {"source": source.name, "start": start, "chunk": number, "chunks": len(pieces)}
-        yield f"{source.name}#{number}", text, {**meta, "digest": source.digest, "origin": origin}
+def _records(index: ChromaIndex, document: Document, read: DocumentText, origin: str) -> list[Record]:
+    """Passages of a document, each with where it stands and what it is a part of."""
+    pieces = split_text(read.text)
+    if pieces:
+        pieces = fit_passages(pieces, partial(_tokens, index))
+    shared: dict[str, Any] = {"title": read.title or Path(document.name).stem, "origin": origin}
+    shared |= {"source": document.name, "digest": document.digest, "chunks": len(pieces)}
+    return [
+        (f"{document.name}#{number}", text, {"start": start, "chunk": number, **shared})
+        for number, (start, text) in enumerate(pieces)
+    ]
 
 
-def _flush(index: ChromaIndex, batch: Sequence[tuple[str, str, dict[str, Any]]]) -> AddReport:
-    return index.upsert([i for i, _, _ in batch], [t for _, t, _ in batch], [m for _, _, m in batch])
-
-
-def _extra(module: str) -> Any:  # noqa: ANN401 - a module
-    try:
-        return import_module(module)
-    except ImportError as err:
-        raise MissingDependencyError(
-            f"{module} is not installed; reading and splitting documents needs it. Run: pip install 'kalm-rag[files]'"
-        ) from err
+def _tokens(index: ChromaIndex, texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Tokens that the model reads of each text, and those the text has."""
+    return [(len(row.ids), row.total_tokens) for row in index.engine.backbone.tokenize(texts)]
