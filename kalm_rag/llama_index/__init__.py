@@ -6,7 +6,7 @@ Thin: states are found by content (`kalm_rag.index.candidates`), scored by the e
 
 from __future__ import annotations
 
-from kalm_rag.errors import MissingDependencyError
+from kalm_rag.errors import missing_extra
 
 try:
     from kalm_rag.llama_index.embedding import KaLMEmbedding
@@ -16,8 +16,6 @@ try:
 except ModuleNotFoundError as err:
     if err.name is None or not err.name.startswith("llama_index"):
         raise
-    raise MissingDependencyError(
-        f"kalm_rag.llama_index needs {err.name}, which is not installed. Run: pip install 'kalm-rag[llama-index]'."
-    ) from err
+    raise missing_extra(f"the module {err.name}", "llama-index", "kalm_rag.llama_index") from err
 
 __all__ = ["KaLMChromaVectorStore", "KaLMEmbedding", "KaLMNodePostprocessor", "KaLMStateTransform"]

@@ -23,10 +23,23 @@ class KaLMEmbedding(EngineFields, BaseEmbedding):
     indexing encodes each passage once for both.
 
     Args:
-        store: Where states are kept on the way: as `KaLMNodePostprocessor`; None takes the process's bounded cache.
+        store: The `KaLMChromaVectorStore` that the nodes go to, so that adding them finds the states made here. Also a
+            `StateStore`, a folder or a ``.sqlite3`` file; None takes a bounded cache of this process.
+        model: ``pico``, or the folder of weights trained like it. Left out with a vector store: the store's.
+        device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
+        dtype: ``bf16`` or ``fp32``; None takes what fits the device.
+        reranker: A ready engine over pico instead of `model`, yours to close.
+        embed_batch_size: Passages per call of LlamaIndex's, 1 to 2,048.
+        batch_size: Most passages in one encoder pass.
 
     Raises:
-        InputError: If the model is another than pico (when first used), or an argument is unknown.
+        InputError: If the model is another than pico (when first used); inside pydantic's ValidationError if an
+            argument is unknown.
+
+    Example:
+        >>> embedding = KaLMEmbedding()
+        >>> len(embedding.get_query_embedding("What is the capital of France?"))
+        384
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))

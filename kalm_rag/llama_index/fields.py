@@ -15,6 +15,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serialize
 from llama_index.core.schema import BaseComponent
 from typing_extensions import Self
 
+from kalm_rag.checks import unknown_argument_hint
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.lazy_engine import EngineSpec, match_ratio, shared_store, spec_of
@@ -132,6 +133,15 @@ class EngineFields(BaseComponent):
         default=None, frozen=True, exclude=True, repr=False, description="A ready engine instead of model."
     )
     _parts: Parts = PrivateAttr()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:  # noqa: ANN401 - what pydantic was given
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                hint = unknown_argument_hint(name, cls.model_fields)
+                raise InputError(f"{cls.class_name()} has no argument {name!r}. Extra inputs are not permitted.{hint}")
+        return values
 
     @field_validator("device", "dtype", mode="before")
     @classmethod

@@ -39,11 +39,14 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
     caller's are never changed. Nothing is loaded before the first query. Safe from many threads and event loops.
 
     Args:
-        model: Name, repository id or folder: see `kalm_rag.Reranker.from_pretrained`.
-        revision: Commit, tag or branch.
-        device: ``cpu``, ``cuda``, ``cuda:1``.
-        dtype: ``bf16`` or ``fp32``.
-        ratio: Tokens a state stands for when scoring; with a store, a multiple of its ratio.
+        model: ``pico`` (bundled), ``nano``, ``small``, ``large``, a repository id or a folder: see
+            `kalm_rag.Reranker.from_pretrained`. Left out with a `KaLMChromaVectorStore` as `store`: the store's.
+        revision: Commit, tag or branch of a repository; None takes the pinned one.
+        device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
+        dtype: ``bf16`` or ``fp32``; None takes what fits the device.
+        ratio: Tokens a state stands for when scoring; with a store, a multiple of its ratio. None takes what is
+            stored, or 4.
+        state_ratio: Tokens a state stands for where states are made, in a new store; None takes `ratio`, or 4.
         batch_size: Most passages in one pass.
         decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU.
         compiled: Compile a KaLM checkpoint's decoder at the first query (for GPUs).

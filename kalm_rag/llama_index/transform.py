@@ -31,10 +31,26 @@ class KaLMStateTransform(EngineFields, TransformComponent):
     Args:
         store: Where states go: a folder, a ``.sqlite3`` file, a `StateStore` or a `KaLMChromaVectorStore`. For
             worker processes it must be a file.
-        metadata_mode: As the postprocessor's.
+        metadata_mode: Which text of a node is encoded: the mode of the postprocessor that will score it.
+        model: Name, repository id or folder, see `kalm_rag.Reranker.from_pretrained`: the model that will score.
+        revision: Commit, tag or branch of a repository; None takes the pinned one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or several with commas to encode on all; None takes CUDA if there is one.
+        dtype: ``bf16`` or ``fp32``; None takes what fits the device.
+        ratio: Tokens a state stands for in a new store; None is 4. A store that is there keeps its own.
+        batch_size: Most passages in one encoder pass.
+        reranker: A ready engine instead of `model`, yours to close.
 
     Raises:
         InputError: (inside pydantic's ValidationError) if there is no store, or an argument is unknown.
+
+    Example:
+        >>> from llama_index.core import Document
+        >>> from llama_index.core.ingestion import IngestionPipeline
+        >>> transform = KaLMStateTransform(store=":memory:")  # a folder keeps them
+        >>> pipeline = IngestionPipeline(transformations=[transform])
+        >>> nodes = pipeline.run(documents=[Document(text="Paris is the capital of France.")])
+        >>> transform.parts.get()[1].stats().states
+        1
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
@@ -64,7 +80,7 @@ class KaLMStateTransform(EngineFields, TransformComponent):
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: object) -> Sequence[BaseNode]:
-        """As calling it, in a thread, so that the loop goes on."""
+        """Encode in a thread, so that the loop goes on."""
         return await asyncio.to_thread(self.__call__, nodes, **kwargs)
 
     def to_dict(self, **kwargs: object) -> dict[str, Any]:
