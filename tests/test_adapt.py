@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, KalmRagError, ModelError
 from kalm_rag.instructions import Instructions
+from kalm_rag.models.files import digest_files
 from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
-from kalm_rag.models.t5gemma2.checkpoint import digest_files
 from kalm_rag.states.pooling import mean_groups
 
 pytest.importorskip("bm25s", reason="candidate lists need BM25 (extra 'eval')")

@@ -119,7 +119,7 @@ class Reference:
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
         del model.model.encoder.vision_tower  # reading text doesn't need it either
         self._model = model.to(device)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kalm_rag.errors import InputError
-from kalm_rag.models.t5gemma2.checkpoint import KEY_MAPPING
+from kalm_rag.models.t5gemma2.text_model import KEY_MAPPING
 
 _COPIED = (".json", ".model", ".txt", ".jinja")
 """Files kept beside the weights. A model card is not: it describes the base."""

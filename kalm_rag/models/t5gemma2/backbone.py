@@ -18,13 +18,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Decoder
 
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, index_tensor
-from kalm_rag.models.t5gemma2.checkpoint import T5Gemma2TextReranker, digest_files, load_model, read_config
+from kalm_rag.models.t5gemma2.checkpoint import digest_checkpoint, load_model, read_config, read_tokenizer
 from kalm_rag.models.t5gemma2.compiled import CompiledDecoder
 from kalm_rag.models.t5gemma2.decoder import DecoderInput, Kept, LeanDecoder, unknown_parts
 from kalm_rag.models.t5gemma2.int8 import Int8Projection, check_weights
@@ -39,6 +38,7 @@ from kalm_rag.models.t5gemma2.protocol import (
     USER_TEMPLATE,
     TextTokens,
 )
+from kalm_rag.models.t5gemma2.text_model import T5Gemma2TextReranker
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class T5Gemma2Backbone:
             revision: Its commit, or ``"local"``.
             device: Where to compute.
             dtype: float32 or bfloat16.
-            weights: Digest that pins the weights; None reads and hashes the files.
+            weights: What pins all files (repository and commit); None hashes those that change a state.
             decoder_weights: ``"int8"`` scores with rounded decoder weights (CPU only); None with the checkpoint's.
                 States are the same either way. The checkpoint's own stay loaded: explanations read them.
             compiled: Run the decoder through torch.compile, at the first query; not together with `decoder_weights`.
@@ -125,7 +125,7 @@ class T5Gemma2Backbone:
         Raises:
             InputError: For float16, whose range this model overflows, or `decoder_weights` that can't be had, or not
                 together with `compiled`.
-            ModelError: If the folder is no T5Gemma 2 checkpoint, has no safetensors, or misses weights.
+            ModelError: If the folder is no T5Gemma 2 checkpoint, or one of its files is missing or can't be used.
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"dtype is {dtype}; T5Gemma 2 overflows float16. Use torch.bfloat16 or torch.float32.")
@@ -134,13 +134,13 @@ class T5Gemma2Backbone:
             if compiled:
                 raise InputError(f"decoder_weights={decoder_weights!r} can't be compiled. Leave one of the two out.")
         config = read_config(folder)
-        tokens = TextTokens(AutoTokenizer.from_pretrained(folder))
+        tokens = TextTokens(read_tokenizer(folder, config))
         model = load_model(folder, config, dtype)
         info = BackboneInfo(
             family="t5gemma2",
             name=name,
             revision=revision,
-            weights=weights if weights is not None else digest_files(sorted(folder.glob("*.safetensors"))),
+            weights=weights if weights is not None else digest_checkpoint(folder),
             template=PASSAGE_TEMPLATE,
             hidden_size=config.decoder.hidden_size,
             max_passage_tokens=MAX_PASSAGE_TOKENS,
