@@ -12,7 +12,7 @@ import torch
 from kalm_rag.errors import InputError, MissingDependencyError, ModelError, StateShapeError
 from kalm_rag.instructions import DEFAULT_TASK, Instructions
 from kalm_rag.models.pico import encoder as pico_encoder
-from kalm_rag.models.pico.backbone import PicoBackbone, read_weights
+from kalm_rag.models.pico.backbone import CACHE_BYTES, PicoBackbone, read_weights
 from kalm_rag.models.pico.decoder import _lexical, _neighbours
 from kalm_rag.models.pico.encoder import MiniLMEncoder
 from kalm_rag.states.pooling import group_ids, mean_groups
@@ -383,7 +383,8 @@ def test_a_query_is_read_once_for_vector_and_decoder(pico, monkeypatch):
     prompts = [pico.prompt(query, told) for query in queries]
     assert len(read) == 4  # two queries, one task, and the cut form of the long query
     monkeypatch.undo()
-    pico._read.cache_clear()
+    pico._cache.resize(0)
+    pico._cache.resize(CACHE_BYTES)
     for query, vector, prompt in zip(queries, vectors, prompts, strict=True):
         assert torch.equal(pico.embed_query(query), vector)
         fresh = pico.prompt(query, told)

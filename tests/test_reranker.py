@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from kalm_rag.engine.decoder_pass import cut_batches
 from kalm_rag.engine.relevance import Ranked, Relevance, rank_relevances
-from kalm_rag.engine.reranker import Reranker, cut_batches
+from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, InputError, ModelError, StateMismatchError
+from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.instructions import JUDGE, Instructions
 from kalm_rag.models import registry
+from kalm_rag.models.pico.backbone import CACHE_BYTES
 from kalm_rag.states import Codec, batch_states, pack_states, unpack_batch
 
 PASSAGES = ["Paris is the capital of France.", "tea", "", "long words go on " * 40, "Paris is the capital of France."]
@@ -93,6 +101,54 @@ def test_empty_inputs(engine: Reranker) -> None:
     assert engine.score(QUERY, []) == []
     assert engine.rank(QUERY, []) == []
     assert engine.predict([]).shape == (0,)
+
+
+def test_iterables_of_any_kind_are_read_once(engine: Reranker) -> None:
+    """`rank(query, generator)` gave [] without a word: the check for the items' type had eaten the generator."""
+    states = engine.encode(PASSAGES)
+    ranking = engine.rank(QUERY, states)
+    assert [s.key for s in engine.encode(text for text in PASSAGES)] == [s.key for s in states]
+    assert margins(engine.score(QUERY, iter(states))) == margins(engine.score(QUERY, states))
+    assert engine.rank(QUERY, (text for text in PASSAGES)) == ranking
+    assert engine.rank(QUERY, map(str, PASSAGES)) == ranking
+    assert engine.rank(QUERY, (one for one in states)) == ranking
+    assert engine.rank(QUERY, np.array(PASSAGES)) == ranking
+    pairs = [(QUERY, text) for text in PASSAGES[:2]]
+    assert engine.predict(pair for pair in pairs).tolist() == engine.predict(pairs).tolist()
+    assert engine.rank(QUERY, iter([])) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e, _: e.rank("q", "one string"), "passages_or_states is one string; .* Put it in brackets"),
+        (lambda e, _: e.rank("q", None), "passages_or_states is None; wanted a list of strings, or of states"),
+        (lambda e, _: e.rank("q", {"a": "b"}), r"passages_or_states is a dict; .*Pass its keys or its values"),
+        (lambda e, _: e.rank("q", b"bytes"), "passages_or_states is bytes"),
+        (lambda e, s: e.rank("q", [s, "text"]), r"mixes states \(item 0\) with str \(item 1\); wanted one kind"),
+        (lambda e, s: e.rank("q", ["text", None, s]), r"mixes states \(item 2\) with str \(item 0\)"),
+        (lambda e, _: e.rank("q", ["text", 3]), "passage 1 is int; wanted a string"),
+        (lambda e, _: e.rank("q", ["p"], threshold="0.5"), "threshold is '0.5'; wanted P"),
+        (lambda e, s: e.encode([s]), "passage 0 is PassageStates; wanted a string"),
+        (lambda e, _: e.encode(5), "passages is int; wanted a list of strings"),
+        (lambda e, _: e.score("q", ["text"]), "states 0 is str; wanted PassageStates, as encode"),
+        (lambda e, _: e.score("q", "text"), "states is one string; wanted what Reranker.encode"),
+        (lambda e, _: e.predict("ab"), "sentences is one string"),
+        (lambda e, _: e.predict({"a": "b"}), "sentences is a dict"),
+        (lambda e, _: e.predict([("a", "b", "c")]), "pair 0 is .*; wanted .query, passage"),
+        (lambda e, _: e.predict([("a", "b"), {"a", "b"}]), "pair 1 is .*; wanted .query, passage"),
+        (lambda e, _: e.predict([("a", 3)]), "passage of pair 0 is int; wanted a string"),
+        (lambda e, _: e.predict([(" ", "b")]), "query of pair 0 is blank"),
+        (lambda e, _: e.predict([("a", "b")], batch_size=0), "batch_size is 0; wanted a whole number >= 1"),
+        (lambda e, _: e.predict([("a", "b")], batch_size=-3), "batch_size is -3; wanted a whole number >= 1"),
+        (lambda e, _: Reranker.from_pretrained(batch_size=True), "batch_size is True; wanted a whole number >= 1"),
+    ],
+)
+def test_the_message_names_what_the_caller_passed(tiny: Reranker, call: Callable[..., object], message: str) -> None:
+    """States beside a text were called a passage that is no string; batch sizes of 0 and -3 went through."""
+    (states,) = tiny.encode(["p"])
+    with pytest.raises(InputError, match=message):
+        call(tiny, states)
 
 
 def test_rank_orders_by_margin_and_cuts(pico: Reranker) -> None:
@@ -269,8 +325,6 @@ def test_one_model_per_process_and_release(tiny_folder: Path) -> None:
 def test_a_forgotten_engine_gives_its_model_back(tiny_folder: Path) -> None:
     before = len(registry._slots)
     Reranker.from_pretrained(str(tiny_folder), device="cpu", dtype="bf16")
-    import gc
-
     gc.collect()
     assert len(registry._slots) == before
 
@@ -323,3 +377,134 @@ def test_cuda_scores_are_close_to_the_cpu(tiny_folder: Path, tiny: Reranker) -> 
     with Reranker.from_pretrained(str(tiny_folder), device="cuda") as engine:
         assert engine.info.dtype == "bfloat16"
         assert margins(engine.score(QUERY, engine.encode(PASSAGES))) == pytest.approx(want, abs=0.3)
+
+
+@contextmanager
+def counted(engine: Reranker) -> Iterator[list[int]]:
+    """Texts per pass of pico's encoder, for as long as the block lasts; nothing is known from before."""
+    encoder, passes = engine.backbone.encoder, []  # type: ignore[attr-defined]
+    plain = encoder.hidden
+    cache = engine.backbone._cache  # type: ignore[attr-defined]
+    size = cache.stats.max_bytes
+    cache.resize(0)
+    cache.resize(size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "hidden", lambda ids: (passes.append(len(ids)), plain(ids))[1])
+        yield passes
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_a_search_hands_on_what_it_read(pico: Reranker, count: int) -> None:
+    """As soon as more than 32 searches ran at a time, each read its query twice: for its vector, then to score."""
+    states, embedder = pico.encode(PASSAGES[:2]), BundledEmbedder(pico)
+    queries = [f"What of river number {i}?" for i in range(count)]
+    pico.backbone._cache.resize(0)  # type: ignore[attr-defined] # no help from memory
+    try:
+        with counted(pico) as passes:
+            asked = [pico.prepare(query) for query in queries]
+            vectors = [embedder.query(one) for one in asked]
+            scored = [pico.score(one, states) for one in asked]
+        assert passes == [1] * count
+    finally:
+        pico.backbone._cache.resize(CACHE_BYTES)  # type: ignore[attr-defined]
+    assert vectors[-1] == embedder.query(queries[-1])
+    assert margins(scored[-1]) == margins(pico.score(queries[-1], states))
+
+
+def test_searches_at_a_time_read_each_query_once(pico: Reranker) -> None:
+    """A framework asks its store and its reranker apart, and hands nothing on: all searches, then all scores."""
+    states, embedder = pico.encode(PASSAGES[:2]), BundledEmbedder(pico)
+    queries = [f"What of mountain number {i}?" for i in range(100)]
+    with counted(pico) as passes:
+        for query in queries:
+            embedder.query(query)
+        for query in queries:
+            pico.score(query, states)
+    assert passes == [1] * len(queries)
+
+
+def test_a_prepared_query_asks_what_it_was_prepared_for(engine: Reranker) -> None:
+    told = Instructions(task="Find texts about cities in Europe.")
+    states = engine.encode(PASSAGES)
+    asked = engine.prepare(QUERY, told)
+    assert margins(engine.score(asked, states)) == margins(engine.score(QUERY, states, instructions=told))
+    assert engine.rank(asked, states) == engine.rank(QUERY, states, instructions=told)
+    assert engine.at(8).prepare(asked) is asked
+    assert engine.explain(asked, PASSAGES[0]).margin == engine.explain(QUERY, PASSAGES[0], instructions=told).margin
+    with pytest.raises(InputError, match="instructions were given for a prepared query, which has its own"):
+        engine.score(asked, states, instructions=told)
+    with pytest.raises(InputError, match="query is blank"):
+        engine.prepare(" ")
+
+
+def test_a_query_prepared_by_another_model_is_read_again(tiny: Reranker, pico: Reranker) -> None:
+    told = Instructions(task="Find texts about cities in Europe.")
+    asked, states = tiny.prepare(QUERY, told), pico.encode(PASSAGES)
+    assert margins(pico.score(asked, states)) == margins(pico.score(QUERY, states, instructions=told))
+    embedder = BundledEmbedder(pico)
+    assert embedder.query(asked) == embedder.query(QUERY)
+    long = "where does the Seine flow? " * 40  # read whole for its vector, cut for the decoder
+    assert embedder.query(pico.prepare(long)) == embedder.query(long)
+
+
+def test_a_kept_query_keeps_no_model(tiny_folder: Path) -> None:
+    before = len(registry._slots)
+    engine = Reranker.from_pretrained(str(tiny_folder), device="cpu", dtype="bf16")
+    asked, model = engine.prepare(QUERY), weakref.ref(engine.backbone)
+    engine.close()
+    del engine
+    gc.collect()
+    assert len(registry._slots) == before
+    assert model() is None
+    assert asked.query == QUERY
+
+
+def test_arank_gives_what_rank_gives(engine: Reranker) -> None:
+    told = Instructions(task="Find drinks.")
+    want = engine.rank(QUERY, PASSAGES, instructions=told, top_n=2)
+    assert asyncio.run(engine.arank(QUERY, (text for text in PASSAGES), instructions=told, top_n=2)) == want
+    with pytest.raises(InputError, match="query is blank"):
+        asyncio.run(engine.arank(" ", PASSAGES))
+
+
+def test_a_cancelled_arank_encodes_no_further_batch(tiny: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Reranker(tiny.backbone, batch_size=1)
+    begun, leave, ended = threading.Event(), threading.Event(), threading.Event()
+    batches: list[int] = []
+    plain, rank = tiny.backbone.encode, engine.rank
+
+    def encode(ids: Sequence[Sequence[int]]) -> object:
+        batches.append(len(ids))
+        begun.set()
+        assert leave.wait(60)
+        return plain(ids)
+
+    def noted(*args: Any, **options: Any) -> object:
+        try:
+            return rank(*args, **options)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(tiny.backbone, "encode", encode)
+    monkeypatch.setattr(engine, "rank", noted)
+
+    async def main() -> None:
+        task = asyncio.create_task(engine.arank(QUERY, [f"passage {i}" for i in range(20)]))
+        await asyncio.to_thread(begun.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        leave.set()
+
+    asyncio.run(main())
+    assert ended.wait(60)
+    assert batches == [1]
+
+
+def test_an_engine_says_what_it_is(tiny_folder: Path, pico: Reranker) -> None:
+    assert repr(pico) == "Reranker('pico', device='cpu', dtype='float32', ratio=4, batch_size=64)"
+    engine = Reranker.from_pretrained(str(tiny_folder), device=["cpu", "cpu"], dtype="bf16", ratio=8, batch_size=2)
+    assert repr(engine).endswith("checkpoint', device='cpu,cpu', dtype='bfloat16', ratio=8, batch_size=2)")
+    engine.close()
+    assert repr(engine) == "Reranker(closed)"
+    assert repr(pico.prepare("bees?", "Find insects.")).startswith("PreparedQuery(query='bees?', instructions=")

@@ -69,16 +69,15 @@ class DecodeLog:
 
 
 def decode_all(
-    backbone: Backbone, prompts: Sequence[Any], states: StateBatch, ratio: int | None, size: int
+    backbone: Backbone, prompts: Sequence[Any], states: StateBatch, ratio: int | None
 ) -> tuple[Tensor, DecodeStats]:
-    """Decode in batches of like prompts and lengths; one transfer back at the end.
+    """Decode in batches of like prompts and lengths, as large as the device does best with; one transfer at the end.
 
     Args:
         backbone: The model.
-        prompts: One a passage.
+        prompts: One per passage.
         states: The passages.
         ratio: As `StateBatch.on`.
-        size: Most rows of a pass, >= 1.
 
     Returns:
         Margins, float32 ``(B,)`` on the CPU in input order, and what it took.
@@ -87,12 +86,9 @@ def decode_all(
         KalmRagError: If memory runs out with a single passage.
     """
     lengths = states.lengths.tolist()
-    first_seen: dict[int, int] = {}
-    for prompt in prompts:
-        first_seen.setdefault(id(prompt), len(first_seen))
-    order = sorted(range(len(prompts)), key=lambda i: (first_seen[id(prompts[i])], -lengths[i]))
+    order = order_rows(prompts, lengths)
     widths = [backbone.decode_width(p, n) for p, n in zip(prompts, lengths, strict=True)]
-    waiting = list(cut_batches(order, widths, size, backbone.decode_budget))[::-1]
+    waiting = list(cut_batches(order, widths, len(order), backbone.decode_budget))[::-1]
     parts, stats = [], DecodeStats()
     while waiting:
         rows = waiting.pop()
@@ -112,6 +108,19 @@ def decode_all(
     margins = torch.empty_like(found)
     margins[torch.tensor(order, dtype=torch.long)] = found
     return margins, stats
+
+
+def order_rows(prompts: Sequence[Any], lengths: Sequence[int]) -> list[int]:
+    """Rows of one prompt together (as they come first), the longest first: like with like.
+
+    Example:
+        >>> order_rows(["a", "b", "a"], [1, 5, 3])
+        [2, 0, 1]
+    """
+    first_seen: dict[int, int] = {}
+    for prompt in prompts:
+        first_seen.setdefault(id(prompt), len(first_seen))
+    return sorted(range(len(prompts)), key=lambda row: (first_seen[id(prompts[row])], -lengths[row]))
 
 
 def cut_batches(order: Sequence[int], lengths: Sequence[int], size: int, budget: int) -> Iterator[list[int]]:

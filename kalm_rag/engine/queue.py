@@ -1,4 +1,4 @@
-"""Decoder passes in turn: who finds the model free decodes at once; who finds it busy may share the next pass.
+"""One decoder pass at a time: who finds the model free decodes at once; who finds it busy may share the next pass.
 
 No thread and no timer: the waiting caller that is next in line runs the pass for all that it takes along. So a lone
 query pays one free lock, and closing an engine leaves nothing behind. Knows states; knows no model and no store.
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from kalm_rag.engine.decoder_pass import order_rows
 from kalm_rag.states import StateBatch, merge_batches
 
 logger = logging.getLogger(__name__)
@@ -26,42 +27,53 @@ Decode = Callable[[Sequence[Any], StateBatch, "int | None"], "list[float]"]
 
 
 class Request:
-    """One query's passages on their way through the decoder.
+    """Passages on their way through the decoder, each under its prompt.
 
     Args:
         decode: Runs a pass, of this request alone or together with others like it.
-        prompt: What `decode` takes for each row.
+        prompts: What `decode` takes for each row; the same object may stand in many rows.
         states: The passages, at least one.
         ratio: As `decode` takes it.
         share: Most rows of one pass, >= 1. A larger request is decoded in slices, between which others get their turn.
+        alone: Whether it shares its passes with no other, because its `decode` does more than margins.
     """
 
-    def __init__(self, decode: Decode, prompt: Any, states: StateBatch, ratio: int | None, *, share: int) -> None:  # noqa: ANN401
-        self.decode, self.prompt, self.states, self.ratio, self.share = decode, prompt, states, ratio, share
-        self.kind = (share, ratio, states.ratio, states.vectors.dtype)
+    def __init__(
+        self,
+        decode: Decode,
+        prompts: Sequence[Any],
+        states: StateBatch,
+        ratio: int | None,
+        *,
+        share: int,
+        alone: bool = False,
+    ) -> None:
+        self.decode, self.prompts, self.states, self.ratio, self.share = decode, prompts, states, ratio, share
+        self.kind = object() if alone else (share, ratio, states.ratio, states.vectors.dtype)
         self.margins = [0.0] * len(states)
         self.error: BaseException | None = None
-        self.turn = threading.Event()
+        self.woken = threading.Event()
+        """Set when it is done, or first in line of a free model: its caller runs the next pass then."""
         self.cancelled = _cancelled.get()
-        lengths = states.lengths.tolist()
         rows = range(len(states))
-        self.rest = list(rows) if len(rows) <= share else sorted(rows, key=lambda i: -lengths[i])  # like with like
+        self.pending = list(rows) if len(rows) <= share else order_rows(prompts, states.lengths.tolist())
 
     @property
     def done(self) -> bool:
         """Whether all rows are decoded, or never will be."""
-        return self.error is not None or not self.rest
+        return self.error is not None or not self.pending
 
-    def slice(self) -> StateBatch:
-        """States of the rows that go next."""
-        rows = self.rest[: self.share]
-        return self.states if len(rows) == len(self.states) else self.states.select(rows)
+    def next_rows(self) -> tuple[list[Any], StateBatch]:
+        """Prompts and states of the rows that go next."""
+        rows = self.pending[: self.share]
+        whole = len(rows) == len(self.states)
+        return [self.prompts[row] for row in rows], self.states if whole else self.states.select(rows)
 
-    def take(self, margins: Sequence[float]) -> None:
-        """Keep the margins of the rows that `slice` gave."""
-        for row, margin in zip(self.rest[: self.share], margins, strict=True):
+    def finish_rows(self, margins: Sequence[float]) -> None:
+        """Keep the margins of the rows that `next_rows` gave."""
+        for row, margin in zip(self.pending[: self.share], margins, strict=True):
             self.margins[row] = margin
-        self.rest = self.rest[self.share :]
+        self.pending = self.pending[self.share :]
 
 
 class DecodeQueue:
@@ -74,7 +86,8 @@ class DecodeQueue:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._line: deque[Request] = deque()
-        self._busy = False
+        self._leader: Request | None = None  # whose caller runs a pass now, or was woken to; None: the model is free
+        self._group: list[Request] = []  # what that pass decodes
 
     def run(self, request: Request) -> list[float]:
         """Wait for the turn, decode, give the margins in the order of the states.
@@ -84,61 +97,49 @@ class DecodeQueue:
                 `cancel_on_error`.
             BaseException: Whatever `decode` raises for this request; those of others never come out here.
         """
-        with self._lock:
-            first, self._busy = not self._busy, True
-            self._line.append(request)
-        if not first:
-            self._wait(request)
-        while not request.done:  # woken with work left: the next pass is ours to run
-            request.turn.clear()
-            self._pass(request)
-            if not request.done:
-                self._wait(request)
+        try:
+            with self._lock:
+                self._line.append(request)
+                if self._leader is None:
+                    self._wake_first()
+            while True:
+                request.woken.wait()
+                request.woken.clear()
+                if request.done:
+                    break
+                self._run_pass()
+        except BaseException as err:  # Ctrl-C, at any line: nobody behind must wait for who is gone
+            with self._lock:
+                request.error = err
+                if request in self._line:
+                    self._line.remove(request)
+                if self._leader is request:
+                    self._end_pass()
+            raise
         if request.error is not None:
             raise request.error
         return request.margins
 
-    def _wait(self, request: Request) -> None:
-        try:
-            request.turn.wait()
-        except BaseException as err:  # Ctrl-C in the waiting thread: nobody behind it must wait for it
-            with self._lock:
-                leads = request.turn.is_set() and not request.done
-                request.error = err
-                if request in self._line:
-                    self._line.remove(request)
-                if leads:
-                    self._hand_over()
-            raise
-
-    def _pass(self, leader: Request) -> None:
+    def _run_pass(self) -> None:
         """Decode what is next in line, then hand over."""
         with self._lock:
-            group = self._gather()
+            self._group = self._next_group()
         try:
-            _decode(group)
-        except BaseException as err:  # Ctrl-C: ours ends here, the others go on
-            leader.error = err
-            raise
+            _decode(self._group)
         finally:
             with self._lock:
-                for request in group:
-                    if not request.done:
-                        self._line.append(request)
-                    elif request is not leader:
-                        request.turn.set()
-                self._hand_over()
+                self._end_pass()
 
-    def _gather(self) -> list[Request]:
+    def _next_group(self) -> list[Request]:
         """Take from the line what shares the next pass; those whose callers gave up leave it undecoded."""
         group: list[Request] = []
-        rest: deque[Request] = deque()
+        line: deque[Request] = deque()
         room = 0
         for request in self._line:
-            size = len(request.rest)
+            size = len(request.pending)
             if request.cancelled is not None and request.cancelled.is_set():
                 request.error = CancelledError("the caller gave up before the request was decoded")
-                request.turn.set()
+                request.woken.set()
             elif not group:
                 group.append(request)
                 room = request.share - size
@@ -146,49 +147,57 @@ class DecodeQueue:
                 group.append(request)
                 room -= size
             else:
-                rest.append(request)
-        self._line = rest
+                line.append(request)
+        self._line = line
         return group
 
-    def _hand_over(self) -> None:
-        """Wake the first in line to run the next pass; without one, the model is free. Needs the lock."""
-        self._busy = bool(self._line)
-        if self._line:
-            self._line[0].turn.set()
+    def _end_pass(self) -> None:
+        """Wake the callers of what is done, put the rest back in line, let the first one lead. Needs the lock."""
+        for request in self._group:
+            if request.done:
+                request.woken.set()
+            else:
+                self._line.append(request)
+        self._group = []
+        self._wake_first()
+
+    def _wake_first(self) -> None:
+        """Let the first in line run the next pass; without one, the model is free. Needs the lock."""
+        self._leader = self._line[0] if self._line else None
+        if self._leader is not None:
+            self._leader.woken.set()
 
 
 def _decode(group: Sequence[Request]) -> None:
     """Run one pass; if a shared one fails, each runs alone, so that an error hits only whose it is."""
     if len(group) > 1:
-        slices = [request.slice() for request in group]
-        ends = [sum(map(len, slices[: i + 1])) for i in range(len(slices))]
-        spans = [range(end - len(one), end) for end, one in zip(ends, slices, strict=True)]
-        prompts = [request.prompt for request, one in zip(group, slices, strict=True) for _ in range(len(one))]
+        parts = [request.next_rows() for request in group]
+        ends = [sum(len(states) for _, states in parts[: i + 1]) for i in range(len(parts))]
+        spans = [range(end - len(states), end) for end, (_, states) in zip(ends, parts, strict=True)]
         try:
-            merged = merge_batches(ends[-1], list(zip(spans, slices, strict=True)))
-            margins = group[0].decode(prompts, merged, group[0].ratio)
+            merged = merge_batches(ends[-1], [(span, states) for span, (_, states) in zip(spans, parts, strict=True)])
+            margins = group[0].decode([prompt for prompts, _ in parts for prompt in prompts], merged, group[0].ratio)
         except Exception as err:  # told below, to the one that it belongs to
             logger.debug("a pass shared by %d queries failed (%r); running them one by one.", len(group), err)
         else:
             for request, span in zip(group, spans, strict=True):
-                request.take(margins[span.start : span.stop])
+                request.finish_rows(margins[span.start : span.stop])
             return
     for request in group:
         try:
-            one = request.slice()
-            request.take(request.decode([request.prompt] * len(one), one, request.ratio))
+            request.finish_rows(request.decode(*request.next_rows(), request.ratio))
         except Exception as err:
             request.error = err
 
 
-_cancelled: ContextVar[threading.Event | None] = ContextVar("kalm_rag_given_up", default=None)
-_turns: weakref.WeakKeyDictionary[object, DecodeQueue] = weakref.WeakKeyDictionary()
-_turns_lock = threading.Lock()
+_cancelled: ContextVar[threading.Event | None] = ContextVar("kalm_rag_cancelled", default=None)
+_queues: weakref.WeakKeyDictionary[object, DecodeQueue] = weakref.WeakKeyDictionary()
+_queues_lock = threading.Lock()
 
 
 @contextmanager
 def cancel_on_error() -> Iterator[None]:
-    """Wrap an ``await`` on a thread: if it ends by an exception, requests made in there and still waiting are dropped.
+    """Wrap an ``await`` on a thread: if it ends by an exception, what the thread still waits for is dropped.
 
     The thread must run in a copy of this context, as ``asyncio.to_thread`` and LangChain's ``run_in_executor`` see to.
     """
@@ -203,16 +212,27 @@ def cancel_on_error() -> Iterator[None]:
         _cancelled.reset(token)
 
 
+def check_cancelled() -> None:
+    """End long work whose caller gave up.
+
+    Raises:
+        CancelledError: (of `concurrent.futures`) in a thread whose `cancel_on_error` ended by an exception.
+    """
+    flag = _cancelled.get()
+    if flag is not None and flag.is_set():
+        raise CancelledError("the caller gave up before the work was done")
+
+
 def queue_of(model: object) -> DecodeQueue:
     """The line before a model: the same for all engines that share it, gone when it is."""
-    with _turns_lock:
-        return _turns.setdefault(model, DecodeQueue())
+    with _queues_lock:
+        return _queues.setdefault(model, DecodeQueue())
 
 
 def _start_anew() -> None:
     """After a fork, in the child: those who held locks or ran a pass are not there."""
-    global _turns, _turns_lock
-    _turns, _turns_lock = weakref.WeakKeyDictionary(), threading.Lock()
+    global _queues, _queues_lock
+    _queues, _queues_lock = weakref.WeakKeyDictionary(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
+from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.models.backbone import EmbeddingBackbone
@@ -29,8 +30,8 @@ class Embedder(Protocol):
         """Vectors of passages, shape ``(passages, width)``."""
         ...
 
-    def query(self, text: str) -> list[float]:
-        """Vector of a query."""
+    def query(self, text: str | PreparedQuery) -> list[float]:
+        """Vector of a query; one that an engine has prepared may give it for nothing."""
         ...
 
 
@@ -59,9 +60,14 @@ class BundledEmbedder:
         vectors, counts = states.on(backbone.device, torch.float32)
         return backbone.embed_states(vectors, counts).float().cpu().numpy()
 
-    def query(self, text: str) -> list[float]:
-        """Vector of a query, length 384."""
-        return cast("list[float]", cast("EmbeddingBackbone", self._engine.backbone).embed_query(text).tolist())
+    def query(self, text: str | PreparedQuery) -> list[float]:
+        """Vector of a query, length 384; of one that this model has prepared, without reading it again."""
+        backbone = cast("EmbeddingBackbone", self._engine.backbone)
+        vector = None
+        if isinstance(text, PreparedQuery):
+            vector = backbone.embed_prompt(text.prompt) if text.is_of(backbone) else None
+            text = text.query
+        return cast("list[float]", (vector if vector is not None else backbone.embed_query(text)).tolist())
 
 
 class AppEmbedder:
@@ -88,9 +94,10 @@ class AppEmbedder:
             )
         return vectors
 
-    def query(self, text: str) -> list[float]:
-        """Vector of a query."""
-        return cast("list[float]", np.asarray(self._query(text), dtype=np.float32).tolist())
+    def query(self, text: str | PreparedQuery) -> list[float]:
+        """Vector of a query; the app's embedder gets its text."""
+        question = text.query if isinstance(text, PreparedQuery) else text
+        return cast("list[float]", np.asarray(self._query(question), dtype=np.float32).tolist())
 
 
 def wrap_embedder(embedder: object) -> Embedder:

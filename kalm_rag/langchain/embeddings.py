@@ -15,6 +15,8 @@ from kalm_rag.index.lazy_engine import EngineSpec, spec_of
 if TYPE_CHECKING:
     import numpy as np
 
+    from kalm_rag.engine.prepared import PreparedQuery
+
 
 class KaLMEmbeddings(Embeddings):
     """The vectors of pico's encoder (all-MiniLM-L6-v2, 384 wide) for any LangChain vector store; loaded on first use.
@@ -57,7 +59,7 @@ class KaLMEmbeddings(Embeddings):
         """Vectors of passages, shape ``(passages, 384)``; see `kalm_rag.index.embedders.Embedder`."""
         return self.embedder().passages(texts)
 
-    def query(self, text: str) -> list[float]:
+    def query(self, text: str | PreparedQuery) -> list[float]:
         """Vector of a query; see `kalm_rag.index.embedders.Embedder`."""
         return self.embedder().query(text)
 

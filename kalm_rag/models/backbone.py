@@ -177,6 +177,10 @@ class EmbeddingBackbone(Backbone, Protocol):
         """Give the query's retrieval vector: unit length, float32 ``(embedding_size,)`` on the CPU."""
         ...
 
+    def embed_prompt(self, prompt: Any) -> Tensor | None:  # noqa: ANN401 - as `prompt`
+        """Give the vector that `embed_query` gives, of a query that `prompt` has read; None if it read only a part."""
+        ...
+
 
 @runtime_checkable
 class CachingBackbone(Protocol):

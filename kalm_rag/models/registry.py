@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from kalm_rag.checks import check_items
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.models.backbone import Backbone
+from kalm_rag.states import check_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +38,6 @@ CHECKPOINTS = {
     "large": Checkpoint("KaLM-Embedding/KaLM-Reranker-V1-Large-R2", None),
 }
 """Short names of the R2 checkpoints. Their states are not interchangeable with V1's."""
-
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 
 
 @dataclass
@@ -68,19 +62,34 @@ class Lease:
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """Read a device; None means CUDA where there is one, else the CPU.
+    """Read a device into its one normal form, so that two spellings of it share one loaded model.
+
+    ``cpu:0`` is ``cpu``, and ``cuda`` is the CUDA device that torch takes at this moment, usually ``cuda:0``.
+
+    Args:
+        device: A torch device or its name; None means CUDA where there is one, else the CPU.
 
     Raises:
-        InputError: If torch doesn't know the device, or it asks for CUDA where there is none.
+        InputError: If torch doesn't know the device, or it asks for a CUDA device that is not there.
+
+    Example:
+        >>> parse_device("cpu:0")
+        device(type='cpu')
     """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
     try:
-        parsed = torch.device(device)
-    except RuntimeError as err:
+        parsed = torch.device(device if device is not None else "cuda" if cuda else "cpu")
+    except (RuntimeError, TypeError, ValueError) as err:
         raise InputError(f"device is {device!r}; wanted 'cpu', 'cuda' or 'cuda:N'.") from err
-    if parsed.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {device!r}, but this torch sees no CUDA device. Use device='cpu'.")
+    if parsed.type == "cpu":
+        return torch.device("cpu")
+    if parsed.type == "cuda":
+        if not cuda:
+            raise InputError(f"device is {device!r}, but this torch sees no CUDA device. Use device='cpu'.")
+        index = parsed.index if parsed.index is not None else torch.cuda.current_device()
+        if index >= (count := torch.cuda.device_count()):
+            raise InputError(f"device is {device!r}, but this torch sees {count} CUDA devices, numbered from 0.")
+        return torch.device("cuda", index)
     return parsed
 
 
@@ -99,7 +108,7 @@ def parse_devices(devices: str | torch.device | Sequence[str | torch.device] | N
         devices = [name.strip() for name in devices.split(",")]
     elif devices is None or isinstance(devices, torch.device):
         return [parse_device(devices)]
-    parsed = [parse_device(device) for device in devices]
+    parsed = [parse_device(device) for device in check_items(devices, "device", "a device or a list of them")]
     if len({device.type for device in parsed}) != 1:
         raise InputError(f"device is {devices!r}; wanted one device, or several of one kind ('cuda:0,cuda:1').")
     return parsed
@@ -111,14 +120,7 @@ def parse_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     Raises:
         InputError: If it is unknown, or float16, which these models overflow.
     """
-    if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    parsed = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype))
-    if parsed is torch.float16:
-        raise InputError("dtype is float16; these models overflow it (non-finite logits). Use 'bf16' or 'fp32'.")
-    if parsed not in (torch.float32, torch.bfloat16):
-        raise InputError(f"dtype is {dtype!r}; wanted 'fp32' or 'bf16'.")
-    return parsed
+    return check_dtype(dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def acquire(
@@ -143,10 +145,11 @@ def acquire(
 
     Raises:
         ModelError: If the name is unknown, or the checkpoint can't be found, fetched or loaded.
-        InputError: If `revision` is given where it means nothing.
+        InputError: If `revision` is given for pico or a folder, which have none.
         MissingDependencyError: If the model needs a package that is not installed.
     """
-    key = (_identity(name), revision, str(device), str(dtype), decoder_weights, str(compiled))
+    revision = _check_revision(name, revision)
+    key = (str(_find_folder(name) or name), revision, str(device), str(dtype), decoder_weights, str(compiled))
     with _slots_lock:
         slot = _slots.setdefault(key, _Slot())
         slot.users += 1
@@ -168,6 +171,48 @@ def acquire(
     return Lease(backbone, release)
 
 
+def acquire_all(
+    devices: Sequence[torch.device],
+    name: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    decoder_weights: str | None = None,
+    compiled: bool = False,
+) -> tuple[list[Backbone], Callable[[], None]]:
+    """Load a model on several devices, or share what is loaded.
+
+    Args:
+        devices: Where to compute. The first one scores; the others only encode.
+        name: As `acquire`, like the next two.
+        revision: Commit, tag or branch.
+        dtype: float32 or bfloat16.
+        decoder_weights: As `acquire`, for the first device.
+        compiled: Likewise.
+
+    Returns:
+        A backbone per device, in that order, and how to give them all back.
+
+    Raises:
+        ModelError, InputError, MissingDependencyError: As `acquire`; nothing stays loaded then.
+    """
+    with ExitStack() as leases:
+        loaded = []
+        for device in devices:
+            decodes = device == devices[0]
+            lease = acquire(
+                name,
+                revision=revision,
+                device=device,
+                dtype=dtype,
+                decoder_weights=decoder_weights if decodes else None,
+                compiled=compiled and decodes,
+            )
+            leases.callback(lease.release)
+            loaded.append(lease.backbone)
+        return loaded, leases.pop_all().close
+
+
 def _give_back(key: tuple[str | None, ...], slot: _Slot) -> None:
     with _slots_lock:
         slot.users -= 1
@@ -175,8 +220,31 @@ def _give_back(key: tuple[str | None, ...], slot: _Slot) -> None:
             del _slots[key]
 
 
-def _identity(name: str) -> str:
-    return str(Path(name).resolve()) if name not in {PICO, *CHECKPOINTS} and Path(name).is_dir() else name
+def _find_folder(name: str) -> Path | None:
+    """Give the folder that a name means, whole; None if it is a known name or no folder."""
+    if name in {PICO, *CHECKPOINTS}:
+        return None
+    try:
+        folder = Path(name).expanduser()
+        return folder.resolve() if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, without a home, with a NUL byte: no folder either way
+        return None
+
+
+def _check_revision(name: str, revision: str | None) -> str | None:
+    """Refuse a revision where it means nothing; give the pinned one where it is left out, so that both are one model.
+
+    Raises:
+        InputError: If the name is pico's, or a folder's.
+    """
+    if revision is None:
+        return CHECKPOINTS[name].revision if name in CHECKPOINTS else None
+    if not isinstance(revision, str) or not revision:
+        raise InputError(f"revision is {revision!r}; wanted a commit, tag or branch, or None.")
+    if name == PICO or _find_folder(name):
+        what = "'pico', which ships with this package" if name == PICO else f"the folder {name!r}, which is as it is"
+        raise InputError(f"revision {revision!r} was given for {what}; leave it out.")
+    return revision
 
 
 def _load(
@@ -187,27 +255,22 @@ def _load(
     decoder_weights: str | None,
     compiled: bool,
 ) -> Backbone:
-    trained = name not in CHECKPOINTS and (Path(name) / "pico.safetensors").is_file()
-    if (name == PICO or trained) and (decoder_weights is not None or compiled):
-        raise InputError(f"decoder_weights and compiled are for KaLM checkpoints; {name!r} is small. Leave them out.")
-    if name == PICO:
-        if revision is not None:
+    home = _find_folder(name)
+    trained = home is not None and (home / "pico.safetensors").is_file()
+    if name == PICO or trained:
+        if decoder_weights is not None or compiled:
             raise InputError(
-                f"revision {revision!r} was given for 'pico', which ships with this package; leave it out."
+                f"decoder_weights and compiled are for KaLM checkpoints; {name!r} is small. Leave them out."
             )
         from kalm_rag.models.pico.backbone import PicoBackbone  # its encoder is an optional dependency
 
-        return PicoBackbone.load(device=device, dtype=dtype)
-    if trained:
-        from kalm_rag.models.pico.backbone import PicoBackbone
-
-        return PicoBackbone.load(device=device, dtype=dtype, weights=_identity(name))
+        return PicoBackbone.load(device=device, dtype=dtype, weights=home)
     from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone  # transformers' model code is slow to import
 
     folder, commit, weights = find_checkpoint(name, revision)
     return T5Gemma2Backbone.load(
         folder,
-        name=_identity(name),
+        name=str(home or name),
         revision=commit,
         device=device,
         dtype=dtype,
@@ -222,27 +285,27 @@ def find_checkpoint(name: str, revision: str | None = None) -> tuple[Path, str, 
 
     Args:
         name: ``nano``, ``small``, ``large``, a repository id, or a folder.
-        revision: As `acquire` takes it.
+        revision: As `acquire` takes it; the pinned one of a known name where it is None.
 
     Returns:
         Folder, commit (``"local"`` for a folder) and what pins the weights (None for a folder: its files do).
 
     Raises:
+        InputError: If `revision` is given for a folder.
         ModelError: If the name is unknown, or the checkpoint can't be fetched.
     """
-    if name not in CHECKPOINTS and Path(name).is_dir():
-        return Path(name), "local", None
-    checkpoint = CHECKPOINTS.get(name)
-    if checkpoint is None:
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            known = ", ".join([PICO, *CHECKPOINTS])
-            raise ModelError(
-                f"no model named {name!r}, and no such folder. Known names: {known}. "
-                f"A repository id (owner/name) or a folder with a T5Gemma 2 checkpoint works too."
-            )
-        checkpoint = Checkpoint(name, None)
-    folder, commit = _fetch(checkpoint.repository, revision if revision is not None else checkpoint.revision)
-    return folder, commit, f"{checkpoint.repository}@{commit}"
+    revision = _check_revision(name, revision)
+    home = _find_folder(name)
+    if home is not None:
+        return home, "local", None
+    if name not in CHECKPOINTS and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ModelError(
+            f"no model named {name!r:.100}, and no such folder. Known names: {', '.join([PICO, *CHECKPOINTS])}. "
+            f"A repository id (owner/name) or a folder with a T5Gemma 2 checkpoint works too."
+        )
+    repository = CHECKPOINTS[name].repository if name in CHECKPOINTS else name
+    folder, commit = _fetch(repository, revision)
+    return folder, commit, f"{repository}@{commit}"
 
 
 def _fetch(repository: str, revision: str | None) -> tuple[Path, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kalm_rag.states.codec import (
-    DTYPES,
     FORMATS,
     Codec,
     Layout,
@@ -14,6 +13,7 @@ from kalm_rag.states.codec import (
     to_bytes,
     unpack_batch,
 )
+from kalm_rag.states.dtypes import DTYPES, check_dtype, dtype_name
 from kalm_rag.states.passage import PassageStates, StateBatch, batch_states, merge_batches, passage_key
 
 __all__ = [
@@ -24,7 +24,9 @@ __all__ = [
     "PassageStates",
     "StateBatch",
     "batch_states",
+    "check_dtype",
     "check_layout",
+    "dtype_name",
     "merge_batches",
     "pack_states",
     "pack_token_ids",

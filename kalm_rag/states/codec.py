@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kalm_rag.errors import InputError, StateMismatchError, StateShapeError
+from kalm_rag.states.dtypes import DTYPES
 from kalm_rag.states.passage import PassageStates, StateBatch
 
 FORMATS = {False: 1, True: 2}
@@ -26,10 +27,6 @@ FORMATS = {False: 1, True: 2}
 
 MOST_IDS = 1 << 16
 """Token ids that a state can keep are below this."""
-
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-"""Element types that a stored state may have, by the name written on disk."""
 
 
 class Codec(str, Enum):

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from kalm_rag.instructions import DEFAULT_TASK, Instructions
 from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, index_tensor
 from kalm_rag.models.pico.decoder import DecoderConfig, PicoDecoder, Prepared
 from kalm_rag.models.pico.encoder import HIDDEN_SIZE, MAX_TOKENS, MiniLMEncoder
+from kalm_rag.models.t5gemma2.prefix_cache import PrefixCache
+from kalm_rag.states import check_dtype, dtype_name
 
 FORMAT_VERSION = 3
 """Version of the weights folder: ``pico.safetensors`` and ``config.json``."""
@@ -46,10 +47,13 @@ class PicoPrompt:
         query: Prompt-only work of the query.
         extras: For the system text and the task, each if it is there and specific: its prompt-only work and how far
             it is heard (gate, 0 to 1).
+        embedding: The query's retrieval vector, ``(384,)`` on the device; None if the decoder reads less of the query
+            than its vector stands for.
     """
 
     query: Prepared
     extras: tuple[tuple[Prepared, Tensor], ...]
+    embedding: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -58,7 +62,7 @@ class PicoPrompt:
 
 
 class WordCodes:
-    """DecodeQueue token ids into short codes that keep the exact word, which the encoder's last layer blurs.
+    """Turns token ids into short codes that keep the exact word, which the encoder's last layer blurs.
 
     ``code = normalise((word_embedding - centre) @ projection)``: whitened principal components, so that different
     words are near right angles while forms of one word stay close. ``[CLS]``, ``[SEP]``, padding and unknown words
@@ -88,8 +92,10 @@ class WordCodes:
         return cls(embeddings, centre.float(), (vectors[:, -size:] / values[-size:].sqrt()).float())
 
 
-READ_KEPT = 32
-"""Queries and instructions whose encoder states are kept for the next use, the latest (0.4 MB each at most)."""
+CACHE_BYTES = 32 * 1024 * 1024
+"""Most bytes of encoder states of queries and instructions that are kept for their next use, the latest: some 1,500 of
+14 tokens. A search whose vector and decoder are asked apart (a vector store and a reranker of a framework's) then reads
+its query once, however many searches run at a time."""
 
 GATE_THRESHOLD = 0.4
 """Instructions whose gate is below this are taken for generic ("be brief") and leave every score as it is. Specific
@@ -132,8 +138,7 @@ class PicoBackbone:
         self.encoder, self.codes = encoder, codes
         self.decoder = decoder.float().to(self.device).eval().requires_grad_(False)
         self._table = codes.table.to(self.device)
-        # a search reads its query for the vector, then again for the decoder; tasks and system texts come with each
-        self._read = lru_cache(READ_KEPT)(lambda ids: encoder.hidden([ids]))
+        self._cache = PrefixCache(CACHE_BYTES)
         self.info = BackboneInfo(
             family="pico",
             name="pico",
@@ -142,7 +147,7 @@ class PicoBackbone:
             template="[CLS] {passage} [SEP]",
             hidden_size=HIDDEN_SIZE,
             max_passage_tokens=MAX_TOKENS,
-            dtype=str(encoder.model.dtype).removeprefix("torch."),
+            dtype=dtype_name(encoder.model.dtype),
             state_dtype="float16",
             keeps_token_ids=True,
         )
@@ -170,7 +175,7 @@ class PicoBackbone:
             ModelError: If weights are missing, damaged or of another version.
             MissingDependencyError: If the encoder's package is not installed.
         """
-        computing = _check_dtype(dtype)
+        computing = check_dtype(dtype)
         try:
             where = torch.device(device if device is not None else "cpu")
         except RuntimeError as err:
@@ -236,14 +241,17 @@ class PicoBackbone:
         """Read one query and its instructions; the result serves any number of passages."""
         check_text(query, "query")
         parts = self._segments(query, instructions)
-        main = self._prepare(parts[0][1], MAX_QUERY_TOKENS, 0)
+        ids, total_tokens = self.encoder.tokenize([query], MAX_QUERY_TOKENS)[0]
+        read = self._encode_cached(ids)
+        main = self._prepare_read(read, 0)
+        embedding = self._embed(read) if total_tokens <= MAX_QUERY_TOKENS else None
         extras = []
         for _, text in parts[1:]:
             extra = self._prepare(text, MAX_INSTRUCTION_TOKENS, 1)
             gate = self._gate(main, extra)
             if float(gate) >= GATE_THRESHOLD:
                 extras.append((extra, gate))
-        return PicoPrompt(query=main, extras=tuple(extras))
+        return PicoPrompt(query=main, extras=tuple(extras), embedding=embedding)
 
     def preview(self, query: str, instructions: Instructions) -> str:
         """Show the exact text the decoder reads, one segment per line, after its cut.
@@ -325,8 +333,11 @@ class PicoBackbone:
 
     def embed_query(self, query: str) -> Tensor:
         """Give the query's retrieval vector: unit length, float32 ``(384,)`` on the CPU."""
-        hidden, mask, _ = self._read(tuple(self.encoder.tokenize([query])[0][0]))
-        return self.embed_states(hidden.clone(), mask.float())[0].cpu()
+        return self._embed(self._encode_cached(self.encoder.tokenize([query])[0][0])).cpu()
+
+    def embed_prompt(self, prompt: PicoPrompt) -> Tensor | None:
+        """Give the retrieval vector of a prompt's query, if it was read whole; see `EmbeddingBackbone.embed_prompt`."""
+        return prompt.embedding.cpu() if prompt.embedding is not None else None
 
     def _segments(self, query: str, instructions: Instructions) -> list[tuple[str, str]]:
         """Name and text of what is read. The default task and KaLM's judge sentence say nothing to pico."""
@@ -337,15 +348,34 @@ class PicoBackbone:
             parts.append(("task", instructions.task_text))
         return parts
 
-    @torch.inference_mode()
+    def _embed(self, read: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Retrieval vector ``(384,)`` of one text that was read, on the device."""
+        hidden, mask, _ = read
+        return self.embed_states(hidden.clone(), mask.float())[0]
+
     def _prepare(self, text: str, limit: int, segment: int) -> Prepared:
-        hidden, mask, block = self._read(tuple(self.encoder.tokenize([text], limit)[0][0]))
+        return self._prepare_read(self._encode_cached(self.encoder.tokenize([text], limit)[0][0]), segment)
+
+    @torch.inference_mode()
+    def _prepare_read(self, read: tuple[Tensor, Tensor, Tensor], segment: int) -> Prepared:
+        hidden, mask, block = read
         return self.decoder.prepare(hidden.float(), block, self._table[block], mask, segment)
 
     @torch.inference_mode()
     def _gate(self, query: Prepared, extra: Prepared) -> Tensor:
         """How far an instruction is heard beside a query, 0 to 1, ``(1,)``."""
         return self.decoder.gates(query.vector, extra.vector)
+
+    def _encode_cached(self, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what `MiniLMEncoder.hidden` does for one text, from memory where it was read lately."""
+        key = b"".join(number.to_bytes(4, "little") for number in ids)
+        hidden = self._cache.get(key)
+        if hidden is None:
+            hidden, mask, block = self.encoder.hidden([ids])
+            self._cache.put(key, hidden)
+            return hidden, mask, block
+        block = index_tensor(ids, self.device)[None]  # one text has no padding
+        return hidden, torch.ones_like(block, dtype=torch.bool), block
 
     def _codes(self, states: Tensor, counts: Tensor, token_ids: Tensor | None) -> Tensor:
         """Codes of the tokens behind each state, ``(B, N, r, X)``; zero on padding, whatever stands there."""
@@ -396,13 +426,3 @@ def read_weights(folder: Path | str | None = None) -> tuple[dict[str, Tensor], D
         return load_file(path / "pico.safetensors"), DecoderConfig.from_dict(sizes)
     except (SafetensorError, TypeError, AttributeError) as err:
         raise ModelError(f"pico's weights in {path} are damaged ({err}). {advice}") from err
-
-
-def _check_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    computing = names.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if computing is None:
-        return torch.float32
-    if computing not in (torch.float32, torch.bfloat16):
-        raise InputError(f"dtype is {dtype!r}; pico computes in float32 or bfloat16 (its states are float16 anyway).")
-    return computing

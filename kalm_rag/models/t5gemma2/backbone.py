@@ -39,6 +39,7 @@ from kalm_rag.models.t5gemma2.protocol import (
     TextTokens,
 )
 from kalm_rag.models.t5gemma2.text_model import T5Gemma2TextReranker
+from kalm_rag.states import check_dtype, dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +128,7 @@ class T5Gemma2Backbone:
                 together with `compiled`.
             ModelError: If the folder is no T5Gemma 2 checkpoint, or one of its files is missing or can't be used.
         """
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise InputError(f"dtype is {dtype}; T5Gemma 2 overflows float16. Use torch.bfloat16 or torch.float32.")
+        check_dtype(dtype)
         if decoder_weights is not None:
             check_weights(decoder_weights, device)
             if compiled:
@@ -144,8 +144,8 @@ class T5Gemma2Backbone:
             template=PASSAGE_TEMPLATE,
             hidden_size=config.decoder.hidden_size,
             max_passage_tokens=MAX_PASSAGE_TOKENS,
-            dtype=str(dtype).removeprefix("torch."),
-            state_dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
+            state_dtype=dtype_name(dtype),
         )
         return cls(model.to(device), tokens, info, decoder_weights=decoder_weights, compiled=compiled)
 

@@ -93,19 +93,19 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
-def ask(turns: DecodeQueue, decode: Any, prompt: Any, values: Sequence[float], share: int = 4) -> Asked:
+def ask(queue: DecodeQueue, decode: Any, prompt: Any, values: Sequence[float], share: int = 4) -> Asked:
     """Ask in a thread, and come back once the request is in line or being decoded."""
-    line, passes = len(turns._line), len(decode.passes)
-    asked = Asked(lambda: turns.run(Request(decode, prompt, states_of(values), None, share=share)))
+    line, passes = len(queue._line), len(decode.passes)
+    asked = Asked(lambda: queue.run(Request(decode, [prompt] * len(values), states_of(values), None, share=share)))
     asked.start()
-    until(lambda: len(turns._line) > line or len(decode.passes) > passes)
+    until(lambda: len(queue._line) > line or len(decode.passes) > passes)
     return asked
 
 
 def test_those_who_wait_share_the_next_pass_and_get_their_own_margins() -> None:
-    turns, slow = DecodeQueue(), Slow()
-    first = ask(turns, slow, 10, [0.5])
-    others = [ask(turns, slow, p, v) for p, v in ((20, [1.0, 2.0]), (30, [3.0]), (40, [4.0, 5.0]))]
+    queue, slow = DecodeQueue(), Slow()
+    first = ask(queue, slow, 10, [0.5])
+    others = [ask(queue, slow, p, v) for p, v in ((20, [1.0, 2.0]), (30, [3.0]), (40, [4.0, 5.0]))]
     slow.gate.release(9)
     assert first.result() == [10.5]
     assert [o.result() for o in others] == [[21.0, 22.0], [33.0], [44.0, 45.0]]
@@ -121,21 +121,21 @@ def test_a_lone_request_waits_for_nothing() -> None:
         seen.append(threading.get_ident())
         return [0.0] * len(prompts)
 
-    turns = DecodeQueue()
+    queue = DecodeQueue()
     taken = []
     for _ in range(200):
-        request = Request(decode, 1, states_of([1.0]), None, share=4)
+        request = Request(decode, [1], states_of([1.0]), None, share=4)
         started = time.perf_counter()
-        turns.run(request)
+        queue.run(request)
         taken.append(time.perf_counter() - started)
     assert set(seen) == {threading.get_ident()}
     assert statistics.median(taken) < 0.001  # it takes microseconds; a wait would be milliseconds
 
 
 def test_nobody_starves_behind_a_big_request() -> None:
-    turns, slow = DecodeQueue(), Slow()
-    big = ask(turns, slow, 1, list(map(float, range(12))))
-    small = ask(turns, slow, 2, [0.0])
+    queue, slow = DecodeQueue(), Slow()
+    big = ask(queue, slow, 1, list(map(float, range(12))))
+    small = ask(queue, slow, 2, [0.0])
     slow.gate.release(2)
     assert small.result() == [2.0]  # after one slice of the big one, not after all three
     assert slow.passes[:2] == [[1] * 4, [2]]
@@ -146,10 +146,10 @@ def test_nobody_starves_behind_a_big_request() -> None:
 
 
 def test_a_big_request_is_not_starved_by_small_ones() -> None:
-    turns, slow = DecodeQueue(), Slow()
-    running = ask(turns, slow, 0, [0.0])
-    big = ask(turns, slow, 1, list(map(float, range(8))))
-    small = [ask(turns, slow, 10 + i, [0.0]) for i in range(6)]
+    queue, slow = DecodeQueue(), Slow()
+    running = ask(queue, slow, 0, [0.0])
+    big = ask(queue, slow, 1, list(map(float, range(8))))
+    small = [ask(queue, slow, 10 + i, [0.0]) for i in range(6)]
     slow.gate.release(20)
     assert big.result() == [1.0 + i for i in range(8)]
     assert [s.result() for s in (running, *small)] == [[0.0], *([10.0 + i] for i in range(6))]
@@ -158,9 +158,9 @@ def test_a_big_request_is_not_starved_by_small_ones() -> None:
 
 
 def test_an_error_hits_only_its_own_request() -> None:
-    turns, slow = DecodeQueue(), Slow()
-    first = ask(turns, slow, 0, [0.0])
-    good, bad, other = (ask(turns, slow, p, [1.0]) for p in (10, "bad", 20))
+    queue, slow = DecodeQueue(), Slow()
+    first = ask(queue, slow, 0, [0.0])
+    good, bad, other = (ask(queue, slow, p, [1.0]) for p in (10, "bad", 20))
     slow.gate.release(9)
     assert first.result() == [0.0]
     assert good.result() == [11.0]
@@ -168,19 +168,19 @@ def test_an_error_hits_only_its_own_request() -> None:
     with pytest.raises(KalmRagError, match="bad prompt"):
         bad.result()
     slow.gate.release()
-    assert turns.run(Request(slow, 5, states_of([0.0]), None, share=4)) == [5.0]  # the line moves on
+    assert queue.run(Request(slow, [5], states_of([0.0]), None, share=4)) == [5.0]  # the line moves on
 
 
 def test_ctrl_c_in_the_pass_ends_one_request_and_not_the_line() -> None:
-    turns, slow = DecodeQueue(), Slow()
+    queue, slow = DecodeQueue(), Slow()
 
     def interrupted(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
         slow(prompts, states, ratio)
         raise KeyboardInterrupt
 
     interrupted.passes = slow.passes  # type: ignore[attr-defined]
-    first = ask(turns, interrupted, 0, [0.0])
-    waiting = ask(turns, slow, 1, [1.0])
+    first = ask(queue, interrupted, 0, [0.0])
+    waiting = ask(queue, slow, 1, [1.0])
     slow.gate.release(3)
     with pytest.raises(KeyboardInterrupt):
         first.result()
@@ -198,13 +198,13 @@ class CutShort(threading.Event):
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals to threads are POSIX")
 @pytest.mark.parametrize("leads", [False, True])
 def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:
-    turns, slow = DecodeQueue(), Slow()
-    first = ask(turns, slow, 0, [0.0])
+    queue, slow = DecodeQueue(), Slow()
+    first = ask(queue, slow, 0, [0.0])
     later: list[Asked] = []
 
     def interrupt() -> None:
-        until(lambda: turns._line)
-        later.append(ask(turns, slow, 2, [2.0]))
+        until(lambda: queue._line)
+        later.append(ask(queue, slow, 2, [2.0]))
         if leads:
             slow.gate.release()
         else:
@@ -212,26 +212,26 @@ def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:
 
     killer = threading.Thread(target=interrupt)
     killer.start()
-    request = Request(slow, 1, states_of([1.0]), None, share=1)
+    request = Request(slow, [1], states_of([1.0]), None, share=1)
     if leads:
-        request.turn = CutShort()
+        request.woken = CutShort()
     with pytest.raises(KeyboardInterrupt):
-        turns.run(request)
+        queue.run(request)
     killer.join()
     slow.gate.release(9)
     assert first.result() == [0.0]
     assert later[0].result() == [4.0]
     assert slow.passes == [[0], [2]]
-    assert not turns._busy
+    assert queue._leader is None
 
 
 def test_unlike_requests_do_not_share_a_pass() -> None:
-    turns, slow = DecodeQueue(), Slow()
-    first = ask(turns, slow, 0, [0.0])
-    plain = ask(turns, slow, 1, [1.0])
-    other = Asked(lambda: turns.run(Request(slow, 2, states_of([1.0]), 8, share=4)))
+    queue, slow = DecodeQueue(), Slow()
+    first = ask(queue, slow, 0, [0.0])
+    plain = ask(queue, slow, 1, [1.0])
+    other = Asked(lambda: queue.run(Request(slow, [2], states_of([1.0]), 8, share=4)))
     other.start()
-    until(lambda: len(turns._line) == 2)
+    until(lambda: len(queue._line) == 2)
     slow.gate.release(9)
     assert [first.result(), plain.result(), other.result()] == [[0.0], [2.0], [3.0]]
     assert slow.passes == [[0], [1], [2]]
@@ -240,18 +240,18 @@ def test_unlike_requests_do_not_share_a_pass() -> None:
 @contextmanager
 def held(engine: Reranker) -> Iterator[DecodeQueue]:
     """Keep the model busy for as long as the block lasts."""
-    turns, entered, leave = queue_of(engine.backbone), threading.Event(), threading.Event()
+    queue, entered, leave = queue_of(engine.backbone), threading.Event(), threading.Event()
 
     def decode(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
         entered.set()
         assert leave.wait(LONG)
         return [0.0] * len(prompts)
 
-    holder = Asked(lambda: turns.run(Request(decode, None, states_of([0.0]), None, share=1)))
+    holder = Asked(lambda: queue.run(Request(decode, [None], states_of([0.0]), None, share=1)))
     holder.start()
     assert entered.wait(LONG)
     try:
-        yield turns
+        yield queue
     finally:
         leave.set()
         holder.result()
@@ -266,7 +266,7 @@ def test_scores_together_are_those_of_one_by_one(engine: Reranker, monkeypatch: 
     sizes: list[int] = []
     margins = engine._margins
     monkeypatch.setattr(engine, "_margins", lambda p, *rest: (sizes.append(len(p)), margins(p, *rest))[1])
-    with held(engine) as turns:
+    with held(engine) as queue:
         asked = []
         for query, batch, one in zip(QUERIES, batches, told, strict=True):
             asked.append(
@@ -275,7 +275,7 @@ def test_scores_together_are_those_of_one_by_one(engine: Reranker, monkeypatch: 
                 )
             )
             asked[-1].start()
-            until(lambda: len(turns._line) == len(asked))
+            until(lambda: len(queue._line) == len(asked))
     together = [one.result() for one in asked]
     assert sizes == [sum(map(len, batches))]  # all four in one pass
     for ours, theirs in zip(together, alone, strict=True):
@@ -309,11 +309,11 @@ def test_many_threads_score_as_one(engine: Reranker) -> None:
 def test_closing_an_engine_ends_its_waiting_requests_only(tiny: Reranker) -> None:
     states = tiny.encode(PASSAGES)
     other = Reranker(tiny.backbone)
-    with held(tiny) as turns:
+    with held(tiny) as queue:
         asked = [Asked(lambda e=e: [r.margin for r in e.score(QUERIES[0], states)]) for e in (other, tiny)]  # type: ignore[misc]
         for count, one in enumerate(asked, start=1):
             one.start()
-            until(lambda n=count: len(turns._line) == n)  # type: ignore[misc]
+            until(lambda n=count: len(queue._line) == n)  # type: ignore[misc]
         other.close()
     with pytest.raises(ClosedError, match="was closed"):
         asked[0].result()
@@ -321,12 +321,12 @@ def test_closing_an_engine_ends_its_waiting_requests_only(tiny: Reranker) -> Non
 
 
 def test_a_cancelled_task_is_dropped_before_it_is_decoded() -> None:
-    turns, slow = DecodeQueue(), Slow()
+    queue, slow = DecodeQueue(), Slow()
     ended: list[BaseException] = []
 
     def blocking(prompt: int) -> list[float]:
         try:
-            return turns.run(Request(slow, prompt, states_of([1.0]), None, share=4))
+            return queue.run(Request(slow, [prompt], states_of([1.0]), None, share=4))
         except BaseException as err:
             ended.append(err)
             raise
@@ -337,9 +337,9 @@ def test_a_cancelled_task_is_dropped_before_it_is_decoded() -> None:
 
     async def main() -> list[list[float]]:
         tasks = [asyncio.create_task(asking(prompt)) for prompt in (10, 20, 30)]
-        while len(turns._line) < 2:
+        while len(queue._line) < 2:
             await asyncio.sleep(0.001)
-        waiting = turns._line[0].prompt
+        waiting = queue._line[0].prompts[0]
         tasks[(waiting // 10) - 1].cancel()
         with pytest.raises(asyncio.CancelledError):
             await tasks[(waiting // 10) - 1]
@@ -361,9 +361,9 @@ def test_adapters_drop_what_was_cancelled_and_keep_the_loop_free(
     ask_once = {"langchain": _langchain, "llama_index": _llama_index}[adapter](pico)
 
     async def main() -> int:
-        with held(pico) as turns:
+        with held(pico) as queue:
             task = asyncio.create_task(ask_once())
-            while not turns._line:  # the loop turns while the request waits
+            while not queue._line:  # the loop queue while the request waits
                 await asyncio.sleep(0.001)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -407,9 +407,9 @@ def test_a_fork_starts_with_a_free_model(tiny: Reranker) -> None:
     """A child has none of the parent's threads: a line that it inherited would wait for a pass that never ends."""
     if not hasattr(os, "fork"):
         pytest.skip("no fork here")
-    with held(tiny) as turns:
-        assert turns._busy
+    with held(tiny) as queue:
+        assert queue._leader is not None
         child = os.fork()
         if child == 0:
-            os._exit(1 if queue_of(tiny.backbone)._busy else 0)
+            os._exit(1 if queue_of(tiny.backbone)._leader else 0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -87,7 +87,7 @@ def test_a_budget_counts_prompt_and_states(tiny: Reranker) -> None:
     """Long prompts make small batches: KaLM's rows are bounded by decoder tokens, not by how many there are."""
     prompt = tiny.backbone.prompt("which? " * 60, Instructions())
     states = batch_states(tiny.encode(PASSAGES))
-    _, stats = decode_all(tiny.backbone, [prompt] * 9, states, None, 64)
+    _, stats = decode_all(tiny.backbone, [prompt] * 9, states, None)
     assert tiny.backbone.decode_width(prompt, 4) == len(prompt.ids) + 4
     assert stats.passes > 1
     assert stats.padded <= stats.passes * max(tiny.backbone.decode_budget, len(prompt.ids) + states.vectors.shape[1])
