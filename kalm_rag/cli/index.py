@@ -28,7 +28,9 @@ _NOTHING = "{} holds no document; wanted .txt, .md, .rst, .html or .pdf files in
 
 @app.command(rich_help_panel=DAILY)
 def index(
-    folder: Annotated[Path, typer.Argument(help="Folder with .txt, .md, .rst, .html and .pdf files.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder with .txt, .md, .rst, .html and .pdf files.")
+    ],
     db: Database,
     collection: Name = "passages",
     model: Model = None,

@@ -22,9 +22,9 @@ _ADAPT = (
 _BASE = "Weights to go on from: pico's of an earlier stage, or a checkpoint folder, repository id or name (nano)."
 
 
-def _option(text: str) -> Any:  # noqa: ANN401 - typer's own type is private
-    """An option that only a checkpoint as --base reads; None takes the recipe's default, named in brackets."""
-    return typer.Option(help=text, show_default=False, rich_help_panel="With a checkpoint as --base")
+def _option(text: str, default: str) -> Any:  # noqa: ANN401 - typer's own type is private
+    """An option that only a checkpoint as --base reads; None takes the recipe's default."""
+    return typer.Option(help=text, show_default=default, rich_help_panel="With a checkpoint as --base")
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -32,31 +32,41 @@ def train(
     data: Annotated[list[Path], typer.Option(help="Folder of BEIR folders (pico: its card says which); may repeat.")],
     to: Annotated[Path, typer.Option("--out", help="Where the weights go.")],
     seed: Annotated[int, typer.Option(help="Fixes every draw.")] = 0,
-    minutes: Annotated[float | None, typer.Option(help="Stop learning after so many.", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option(help=_BASE, show_default=False)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop learning after so many.", show_default="no limit")] = None,
+    base: Annotated[str | None, typer.Option(help=_BASE, show_default="none: from scratch")] = None,
     stage: Annotated[str, typer.Option(help="general, hard, distil, or all of them one after another.")] = "all",
-    plot: Annotated[Path | None, typer.Option(help="Draw the losses here (svg, png, pdf).", show_default=False)] = None,
-    split: Annotated[str | None, _option("Labelled queries to learn from (train).")] = None,
-    dev_split: Annotated[str | None, _option("Labelled queries to measure on (a held-out tenth of the split).")] = None,
-    steps: Annotated[int | None, _option("Batches per stage (1000).")] = None,
-    lists: Annotated[int | None, _option("Queries per batch (8).")] = None,
-    candidates: Annotated[int | None, _option("Passages per query (8).")] = None,
-    learning_rate: Annotated[float | None, _option("Peak (1e-5; 1e-4 with --lora).")] = None,
-    teacher: Annotated[str | None, _option("Soft labels of stage distil: fusion, self, or a model (fusion).")] = None,
-    lora: Annotated[int | None, _option("Rank of low-rank updates; 0 learns all weights (0).")] = None,
-    accumulate: Annotated[int | None, _option("Parts a batch is computed in: less memory, same result (1).")] = None,
-    checkpointing: Annotated[bool | None, _option("Compute layers twice instead of keeping them.")] = None,
-    max_tokens: Annotated[int | None, _option("Where passages are cut while learning (1024).")] = None,
-    system: Annotated[str | None, _option("System instruction that queries are asked under.")] = None,
-    task: Annotated[str | None, _option("Task that queries are asked under.")] = None,
-    device: Annotated[str | None, _option("cpu, cuda or cuda:N (cuda where there is one).")] = None,
-    dtype: Annotated[str | None, _option("bf16 or fp32 (bf16 on cuda).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the losses here (svg, png, pdf).", show_default="none")
+    ] = None,
+    split: Annotated[str | None, _option("Labelled queries to learn from.", "train")] = None,
+    dev_split: Annotated[
+        str | None, _option("Labelled queries to measure on.", "a held-out tenth of the split")
+    ] = None,
+    steps: Annotated[int | None, _option("Batches per stage.", "1000")] = None,
+    lists: Annotated[int | None, _option("Queries per batch.", "8")] = None,
+    candidates: Annotated[int | None, _option("Passages per query.", "8")] = None,
+    learning_rate: Annotated[float | None, _option("Peak.", "1e-5; 1e-4 with --lora")] = None,
+    teacher: Annotated[str | None, _option("Soft labels of stage distil: fusion, self, or a model.", "fusion")] = None,
+    lora: Annotated[int | None, _option("Rank of low-rank updates; 0 learns all weights.", "0")] = None,
+    accumulate: Annotated[int | None, _option("Parts a batch is computed in: less memory, same result.", "1")] = None,
+    checkpointing: Annotated[bool | None, _option("Compute layers twice instead of keeping them.", "no")] = None,
+    max_tokens: Annotated[int | None, _option("Where passages are cut while learning.", "1024")] = None,
+    system: Annotated[str | None, _option("System instruction that queries are asked under.", "none")] = None,
+    task: Annotated[str | None, _option("Task that queries are asked under.", "none")] = None,
+    device: Annotated[str | None, _option("cpu, cuda or cuda:N.", "cuda where there is one")] = None,
+    dtype: Annotated[str | None, _option("bf16 or fp32.", "bf16 on cuda")] = None,
 ) -> None:
     """Train pico's decoder from scratch (half an hour on 2 cores, 9 GB), or adapt a T5Gemma 2 with --base.
 
-    Both learn in stages. general: labels over candidates of all retrieval ranks. hard: negatives the model finds
-    itself, without those that are likely relevant. distil: soft labels. Each stage gives whole weights, which the next
-    one takes as --base. A checkpoint such as KaLM-Reranker-V1-Nano as --base learns from your own labelled queries.
+    Both learn in stages; each gives whole weights, which the next one takes as --base:
+
+    general: labels over candidates of all retrieval ranks.
+
+    hard: negatives the model finds itself, without those that are likely relevant.
+
+    distil: soft labels.
+
+    A checkpoint such as KaLM-Reranker-V1-Nano as --base learns from your own labelled queries.
     """
     settings = {name: value for name, value in locals().items() if name in _ADAPT and value is not None}
     with errors():

@@ -1,15 +1,43 @@
-"""The commands that keep an index sound: verify, gc. Thin; all work is done by the library."""
+"""The commands that keep an index sound: backfill, verify, gc. Thin; all work is done by the library."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kalm_rag.cli.opening import GOES_ON, Database, Name, open_index
-from kalm_rag.cli.terminal import DAILY, AsJson, Model, errors, out, print_json, shown
+from kalm_rag.cli.terminal import DAILY, AsJson, Model, errors, out, print_json, shown, working
+
+if TYPE_CHECKING:  # torch and Chroma take seconds to import; --help must not
+    from kalm_rag.index.results import BackfillReport
 
 app = typer.Typer()
+
+
+@app.command(rich_help_panel=DAILY)
+def backfill(db: Database, collection: Name = "passages", model: Model = None, as_json: AsJson = False) -> None:
+    """Make the states that a collection lacks, e.g. one that your app filled; its records are left as they are."""
+    with errors(stopped=GOES_ON), open_index(db, collection, model=model, create=False) as opened:
+        with working("encoding what has no states; Ctrl-C is safe ..."):
+            mended = opened.backfill()
+        stats = opened.store.stats()
+        if as_json:
+            print_json(asdict(mended) | {"records": len(opened), "states": stats.states})
+            return
+        out.print(_mended(mended))
+        out.print(
+            f"{len(opened)} records, {stats.states} states of ratio {opened.store.layout.ratio}, "
+            f"{stats.payload_bytes / 1e6:.1f} MB ({stats.disk_bytes / 1e6:.1f} MB on disk)"
+        )
+
+
+def _mended(report: BackfillReport) -> str:
+    return (
+        f"{report.encoded} passages encoded, {report.referenced} references mended, {report.dropped} dropped, "
+        f"{report.discarded} damaged states discarded"
+    )
 
 
 @app.command(rich_help_panel=DAILY)
@@ -31,10 +59,7 @@ def verify(
             )
         else:
             if mended is not None:
-                out.print(
-                    f"repaired: {mended.encoded} passages encoded, {mended.referenced} references mended, "
-                    f"{mended.dropped} dropped, {mended.discarded} damaged states discarded"
-                )
+                out.print(f"repaired: {_mended(mended)}")
             out.print(f"{report.records} records, {len(report.without_text)} without text")
             for name, ids in faults.items():
                 out.print(f"  {name:13} {len(ids)}" + (f"  first: {shown(ids[0])}" if ids else ""))
