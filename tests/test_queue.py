@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import linecache
 import os
+import random
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
+from kalm_rag.engine import queue as queue_module
 from kalm_rag.engine.queue import DecodeQueue, Request, cancel_on_error, queue_of
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, KalmRagError
@@ -413,3 +419,156 @@ def test_a_fork_starts_with_a_free_model(tiny: Reranker) -> None:
         if child == 0:
             os._exit(1 if queue_of(tiny.backbone)._leader else 0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the n-th line that a thread runs in the queue's own code.
+
+    Lines that begin a ``with`` are left out: they run again at its end, where no signal comes before the lock is free.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Interrupter | None:
+        if frame.f_code.co_filename != queue_module.__file__ or frame.f_code.co_name == "__init__":
+            return None
+        if event == "line" and not linecache.getline(queue_module.__file__, frame.f_lineno).strip().startswith("with "):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def test_an_interrupt_at_any_line_loses_nobody_else() -> None:
+    """Ctrl-C between two lines left a request in line without a thread to run it, and all waited for ever."""
+    reached, at = True, 0
+    while reached:
+        at += 1
+        queue, slow = DecodeQueue(), Slow()
+        first = ask(queue, slow, 0, [0.0], share=2)
+        interrupter = Interrupter(at)
+
+        def interrupted(queue: DecodeQueue = queue, slow: Slow = slow, interrupter: Interrupter = interrupter) -> Any:
+            request = Request(slow, [1] * 3, states_of([1.0, 2.0, 3.0]), None, share=2)
+            sys.settrace(interrupter)
+            try:
+                return queue.run(request)
+            finally:
+                sys.settrace(None)
+
+        second = Asked(interrupted)
+        second.start()
+        until(lambda queue=queue, second=second: queue._line or not second.is_alive())  # type: ignore[misc]
+        third = Asked(lambda q=queue, s=slow: q.run(Request(s, [3], states_of([3.0]), None, share=2)))  # type: ignore[misc]
+        third.start()
+        until(lambda queue=queue: any(request.prompts == [3] for request in queue._line))  # type: ignore[misc]
+        slow.gate.release(20)
+        assert first.result() == [0.0]
+        assert third.result() == [6.0], f"lost after an interrupt at line {at}"
+        second.join(LONG)
+        reached = interrupter.left <= 0
+        if reached:
+            with pytest.raises(KeyboardInterrupt):
+                second.result()
+        else:
+            assert second.result() == [2.0, 3.0, 4.0]
+        assert queue._leader is None
+        assert not queue._line
+        assert not queue._group
+    assert at > 40  # so many lines, among them those of a pass and of its end
+
+
+def test_a_storm_of_cancelled_and_failing_requests_leaves_the_rest_right() -> None:
+    """Callers give up before, while and after they wait, others fail, and the queue stays one pass at a time."""
+    queue, most, running = DecodeQueue(), [0], [0]
+    draw = random.Random(0)
+
+    def decode(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        try:
+            if any(prompt < 0 for prompt in prompts):
+                raise KalmRagError("bad prompt")
+            return [p + v for p, v in zip(prompts, states.vectors.flatten().tolist(), strict=True)]
+        finally:
+            running[0] -= 1
+
+    def blocking(prompt: int, size: int) -> list[float]:
+        values = list(map(float, range(size)))
+        return queue.run(Request(decode, [prompt] * size, states_of(values), None, share=4))
+
+    async def asking(prompt: int, size: int) -> list[float]:
+        with cancel_on_error():
+            return await asyncio.get_running_loop().run_in_executor(
+                pool, contextvars.copy_context().run, blocking, prompt, size
+            )
+
+    async def main() -> None:
+        plan = [(draw.randrange(-1, 9) * 100, draw.randrange(1, 12)) for _ in range(600)]
+        tasks = [asyncio.create_task(asking(prompt, size)) for prompt, size in plan]
+        for task in draw.sample(tasks, 300):
+            task.cancel()
+            await asyncio.sleep(0)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        for (prompt, size), result in zip(plan, ended, strict=True):
+            if isinstance(result, BaseException):
+                assert isinstance(result, asyncio.CancelledError) or (prompt < 0 and isinstance(result, KalmRagError))
+            else:
+                assert result == [prompt + value for value in range(size)]
+        assert sum(isinstance(result, list) for result in ended) > 100
+
+    with ThreadPoolExecutor(64) as pool:
+        asyncio.run(asyncio.wait_for(main(), LONG))
+    assert most == [1]
+    assert (queue._leader, list(queue._line), queue._group) == (None, [], [])
+
+
+def test_whatever_decodes_waits_its_turn(engine: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`predict` and `explain` went past the queue: four threads ran four passes of the decoder at a time."""
+    backbone, states, decoded = engine.backbone, engine.encode(PASSAGES), []
+    pairs = [(query, text) for query in QUERIES[:2] for text in PASSAGES[:3]]
+    calls = [
+        lambda: engine.predict(pairs).tolist(),
+        lambda: engine.predict(pairs, batch_size=2).tolist(),
+        lambda: [engine.explain(QUERIES[0], PASSAGES[0]).margin],
+        lambda: [r.margin for r in engine.score(QUERIES[0], states)],
+    ]
+    want = [call() for call in calls]
+    for name in ("decode", "attend"):
+        plain = getattr(backbone, name)
+        monkeypatch.setattr(backbone, name, lambda *given, plain=plain: (decoded.append(1), plain(*given))[1])
+    with held(engine) as queue:
+        asked = [Asked(call) for call in calls]
+        for one in asked:
+            one.start()
+        until(lambda: decoded or len(queue._line) == len(asked))
+        assert not decoded, "something decodes while the model is busy"
+    for one, margins in zip(asked, want, strict=True):
+        assert one.result() == pytest.approx(margins, abs=1e-5)
+
+
+def test_a_requests_rows_keep_their_own_prompts() -> None:
+    queue, sizes = DecodeQueue(), []
+
+    def decode(prompts: Sequence[Any], states: StateBatch, ratio: int | None) -> list[float]:
+        sizes.append(len(prompts))
+        return [p + v for p, v in zip(prompts, states.vectors.flatten().tolist(), strict=True)]
+
+    prompts = [100, 200, 100, 300, 200]
+    request = Request(decode, prompts, states_of([0.0, 1.0, 2.0, 3.0, 4.0]), None, share=2)
+    assert queue.run(request) == [100.0, 201.0, 102.0, 303.0, 204.0]
+    assert sizes == [2, 2, 1]
+
+
+def test_what_runs_alone_shares_no_pass() -> None:
+    queue, slow, own = DecodeQueue(), Slow(), Slow()
+    first = ask(queue, slow, 0, [0.0])
+    alone = Asked(lambda: queue.run(Request(own, [1], states_of([1.0]), None, share=4, alone=True)))
+    alone.start()
+    until(lambda: len(queue._line) == 1)
+    last = ask(queue, slow, 2, [2.0])
+    slow.gate.release(9)
+    own.gate.release(9)
+    assert [first.result(), alone.result(), last.result()] == [[0.0], [2.0], [4.0]]
+    assert (slow.passes, own.passes) == ([[0], [2]], [[1]])

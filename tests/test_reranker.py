@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from kalm_rag.engine.decoder_pass import cut_batches
+from kalm_rag.engine.explanation import Explanation
 from kalm_rag.engine.relevance import Ranked, Relevance, rank_relevances
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, InputError, ModelError, StateMismatchError
@@ -508,3 +510,19 @@ def test_an_engine_says_what_it_is(tiny_folder: Path, pico: Reranker) -> None:
     engine.close()
     assert repr(engine) == "Reranker(closed)"
     assert repr(pico.prepare("bees?", "Find insects.")).startswith("PreparedQuery(query='bees?', instructions=")
+
+
+def test_results_say_what_they_are(pico: Reranker) -> None:
+    """States printed their tensors, and a list of results digits that no one reads."""
+    short, long = pico.encode(["Bees make honey.", "word " * 1000])
+    assert repr(short) == "PassageStates(6 tokens, 2 states x 384 float16, ratio=4)"
+    assert repr(long) == "PassageStates(256 of 1002 tokens, 64 states x 384 float16, ratio=4)"
+    assert repr(batch_states([short, long])) == "StateBatch(2 passages, up to 64 states x 384 float16, ratio=4)"
+    assert repr(Relevance(2.0, 0.880797)) == "Relevance(margin=2.0000, probability=0.8808)"
+    assert repr(Ranked(3, -1.5, 0.18242)) == "Ranked(index=3, margin=-1.5000, probability=0.1824)"
+    told = repr(pico.explain("What do bees make?", "Bees make honey."))
+    assert re.fullmatch(
+        r"Explanation\(query='What do bees make\?', probability=0\.\d{4}, looked at: '.*' 0\.\d\d.*\)", told
+    )
+    nothing = Explanation(query="q", passage="", spans=[], margin=0, probability=0.5)
+    assert repr(nothing) == "Explanation(query='q', probability=0.5000, looked at: nothing)"

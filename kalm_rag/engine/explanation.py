@@ -77,6 +77,12 @@ class Explanation:
             open_until, at = marked, span.end
         return "".join(parts) + ("]]" if open_until else "") + self.passage[at:]
 
+    def __repr__(self) -> str:
+        best = ", ".join(f"{text!r} {share:.2f}" for text, share in self.top())
+        return (
+            f"Explanation(query={self.query!r:.60}, probability={self.probability:.4f}, looked at: {best or 'nothing'})"
+        )
+
     def _repr_html_(self) -> str:
         return self.to_html()
 

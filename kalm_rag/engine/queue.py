@@ -107,7 +107,8 @@ class DecodeQueue:
                 request.woken.clear()
                 if request.done:
                     break
-                self._run_pass()
+                if self._leader is request:
+                    self._run_pass()
         except BaseException as err:  # Ctrl-C, at any line: nobody behind must wait for who is gone
             with self._lock:
                 request.error = err
@@ -115,6 +116,8 @@ class DecodeQueue:
                     self._line.remove(request)
                 if self._leader is request:
                     self._end_pass()
+                elif self._leader is not None:  # it may have been chosen and not woken yet; waking it twice is fine
+                    self._leader.woken.set()
             raise
         if request.error is not None:
             raise request.error
@@ -123,15 +126,18 @@ class DecodeQueue:
     def _run_pass(self) -> None:
         """Decode what is next in line, then hand over."""
         with self._lock:
-            self._group = self._next_group()
+            self._take_group()
         try:
             _decode(self._group)
         finally:
             with self._lock:
                 self._end_pass()
 
-    def _next_group(self) -> list[Request]:
-        """Take from the line what shares the next pass; those whose callers gave up leave it undecoded."""
+    def _take_group(self) -> None:
+        """Take from the line what shares the next pass; those whose callers gave up leave it undecoded.
+
+        Needs the lock. An interrupt at any line leaves each request in the group, in the line or in both, never lost.
+        """
         group: list[Request] = []
         line: deque[Request] = deque()
         room = 0
@@ -148,15 +154,15 @@ class DecodeQueue:
                 room -= size
             else:
                 line.append(request)
+        self._group = group
         self._line = line
-        return group
 
     def _end_pass(self) -> None:
         """Wake the callers of what is done, put the rest back in line, let the first one lead. Needs the lock."""
         for request in self._group:
             if request.done:
                 request.woken.set()
-            else:
+            elif request not in self._line:
                 self._line.append(request)
         self._group = []
         self._wake_first()

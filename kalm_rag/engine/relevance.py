@@ -19,14 +19,26 @@ class Relevance:
     margin: float
     probability: float
 
+    def __repr__(self) -> str:
+        return f"Relevance(margin={self.margin:.4f}, probability={self.probability:.4f})"
+
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """One passage of a ranking: its position in the input, and its relevance."""
+    """One passage of a ranking.
+
+    Attributes:
+        index: Its position in the input.
+        margin: logit(yes) - logit(no); higher is more relevant.
+        probability: P(yes) = sigmoid(margin), in [0, 1].
+    """
 
     index: int
     margin: float
     probability: float
+
+    def __repr__(self) -> str:
+        return f"Ranked(index={self.index}, margin={self.margin:.4f}, probability={self.probability:.4f})"
 
 
 def probability_of(margin: float) -> float:

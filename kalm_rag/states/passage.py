@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kalm_rag.errors import InputError, StateMismatchError, StateShapeError
+from kalm_rag.states.dtypes import dtype_name
 from kalm_rag.states.pooling import group_counts, group_ids, mean_groups, repool_factor
 
 
@@ -53,6 +54,12 @@ class PassageStates:
                 f"states with Reranker.encode."
             )
 
+    def __repr__(self) -> str:
+        count, width = self.vectors.shape
+        read = f"{self.tokens} of {self.total_tokens}" if self.truncated else self.tokens
+        size = f"{count} states x {width} {dtype_name(self.vectors.dtype)}"
+        return f"PassageStates({read} tokens, {size}, ratio={self.ratio})"
+
     @property
     def truncated(self) -> bool:
         """Whether the passage was longer than the model reads."""
@@ -83,6 +90,11 @@ class StateBatch:
 
     def __len__(self) -> int:
         return int(self.vectors.shape[0])
+
+    def __repr__(self) -> str:
+        count, most, width = self.vectors.shape
+        size = f"up to {most} states x {width} {dtype_name(self.vectors.dtype)}"
+        return f"StateBatch({count} passages, {size}, ratio={self.ratio})"
 
     @property
     def lengths(self) -> Tensor:
