@@ -27,11 +27,14 @@ from kalm_rag.states.pooling import mean_groups
 pytest.importorskip("bm25s", reason="candidate lists need BM25 (extra 'eval')")
 
 from kalm_rag.training.adapt import adapt
+from kalm_rag.training.batches import Batch
 from kalm_rag.training.checkpoint import save_checkpoint
+from kalm_rag.training.config import AdaptConfig
 from kalm_rag.training.learner import Learner
-from kalm_rag.training.lists import DEV_DEPTH, TextLists, bundled_retriever, load_lists
+from kalm_rag.training.lists import DEV_DEPTH, CandidateLists, bundled_retriever, load_lists
+from kalm_rag.training.losses import mean_ndcg
 from kalm_rag.training.mining import margins_of, mine
-from kalm_rag.training.stages import AdaptConfig, AdaptReport
+from kalm_rag.training.report import TrainReport
 
 RATIOS = (1, 2, 4, 8, 16, 32)
 STEER = Instructions(system="?", task="?", system_mode="replace")  # short prompts: the tiny tokenizer reads bytes
@@ -83,14 +86,14 @@ def config(**changes: object) -> AdaptConfig:
 
 
 @pytest.fixture(scope="module")
-def learnt(toy, base, tmp_path_factory) -> AdaptReport:
+def learnt(toy, base, tmp_path_factory) -> TrainReport:
     out = tmp_path_factory.mktemp("out") / "adapted"
     (report,) = adapt(base, toy, out, config=config(steps=60, lists=4, snapshots=3, dev_queries=4), device="cpu")
     return report
 
 
 @pytest.fixture
-def lists(toy) -> TextLists:
+def lists(toy) -> CandidateLists:
     used, _ = load_lists(toy, dev_split="dev", instructions=STEER)
     return used[0]
 
@@ -148,8 +151,6 @@ def test_result_is_the_whole_checkpoint_for_transformers_too(learnt, base):
 def test_loaded_result_scores_as_it_was_measured_and_has_its_own_states(learnt, base, toy):
     _, held = load_lists(toy, dev_split="dev", dev_queries=4, instructions=STEER)
     with Reranker.from_pretrained(str(learnt.folder), device="cpu", ratio=1) as engine:
-        from kalm_rag.training.dev import mean_ndcg
-
         found = margins_of(engine, held[0], RATIOS, what="again")
         assert [mean_ndcg(found[r], held[0].gold, held[0].relevant) for r in RATIOS] == [r.after for r in learnt.dev]
         good = engine.predict(
@@ -167,7 +168,7 @@ def test_training_path_is_the_scoring_path(base, lists, tmp_path):
     learner.run(None, lambda step: None)
     columns = [0, 3, 5]
     for ratio in RATIOS:
-        trained = learner._margins(lists, [2, 4], [columns, columns], ratio).detach()
+        trained = learner.margins(Batch(lists=lists, rows=[2, 4], picks=[columns, columns]), ratio).detach()
         (folder := tmp_path / str(ratio)).mkdir()
         save_checkpoint(base, folder, backbone.model.state_dict())
         with Reranker.from_pretrained(str(folder), device="cpu", ratio=ratio) as engine:
@@ -254,7 +255,7 @@ def test_low_rank_updates_are_folded_in(base, toy, tmp_path):
 def test_average_is_the_mean_of_the_late_checkpoints(base, lists):
     backbone, seen = load(base), []
     learner = Learner(backbone, [lists], None, config(steps=4, snapshots=2), bf16=False)
-    learner._solver.register_step_post_hook(
+    learner.solver.optimiser.register_step_post_hook(
         lambda *_: seen.append(backbone.model.model.decoder.norm.weight.detach().clone())
     )
     learner.run(None, lambda step: None)
@@ -277,7 +278,7 @@ def test_bfloat16_and_shards_are_kept_and_figures_are_of_what_is_saved(toy, tmp_
 
 def test_denoising_by_hand():
     passages = ["the red fox", "the red fox runs", "the Red, fox!", "a blue whale", "a green frog", "a grey cat"]
-    lists = TextLists(
+    lists = CandidateLists(
         name="hand",
         passages=passages,
         queries=["fox"],
@@ -306,7 +307,7 @@ def test_dropped_candidates_are_never_drawn_and_hard_ones_are(base, lists):
     assert mined[0].hard == negatives[:3] + negatives[4:]
     mined[0] = dataclasses.replace(mined[0], hard=negatives[:2])
     learner = Learner(load(base), [lists], [mined], config(candidates=8), bf16=False)
-    draws = [learner._draw(0, 0) for _ in range(40)]
+    draws = [learner.batches.columns(0, 0) for _ in range(40)]
     assert all(len(one) == 8 for one in draws)
     assert negatives[3] not in {column for one in draws for column in one}
     assert all(set(negatives[:2]) <= set(one) for one in draws)
@@ -424,7 +425,7 @@ def test_command_line(base, toy, tmp_path):
     assert json.loads((tmp_path / "out" / "train.json").read_text())["settings"]["instructions"]["task"] == "?"
     run = CliRunner().invoke(app, ["train", "--data", str(toy), "--out", str(tmp_path / "x"), "--stage", "hard"])
     assert run.exit_code == 1
-    assert "Pass their folder as base" in " ".join(run.output.split())
+    assert "stage given for pico, whose recipe has its own" in " ".join(run.output.split())
     run = CliRunner().invoke(app, ["train", "--data", str(toy), "--out", str(tmp_path / "x"), "--lora", "4"])
     assert run.exit_code == 1
     assert "lora given for pico" in " ".join(run.output.split())

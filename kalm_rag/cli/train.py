@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,13 +14,16 @@ from kalm_rag.cli.terminal import TRAINING, errors, out, shown
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
 
+if TYPE_CHECKING:  # torch takes seconds to import; --help must not
+    from kalm_rag.training.report import TrainReport
+
 app = typer.Typer()
 
 _ADAPT = (
-    *("split", "dev_split", "steps", "lists", "candidates", "learning_rate", "teacher", "lora", "accumulate"),
+    *("stage", "split", "dev_split", "steps", "lists", "candidates", "learning_rate", "teacher", "lora", "accumulate"),
     *("checkpointing", "max_tokens", "system", "task", "device", "dtype"),
 )
-_BASE = "Weights to go on from: pico's of an earlier stage, or a checkpoint folder, repository id or name (nano)."
+_BASE = "Checkpoint to adapt: a folder (of an earlier stage too), a repository id or a name (nano)."
 
 
 def _option(text: str, default: str) -> Any:  # noqa: ANN401 - typer's own type is private
@@ -34,10 +38,10 @@ def train(
     seed: Annotated[int, typer.Option(help="Fixes every draw.")] = 0,
     minutes: Annotated[float | None, typer.Option(help="Stop learning after so many.", show_default="no limit")] = None,
     base: Annotated[str | None, typer.Option(help=_BASE, show_default="none: from scratch")] = None,
-    stage: Annotated[str, typer.Option(help="general, hard, distil, or all of them one after another.")] = "all",
     plot: Annotated[
         Path | None, typer.Option(help="Draw the losses here (svg, png, pdf).", show_default="none")
     ] = None,
+    stage: Annotated[str | None, _option("general, hard, distil, or all of them one after another.", "all")] = None,
     split: Annotated[str | None, _option("Labelled queries to learn from.", "train")] = None,
     dev_split: Annotated[
         str | None, _option("Labelled queries to measure on.", "a held-out tenth of the split")
@@ -58,15 +62,14 @@ def train(
 ) -> None:
     """Train pico's decoder from scratch (half an hour on 2 cores, 9 GB), or adapt a T5Gemma 2 with --base.
 
-    Both learn in stages; each gives whole weights, which the next one takes as --base:
+    A checkpoint such as KaLM-Reranker-V1-Nano as --base learns from your own labelled queries, in stages; each gives a
+    whole checkpoint, which the next one takes as --base:
 
     general: labels over candidates of all retrieval ranks.
 
     hard: negatives the model finds itself, without those that are likely relevant.
 
     distil: soft labels.
-
-    A checkpoint such as KaLM-Reranker-V1-Nano as --base learns from your own labelled queries.
     """
     settings = {name: value for name, value in locals().items() if name in _ADAPT and value is not None}
     with errors():
@@ -75,66 +78,49 @@ def train(
             from kalm_rag.evaluation.plots import check_plot
 
             check_plot(plot)  # before the work, not after it
-        if base is None or (Path(base) / "pico.safetensors").is_file():
-            if settings:
-                raise InputError(f"{', '.join(settings)} given for pico, whose recipe has its own.")
-            losses = _train_pico(data, to, seed=seed, stage=stage, base=base, minutes=minutes)
-        elif len(data) > 1:
+        if base is None and settings:
+            raise InputError(f"{', '.join(settings)} given for pico, whose recipe has its own.")
+        if base is not None and len(data) > 1:
             raise InputError(f"--data was given {len(data)} times; with a checkpoint as --base, wanted one folder.")
+        if base is None:
+            from kalm_rag.training.pico import train as train_pico
+
+            reports = [train_pico(data, to, seed=seed, minutes=minutes)]
         else:
-            losses = _adapt(base, data[0], to, settings | {"seed": seed, "stage": stage}, minutes=minutes)
+            reports = _adapt(base, data[0], to, settings | {"seed": seed}, minutes=minutes)
+        _print_reports(reports)
         if plot is not None:
             from kalm_rag.training.plot import draw_losses
 
-            draw_losses(losses, plot)
+            draw_losses({report.stage: report.losses for report in reports}, plot)
             out.print(f"losses drawn in {shown(str(plot))}", soft_wrap=True)
 
 
-def _train_pico(
-    data: list[Path], to: Path, *, seed: int, stage: str, base: str | None, minutes: float | None
-) -> dict[str, list[float]]:
-    """Train, show the figures on held-out queries, give the losses by stage."""
-    from kalm_rag.training.recipe import train as run
-
-    start = None if base is None else Path(base)
-    report = run(data, to, seed=seed, stage=stage, base=start, minutes=minutes)
-    table = Table("held out, nDCG@10", "ratio", "retrieval", "BM25 + retrieval", "reranked")
-    for score in report.dev:
-        figures = [f"{value:.4f}" for value in (score.retrieval, score.fusion, score.reranked)]
-        table.add_row(score.name, str(score.ratio), *figures)
-    out.print(table)
-    out.print(
-        f"{report.steps} steps in {report.seconds['total']:.0f} s; weights in {shown(str(report.folder))}",
-        soft_wrap=True,
-    )
-    return report.losses
-
-
-def _adapt(
-    base: str, data: Path, to: Path, settings: dict[str, Any], *, minutes: float | None
-) -> dict[str, list[float]]:
-    """Adapt a checkpoint, show its figures on held-out queries, give the losses by stage."""
+def _adapt(base: str, data: Path, to: Path, settings: dict[str, Any], *, minutes: float | None) -> list[TrainReport]:
     from transformers.utils import logging as transformers_logging
 
     from kalm_rag.training.adapt import adapt
-    from kalm_rag.training.stages import AdaptConfig
+    from kalm_rag.training.config import AdaptConfig
 
     transformers_logging.disable_progress_bar()
     steer = Instructions(system=settings.pop("system", None), task=settings.pop("task", None))
     device, dtype = settings.pop("device", None), settings.pop("dtype", None)
     config = AdaptConfig(**settings, instructions=steer)
-    reports = adapt(base, data, to, config=config, minutes=minutes, device=device, dtype=dtype)
-    table = Table("stage", "held out, nDCG@10", "ratio", "queries", "retrieval", "before", "after")
+    return adapt(base, data, to, config=config, minutes=minutes, device=device, dtype=dtype)
+
+
+def _print_reports(reports: Sequence[TrainReport]) -> None:
+    """Figures on held-out queries before and after each stage."""
+    table = Table("stage", "held out, nDCG@10", "ratio", "queries", "retrieval", "BM25 + retrieval", "before", "after")
     for report in reports:
         for row in report.dev:
-            figures = [f"{value:.4f}" for value in (row.retrieval, row.before, row.after)]
+            figures = [f"{value:.4f}" for value in (row.retrieval, row.fusion, row.before, row.after)]
             table.add_row(report.stage, shown(row.name), str(row.ratio), str(row.queries), *figures)
     out.print(table)
     if fell := sum(len(report.fell) for report in reports):
-        out.print(f"[yellow]{fell} of these figures fell[/yellow]: look at them before you use the checkpoint")
+        out.print(f"[yellow]{fell} of these figures fell[/yellow]: look at them before you use the weights")
     for report in reports:
         out.print(
             f"{report.stage}: {report.steps} steps, {sum(report.seconds.values()):.0f} s; {shown(str(report.folder))}",
             soft_wrap=True,
         )
-    return {report.stage: report.losses for report in reports}

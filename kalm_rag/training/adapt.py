@@ -10,9 +10,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,18 @@ from torch import Tensor
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, KalmRagError
 from kalm_rag.evaluation.fusion import fuse
+from kalm_rag.index.results import Timings
 from kalm_rag.models.registry import PICO, find_checkpoint, parse_device, parse_dtype
 from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
 from kalm_rag.models.t5gemma2.checkpoint import read_config
+from kalm_rag.training.batches import Mined
 from kalm_rag.training.checkpoint import REPORT, check_out, save_checkpoint, stored_dtypes, whole_folder
-from kalm_rag.training.dev import mean_ndcg
+from kalm_rag.training.config import FUSION, OWN, AdaptConfig, Stage
 from kalm_rag.training.learner import Learner
-from kalm_rag.training.lists import TextLists, bundled_retriever, load_lists
+from kalm_rag.training.lists import CandidateLists, bundled_retriever, load_lists
 from kalm_rag.training.losses import calibrate
-from kalm_rag.training.mining import Mined, margins_of, mine
-from kalm_rag.training.stages import FUSION, OWN, AdaptConfig, AdaptReport, DevRow, Stage, peak_memory
+from kalm_rag.training.mining import margins_of, mine
+from kalm_rag.training.report import DevRow, TrainReport, measure, peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def adapt(
     minutes: float | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-) -> list[AdaptReport]:
+) -> list[TrainReport]:
     """Train a T5Gemma 2 checkpoint on labelled queries.
 
     Args:
@@ -61,7 +62,7 @@ def adapt(
             float32 either way.
 
     Returns:
-        One report a stage.
+        One report per stage.
 
     Raises:
         InputError: If the data has no labelled queries, `out` holds something, or an argument is out of range.
@@ -75,25 +76,25 @@ def adapt(
     stages = [Stage.GENERAL, Stage.HARD, Stage.DISTIL] if config.stage is Stage.ALL else [Stage(config.stage)]
     out = Path(out).absolute()
     outs = [check_out(out if one is stages[-1] else out.with_name(f"{out.name}.{one.value}")) for one in stages]
-    if base == PICO:
-        raise InputError("base is 'pico', which is no T5Gemma 2. Leave base out to train pico.")
+    if base == PICO or (Path(base) / "pico.safetensors").is_file():
+        raise InputError(f"base is {str(base)!r}, which is no T5Gemma 2. Leave base out to train pico, from scratch.")
     folder = find_checkpoint(str(base))[0]
     read_config(folder)  # a bad base fails before the data is read
-    began = time.perf_counter()
-    dense = bundled_retriever(where)
-    learnt, held = load_lists(
-        data,
-        split=config.split,
-        dev_split=config.dev_split,
-        dev_queries=config.dev_queries,
-        queries=config.steps * config.lists,
-        instructions=config.instructions,
-        dense=dense,
-        seed=config.seed,
-    )
-    if dense is not None:
-        dense.close()
-    seconds = {"read": time.perf_counter() - began}
+    timings = Timings()
+    with timings.stage("read"), ExitStack() as stack:
+        if (dense := bundled_retriever(where)) is not None:
+            stack.enter_context(dense)
+        learnt, held = load_lists(
+            data,
+            split=config.split,
+            dev_split=config.dev_split,
+            dev_queries=config.dev_queries,
+            queries=config.steps * config.lists,
+            instructions=config.instructions,
+            dense=dense,
+            seed=config.seed,
+        )
+    seconds = timings.seconds
     reports = []
     for stage, target in zip(stages, outs, strict=True):
         run = _Run(folder, replace(config, stage=stage), where, bf16)
@@ -121,27 +122,27 @@ class _Run:
 
     def train(
         self,
-        learnt: Sequence[TextLists],
-        held: Sequence[TextLists],
+        learnt: Sequence[CandidateLists],
+        held: Sequence[CandidateLists],
         out: Path,
         limit: float | None,
         seconds: dict[str, float],
-    ) -> AdaptReport:
+    ) -> TrainReport:
         """Measure, prepare, learn, measure again, save."""
-        config, clock = self.config, _Clock(seconds)
-        before, _ = self._measure(held, config.ratios)
-        clock.lap("measure")
+        config, timings = self.config, Timings(seconds=dict(seconds))
+        with timings.stage("measure"):
+            before, _ = self._measure(held, config.ratios)
         for row in before:
             logger.info("before: %s r=%d nDCG@10 %.4f (retrieval %.4f)", row.name, row.ratio, row.after, row.retrieval)
-        mined = self._mine(learnt) if config.stage is Stage.HARD else None
-        learnt = self._teach(learnt) if config.stage is Stage.DISTIL else learnt
-        clock.lap("prepare")
-        losses, curve = self._learn(learnt, held, mined, limit)
-        self._round()
-        clock.lap("learn")
-        after, margins = self._measure_learnt(held, config.ratios, len(losses))
-        clock.lap("measure")
-        report = AdaptReport(
+        with timings.stage("prepare"):
+            mined = self._mine(learnt) if config.stage is Stage.HARD else None
+            learnt = self._teach(learnt) if config.stage is Stage.DISTIL else learnt
+        with timings.stage("learn"):
+            losses, curve = self._learn(learnt, held, mined, limit)
+            self._round()
+        with timings.stage("measure"):
+            after, margins = self._measure_learnt(held, config.ratios, len(losses))
+        report = TrainReport(
             folder=out,
             base=str(self.base),
             stage=Stage(config.stage).value,
@@ -151,7 +152,7 @@ class _Run:
             curve=curve,
             calibration=calibrate(margins, torch.cat([one.gold.flatten() for one in held])),
             mined=_counts(mined),
-            seconds=clock.seconds,
+            seconds=timings.seconds,
             peak_bytes=peak_memory(self.device),
             settings={**asdict(config), "device": str(self.device), "bf16": self.bf16},
         )
@@ -164,25 +165,15 @@ class _Run:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def _measure(self, held: Sequence[TextLists], ratios: Sequence[int]) -> tuple[list[DevRow], Tensor]:
-        """Figures (in `after`) at each ratio, and all margins at the ratio of states that is used by default."""
+    def _measure(self, held: Sequence[CandidateLists], ratios: Sequence[int]) -> tuple[list[DevRow], Tensor]:
+        """Figures at each ratio, and all margins at the ratio that states have by default."""
         self.backbone.model.eval()
-        rows, kept = [], []
-        for lists in held:
-            with self._autocast():
-                found = margins_of(self.engine, lists, ratios, what=f"measure {lists.name}")
-            width = lists.gold.shape[1]
-            own = mean_ndcg(-torch.arange(width).expand(len(lists.queries), -1).float(), lists.gold, lists.relevant)
-            for ratio, margins in found.items():
-                score = mean_ndcg(margins, lists.gold, lists.relevant)
-                rows.append(
-                    DevRow(name=lists.name, ratio=ratio, queries=len(margins), retrieval=own, before=score, after=score)
-                )
-            kept.append(found[self.config.usual_ratio].flatten())
-        return rows, torch.cat(kept)
+        with self._autocast():
+            rows, margins = measure(self.engine, held, ratios)
+        return rows, torch.cat([one[self.config.usual_ratio].flatten() for one in margins])
 
     def _measure_learnt(
-        self, held: Sequence[TextLists], ratios: Sequence[int], steps: int
+        self, held: Sequence[CandidateLists], ratios: Sequence[int], steps: int
     ) -> tuple[list[DevRow], Tensor]:
         try:
             return self._measure(held, ratios)
@@ -192,7 +183,7 @@ class _Run:
                 f"learning rate ({self.config.peak})."
             ) from err
 
-    def _mine(self, learnt: Sequence[TextLists]) -> list[list[Mined]]:
+    def _mine(self, learnt: Sequence[CandidateLists]) -> list[list[Mined]]:
         """Hard negatives of as many lists as are met about twice, at the ratio that is used by default."""
         share = -(-self.config.steps * self.config.lists // (2 * len(learnt)))
         mined = []
@@ -203,7 +194,7 @@ class _Run:
             mined.append(mine(lists, margins, self.config.slack))
         return mined
 
-    def _teach(self, learnt: Sequence[TextLists]) -> Sequence[TextLists]:
+    def _teach(self, learnt: Sequence[CandidateLists]) -> Sequence[CandidateLists]:
         """Lists with the chosen teacher's soft labels."""
         name = self.config.teacher
         if name == FUSION:
@@ -220,8 +211,8 @@ class _Run:
 
     def _learn(
         self,
-        learnt: Sequence[TextLists],
-        held: Sequence[TextLists],
+        learnt: Sequence[CandidateLists],
+        held: Sequence[CandidateLists],
         mined: Sequence[Sequence[Mined]] | None,
         limit: float | None,
     ) -> tuple[list[float], dict[int, float]]:
@@ -240,18 +231,6 @@ class _Run:
         with torch.no_grad():
             for name, parameter in self.backbone.model.named_parameters():
                 parameter.copy_(parameter.to(dtype_of(name) or parameter.dtype))
-
-
-class _Clock:
-    """Seconds by part."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self._last = dict(seconds), time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
-        self._last = now
 
 
 def _counts(mined: Sequence[Sequence[Mined]] | None) -> dict[str, int]:

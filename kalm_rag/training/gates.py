@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kalm_rag.models.pico.backbone import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoBackbone
-from kalm_rag.training.data import Lists, read_texts
+from kalm_rag.engine.reranker import Reranker
+from kalm_rag.index.embedders import BundledEmbedder
+from kalm_rag.models.pico.backbone import PicoBackbone
 from kalm_rag.training.instruct import generic, kind_of_text, split_query, split_side
+from kalm_rag.training.lists import CandidateLists
 
 HEARD = 0.8
 """Gate of a specific instruction; a generic one's is 0. Of 0.3 to 1.3, with words or the side of a topic moved from
@@ -25,7 +27,7 @@ GENERIC_WEIGHT = 3.0
 are."""
 
 
-def fit_gates(backbone: PicoBackbone, lists: Sequence[Lists], *, seed: int, pairs: int, steps: int = 600) -> None:
+def fit_gates(backbone: PicoBackbone, lists: Sequence[CandidateLists], *, seed: int, pairs: int, steps: int) -> None:
     """Train the gate alone, on pairs of a query and a generic or specific instruction.
 
     Args:
@@ -37,7 +39,8 @@ def fit_gates(backbone: PicoBackbone, lists: Sequence[Lists], *, seed: int, pair
     """
     rng = random.Random(f"gates-{seed}")
     queries, instructions, heard = _draw(lists, rng, pairs)
-    vectors = _vectors(backbone, queries, MAX_QUERY_TOKENS), _vectors(backbone, instructions, MAX_INSTRUCTION_TOKENS)
+    embedder = BundledEmbedder(Reranker(backbone, ratio=1))
+    vectors = [_vectors(embedder, texts) for texts in (queries, instructions)]
     wanted = torch.tensor(heard)
     weights = torch.where(wanted == 0, GENERIC_WEIGHT, 1.0)
     decoder = backbone.decoder
@@ -56,15 +59,15 @@ def fit_gates(backbone: PicoBackbone, lists: Sequence[Lists], *, seed: int, pair
     gate.requires_grad_(False)
 
 
-def _draw(lists: Sequence[Lists], rng: random.Random, pairs: int) -> tuple[list[str], list[str], list[float]]:
+def _draw(lists: Sequence[CandidateLists], rng: random.Random, pairs: int) -> tuple[list[str], list[str], list[float]]:
     """Queries, instructions and how far each should be heard."""
     queries: list[str] = []
     instructions: list[str] = []
     heard: list[float] = []
     for _ in range(pairs):
         source = rng.choice(lists)
-        row = rng.randrange(len(source.texts))
-        text, own = source.texts[row], source.instructions[row]
+        row = rng.randrange(len(source.queries))
+        text, own = source.queries[row], source.instructions[row].task
         queries.append(text)
         instructions.append(generic(rng))
         heard.append(0.0)
@@ -86,5 +89,6 @@ def _specific(text: str, own: str | None, rng: random.Random) -> tuple[str, str]
     return side or split_query(text, rng) or (text, f"Focus on {text}.")
 
 
-def _vectors(backbone: PicoBackbone, texts: Sequence[str], limit: int) -> Tensor:
-    return read_texts(backbone.encoder, texts, limit=limit, what="instructions", fast=False).vectors()
+def _vectors(embedder: BundledEmbedder, texts: Sequence[str]) -> Tensor:
+    parts = [embedder.passages(texts[at : at + 256]) for at in range(0, len(texts), 256)]
+    return torch.cat([torch.from_numpy(part) for part in parts])

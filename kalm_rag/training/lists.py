@@ -1,4 +1,4 @@
-"""Candidate lists of text: any BEIR folders to queries with their candidates, labels and soft labels.
+"""Candidate lists: BEIR folders to queries with their candidates, labels and soft labels.
 
 Owns which queries are held out and which candidates a query meets. Knows no model that is trained on them.
 Letters: L lists, C candidates of a list.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,15 @@ from kalm_rag.evaluation.beir import Collection, load_collection, read_instructi
 from kalm_rag.evaluation.fusion import Bm25, fuse
 from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.instructions import Instructions
-from kalm_rag.training.data import DEPTH, RANDOMS
+from kalm_rag.states import PassageStates
 
 logger = logging.getLogger(__name__)
+
+DEPTH = 100
+"""Retrieval ranks that a candidate list is drawn from."""
+
+RANDOMS = 20
+"""Random passages kept beside them."""
 
 DEV_DEPTH = 50
 """Candidates of a held-out list: what retrieval gives, relevant passages it missed left out."""
@@ -34,7 +41,7 @@ _WINDOW = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextLists:
+class CandidateLists:
     """Queries of one collection with their candidates.
 
     Attributes:
@@ -44,9 +51,10 @@ class TextLists:
         instructions: What each query is asked under.
         candidates: Passage rows, int64 ``(L, C)``: `depth` of them in retrieval order, then random ones.
         depth: How many come from retrieval.
-        gold: 1 on relevant candidates, else 0, float32 ``(L, C)``.
+        gold: 1 on relevant candidates, else 0, float32 ``(L, C)``; all 0 where a query has no label.
         teacher: Soft labels, standardised over each list's retrieved part, float32 ``(L, C)``.
         relevant: Relevant passages of each query in the whole collection.
+        states: States of the passages, where an encoder that is not trained has read them.
     """
 
     name: str
@@ -58,10 +66,20 @@ class TextLists:
     gold: Tensor
     teacher: Tensor
     relevant: Sequence[int]
+    states: Sequence[PassageStates] | None = None
 
     def texts(self, row: int, columns: Sequence[int]) -> list[str]:
         """Passages at some columns of one list."""
         return [self.passages[int(self.candidates[row, column])] for column in columns]
+
+
+class Asked(NamedTuple):
+    """A query before it meets candidates: its relevant passages' rows, and a row that must not be a candidate."""
+
+    query: str
+    instructions: Instructions
+    gold: set[int]
+    skip: int = -1
 
 
 class Retriever:
@@ -70,22 +88,27 @@ class Retriever:
     Args:
         texts: The passages.
         dense: An engine over pico, or None for BM25 alone.
+        vectors: The passages' vectors, if they are at hand.
     """
 
-    def __init__(self, texts: Sequence[str], dense: Reranker | None) -> None:
+    def __init__(self, texts: Sequence[str], dense: Reranker | None, vectors: Tensor | None = None) -> None:
         self._matcher = Bm25(list(texts))
         self._embedder = BundledEmbedder(dense) if dense is not None else None
-        if self._embedder is not None:
-            starts = tqdm(range(0, len(texts), _WINDOW), desc="vectors", unit=f"{_WINDOW} passages", mininterval=2.0)
-            parts = [torch.from_numpy(self._embedder.passages(texts[at : at + _WINDOW])) for at in starts]
-            self._vectors = torch.cat(parts)
+        self._vectors = vectors if vectors is not None else self._embed(texts)
 
-    def scores(self, query: str) -> list[Tensor]:
-        """One float32 ``(passages,)`` per way of scoring, the better retriever first."""
-        found = [self._matcher.scores(query)]
-        if self._embedder is not None:
-            found.insert(0, self._vectors @ torch.tensor(self._embedder.query(query)))
-        return found
+    def scores(self, queries: Sequence[str]) -> Iterator[list[Tensor]]:
+        """One float32 ``(passages,)`` per way of scoring, the better retriever first, for each query."""
+        asked = self._embed(queries)
+        for row, query in enumerate(queries):
+            words = self._matcher.scores(query)
+            yield [words] if asked is None or self._vectors is None else [self._vectors @ asked[row], words]
+
+    def _embed(self, texts: Sequence[str]) -> Tensor | None:
+        if self._embedder is None:
+            return None
+        starts = tqdm(range(0, len(texts), _WINDOW), desc="vectors", unit=f"{_WINDOW} texts", mininterval=2.0)
+        parts = [torch.from_numpy(self._embedder.passages(texts[at : at + _WINDOW])) for at in starts]
+        return torch.cat(parts)
 
 
 def find_folders(data: Path, split: str) -> list[Path]:
@@ -126,7 +149,7 @@ def load_lists(
     instructions: Instructions | None = None,
     dense: Reranker | None = None,
     seed: int = 0,
-) -> tuple[list[TextLists], list[TextLists]]:
+) -> tuple[list[CandidateLists], list[CandidateLists]]:
     """Read folders into lists to learn from and held-out lists.
 
     Which queries are held out depends on their ids alone, so that it is the same for every seed and stage.
@@ -135,7 +158,7 @@ def load_lists(
         data: One BEIR folder, or a folder of them.
         split: Labelled queries to learn from.
         dev_split: Labelled queries to measure on; None holds out a tenth of `split`.
-        dev_queries: Most held-out queries a folder, >= 1.
+        dev_queries: Most held-out queries of a folder, >= 1.
         queries: Most queries to learn from in all, spread over the folders; None is all.
         instructions: What queries are asked under where a folder has no ``instructions.jsonl``; None is the default.
         dense: An engine over pico that retrieves beside BM25; None is BM25 alone.
@@ -145,8 +168,8 @@ def load_lists(
         InputError: If a folder, split or file is missing or empty, or too few labelled queries are left.
         MissingDependencyError: If bm25s is not installed.
     """
-    learnt: list[TextLists] = []
-    held: list[TextLists] = []
+    learnt: list[CandidateLists] = []
+    held: list[CandidateLists] = []
     folders = find_folders(data, split)
     share = None if queries is None else -(-queries // len(folders))
     for folder in folders:
@@ -154,10 +177,11 @@ def load_lists(
         rng = random.Random(f"{seed}-{folder.name}")
         chosen = sorted(used.queries)
         rng.shuffle(chosen)
-        steer = _instructions(folder, instructions if instructions is not None else Instructions())
+        apart, steer = read_instructions(folder), instructions if instructions is not None else Instructions()
         retriever = Retriever(used.passages, dense)
-        learnt.append(_lists(used, chosen[:share], retriever, steer, rng, learn=True))
-        held.append(_lists(dev, sorted(dev.queries), retriever, steer, rng, learn=False))
+        asked = ask(used, chosen[:share], apart, steer), ask(dev, sorted(dev.queries), apart, steer)
+        learnt.append(build_lists(used.name, used.passages, asked[0], retriever, rng, learn=True))
+        held.append(build_lists(used.name, used.passages, asked[1], retriever, rng, learn=False))
     return learnt, held
 
 
@@ -170,18 +194,85 @@ def bundled_retriever(device: torch.device) -> Reranker | None:
         return None
 
 
+def ask(found: Collection, ids: Sequence[str], apart: dict[str, tuple[str, str]], default: Instructions) -> list[Asked]:
+    """Queries by id with their labels; query and task apart where the folder's ``instructions.jsonl`` has them."""
+    where = {doc: row for row, doc in enumerate(found.doc_ids)}
+    asked = []
+    for one in ids:
+        task, query = apart.get(one, (default.task, found.queries[one]))
+        steer = Instructions(system=default.system, task=task, system_mode=default.system_mode)
+        gold = {where[doc] for doc, grade in found.qrels[one].items() if grade > 0 and doc in where}
+        asked.append(Asked(query, steer, gold))
+    return asked
+
+
+def build_lists(
+    name: str,
+    passages: Sequence[str],
+    asked: Sequence[Asked],
+    retriever: Retriever,
+    rng: random.Random,
+    *,
+    learn: bool,
+    ways: int = 2,
+    dense_share: float = 0.5,
+    states: Sequence[PassageStates] | None = None,
+) -> CandidateLists:
+    """Give each query its candidates; in lists to learn from, with its relevant passages and random ones.
+
+    Args:
+        name: The collection's name.
+        passages: Its texts.
+        asked: The queries.
+        retriever: Over the passages.
+        rng: Draws random passages.
+        learn: Whether they are learnt from, or held out.
+        ways: Ways of retrieving that give candidates in turn: 1 is the first, 2 both.
+        dense_share: Weight of the cosine in the soft labels; BM25 has the rest.
+        states: The passages' states, where they are kept.
+
+    Raises:
+        InputError: If there are fewer than 3 passages.
+    """
+    size = len(passages)
+    if size < 3:
+        raise InputError(f"{name} has {size} passages; wanted at least 3 to draw candidates from.")
+    depth = min(DEPTH, size - 1) if learn else min(DEV_DEPTH, size)
+    picked, scores = list[list[int]](), list[Tensor]()
+    found = retriever.scores([one.query for one in asked])
+    for one, by_way in zip(asked, tqdm(found, desc=f"{name} lists", total=len(asked), mininterval=2.0), strict=True):
+        if one.skip >= 0:
+            for way in by_way:
+                way[one.skip] = -1.0
+        rows = _interleave([way.topk(depth).indices.tolist() for way in by_way[:ways]], depth)
+        if learn:
+            rows = _with_gold(rows, one.gold)
+            rest = [row for row in rng.sample(range(size), min(size, depth + RANDOMS)) if row not in set(rows)]
+            rows += rest[: min(RANDOMS, size - depth)]
+        picked.append(rows)
+        scores.append(torch.stack([way[rows] for way in by_way]))
+    every = torch.stack(scores, 1)  # (ways of scoring, L, C)
+    return CandidateLists(
+        name=name,
+        passages=passages,
+        queries=[one.query for one in asked],
+        instructions=[one.instructions for one in asked],
+        candidates=torch.tensor(picked),
+        depth=depth,
+        gold=torch.tensor([[float(row in one.gold) for row in rows] for one, rows in zip(asked, picked, strict=True)]),
+        teacher=fuse(every[0], every[-1], depth, dense_share),  # BM25 alone is both
+        relevant=[len(one.gold) for one in asked],
+        states=states,
+    )
+
+
 def _read_folder(folder: Path, split: str, dev_split: str | None, dev_queries: int) -> tuple[Collection, Collection]:
     """The collection twice: with the queries to learn from, and with the held-out ones."""
     found = _labelled(load_collection(folder, split))
-    if dev_split is None:
-        order = sorted(found.queries, key=lambda one: hashlib.sha256(one.encode()).hexdigest())
-        held = order[: min(dev_queries, max(1, len(order) // 10))]
-        dev = _only(found, held)
-    else:
-        other = _labelled(load_collection(folder, dev_split))
-        dev = _only(
-            other, sorted(other.queries, key=lambda one: hashlib.sha256(one.encode()).hexdigest())[:dev_queries]
-        )
+    other = found if dev_split is None else _labelled(load_collection(folder, dev_split))
+    order = sorted(other.queries, key=lambda one: hashlib.sha256(one.encode()).hexdigest())
+    most = dev_queries if dev_split is not None else min(dev_queries, max(1, len(order) // 10))
+    dev = other.only(order[:most])
     texts = set(dev.queries.values())
     left = [one for one, text in found.queries.items() if one not in dev.queries and text not in texts]
     if not left or not dev.queries:
@@ -189,87 +280,14 @@ def _read_folder(folder: Path, split: str, dev_split: str | None, dev_queries: i
             f"{folder} has {len(found.queries)} labelled queries in split {split!r}, of which {len(left)} are left to "
             f"learn from beside {len(dev.queries)} held out; wanted at least 1 each."
         )
-    if len(found.passages) < 3:
-        raise InputError(f"{folder} has {len(found.passages)} passages; wanted at least 3 to draw candidates from.")
-    return _only(found, left), dev
+    return found.only(left), dev
 
 
 def _labelled(found: Collection) -> Collection:
     """Only the queries whose relevant passages are in the corpus."""
     ids = set(found.doc_ids)
-    return _only(
-        found, [one for one in found.queries if any(g > 0 and doc in ids for doc, g in found.qrels[one].items())]
-    )
-
-
-def _only(found: Collection, ids: Sequence[str]) -> Collection:
-    return Collection(
-        name=found.name,
-        split=found.split,
-        doc_ids=found.doc_ids,
-        passages=found.passages,
-        queries={one: found.queries[one] for one in ids},
-        qrels={one: found.qrels[one] for one in ids},
-    )
-
-
-def _instructions(folder: Path, default: Instructions) -> Callable[[str, str], tuple[str, Instructions]]:
-    """Query and instructions of a query id: those of ``instructions.jsonl`` where the folder has it."""
-    apart = read_instructions(folder)
-
-    def of(query_id: str, text: str) -> tuple[str, Instructions]:
-        if query_id not in apart:
-            return text, default
-        task, query = apart[query_id]
-        return query, Instructions(system=default.system, task=task, system_mode=default.system_mode)
-
-    return of
-
-
-def _lists(
-    found: Collection,
-    ids: Sequence[str],
-    retriever: Retriever,
-    steer: Callable[[str, str], tuple[str, Instructions]],
-    rng: random.Random,
-    *,
-    learn: bool,
-) -> TextLists:
-    """Give each query its candidates; in lists to learn from, with its relevant passages and random ones."""
-    size = len(found.passages)
-    depth = min(DEPTH if learn else DEV_DEPTH, size)
-    where = {doc: row for row, doc in enumerate(found.doc_ids)}
-    asked = [steer(one, found.queries[one]) for one in ids]
-    picked: list[list[int]] = []
-    gold: list[list[float]] = []
-    scores: list[Tensor] = []
-    relevant: list[int] = []
-    for query_id, (query, _) in zip(
-        ids, tqdm(asked, desc=f"{found.name} lists", unit="query", mininterval=2.0), strict=True
-    ):
-        own = {where[doc] for doc, grade in found.qrels[query_id].items() if grade > 0 and doc in where}
-        by_way = retriever.scores(query)
-        rows = _interleave([one.topk(depth).indices.tolist() for one in by_way], depth)
-        if learn:
-            rows = _with_gold(rows, own)
-            rest = [row for row in rng.sample(range(size), min(size, depth + RANDOMS)) if row not in set(rows)]
-            rows += rest[: min(RANDOMS, size - depth)]
-        picked.append(rows)
-        gold.append([float(row in own) for row in rows])
-        scores.append(torch.stack([one[rows] for one in by_way]))
-        relevant.append(len(own))
-    every = torch.stack(scores, 1)  # (ways of scoring, L, C)
-    return TextLists(
-        name=found.name,
-        passages=found.passages,
-        queries=[query for query, _ in asked],
-        instructions=[one for _, one in asked],
-        candidates=torch.tensor(picked),
-        depth=depth,
-        gold=torch.tensor(gold),
-        teacher=fuse(every[0], every[-1], depth),  # BM25 alone is both
-        relevant=relevant,
-    )
+    labelled = [one for one in found.queries if any(g > 0 and doc in ids for doc, g in found.qrels[one].items())]
+    return found.only(labelled)
 
 
 def _interleave(rankings: Sequence[Sequence[int]], size: int) -> list[int]:

@@ -1,9 +1,11 @@
-"""What pico is trained to do: put labelled passages first, and order a list as the teacher does.
+"""What models are trained to do and measured by: labelled passages first, lists ordered as the teacher does.
 
 Pure tensor functions. Letters: L lists, C candidates of a list.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn import functional
 
 
 def listwise_loss(margins: Tensor, gold: Tensor) -> Tensor:
-    """Softmax loss over each list: ``-log(sum of gold probabilities)``, meaned over lists that have a gold one.
+    """Softmax loss over each list: ``-log(sum of gold probabilities)``, mean over lists that have a gold one.
 
     Args:
         margins: Scores, ``(L, C)``.
@@ -41,10 +43,25 @@ def distillation_loss(margins: Tensor, teacher: Tensor, sharpness: float = 1.5) 
         sharpness: How much one standard deviation of the teacher counts.
 
     Returns:
-        A scalar >= 0, meaned over lists.
+        A scalar >= 0, the mean over lists.
     """
     wanted = functional.log_softmax(teacher * sharpness, dim=1)
     return functional.kl_div(functional.log_softmax(margins, dim=1), wanted, log_target=True, reduction="batchmean")
+
+
+def list_loss(margins: Tensor, gold: Tensor, teacher: Tensor, soft: float) -> Tensor:
+    """Labels and teacher together: ``(1 - soft) * listwise_loss + soft * distillation_loss``."""
+    loss = (1 - soft) * listwise_loss(margins, gold)
+    return loss + soft * distillation_loss(margins, teacher) if soft else loss
+
+
+def mean_ndcg(scores: Tensor, gold: Tensor, relevant: Sequence[int], k: int = 10) -> float:
+    """Mean nDCG@k of binary labels; ties keep the given order. `relevant` counts those outside the list too."""
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    gains = gold.gather(1, order)
+    discount = 1.0 / torch.arange(2, k + 2).float().log2()
+    ideal = torch.stack([discount[: max(1, min(k, n))].sum() for n in relevant])
+    return float(((gains * discount[: gains.shape[1]]).sum(1) / ideal).mean())
 
 
 def calibrate(margins: Tensor, gold: Tensor, weights: Tensor | None = None, steps: int = 200) -> tuple[float, float]:

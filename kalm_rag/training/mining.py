@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from kalm_rag.engine.reranker import Reranker
-from kalm_rag.training.lists import TextLists
+from kalm_rag.training.batches import Mined
+from kalm_rag.training.lists import CandidateLists
 
 HARDEST = 20
 """Most mined negatives kept of a list."""
@@ -25,23 +25,10 @@ ALIKE = 0.8
 _WINDOW = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mined:
-    """What a model makes of one list.
-
-    Attributes:
-        hard: Columns of negatives, the one it takes for most relevant first.
-        dropped: Columns that may be relevant without a label: never drawn as negatives.
-    """
-
-    hard: list[int]
-    dropped: set[int]
-
-
 def margins_of(
-    engine: Reranker, lists: TextLists, ratios: Sequence[int], *, what: str, rows: int | None = None
+    engine: Reranker, lists: CandidateLists, ratios: Sequence[int], *, what: str, rows: int | None = None
 ) -> dict[int, Tensor]:
-    """Score lists as a user's query would be: encode, pool, decode.
+    """Score lists as a user's query would be: encode (unless their states are at hand), pool, decode.
 
     Args:
         engine: Over the model as it is now.
@@ -53,16 +40,19 @@ def margins_of(
     Returns:
         Float32 margins ``(rows, C)`` by ratio.
     """
-    engine = engine.at(min(ratios))
+    engine = engine.at(min(ratios)) if lists.states is None else engine
     total = len(lists.queries) if rows is None else rows
     out: dict[int, list[list[float]]] = {ratio: [] for ratio in ratios}
     with tqdm(total=total, desc=what, unit="query", mininterval=2.0) as bar:
         for at in range(0, total, _WINDOW):
             window = range(at, min(total, at + _WINDOW))
             wanted = torch.unique(lists.candidates[at : window.stop]).tolist()
-            states = dict(
-                zip(wanted, engine.encode([lists.passages[i] for i in wanted], show_progress=False), strict=True)
+            read = (
+                [lists.states[i] for i in wanted]
+                if lists.states is not None
+                else engine.encode([lists.passages[i] for i in wanted], show_progress=False)
             )
+            states = dict(zip(wanted, read, strict=True))
             for row in window:
                 own = [states[int(i)] for i in lists.candidates[row]]
                 for ratio in ratios:
@@ -72,7 +62,7 @@ def margins_of(
     return {ratio: torch.tensor(rows) for ratio, rows in out.items()}
 
 
-def mine(lists: TextLists, margins: Tensor, slack: float) -> list[Mined]:
+def mine(lists: CandidateLists, margins: Tensor, slack: float) -> list[Mined]:
     """Pick each list's hard negatives, without those that look like unlabelled positives.
 
     Dropped are retrieved candidates whose margin is above ``best relevant margin - slack`` and near-copies of a
@@ -86,7 +76,7 @@ def mine(lists: TextLists, margins: Tensor, slack: float) -> list[Mined]:
     return [_mine_one(lists, row, margins[row], slack) for row in range(len(margins))]
 
 
-def _mine_one(lists: TextLists, row: int, margins: Tensor, slack: float) -> Mined:
+def _mine_one(lists: CandidateLists, row: int, margins: Tensor, slack: float) -> Mined:
     gold = lists.gold[row] > 0
     ceiling = float(margins[gold].max()) - slack
     golden = [_words(text) for text in lists.texts(row, gold.nonzero().flatten().tolist())]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from kalm_rag.evaluation.plots import new_figure, save, tidy
+
 WINDOW = 50
 """Batches that the line is a mean over: one batch's loss depends most on its ratio and source."""
 
@@ -32,9 +34,7 @@ def draw_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
         losses: Loss of every batch by stage, as ``train.json`` has them.
         path: Where to; svg, png or pdf.
     """
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window
-
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    figure = new_figure(8, 3.8)
     axes = figure.subplots()
     start = 0
     for (stage, values), colour in zip(losses.items(), ("#1f6fb4", "#d1622b", "#3b8f5a"), strict=False):
@@ -46,8 +46,6 @@ def draw_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.set_ylim(0, 1.1 * every[int(0.98 * (len(every) - 1))])  # a few batches far above would flatten the rest
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss (dots) and its mean over {WINDOW} steps")
-    axes.grid(color="#e4e4e4", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

@@ -1,18 +1,11 @@
-"""What a T5Gemma 2 is adapted with and what comes of it: the paper's stages, every setting, the report of a stage.
-
-Source of the stages: arXiv 2606.22807.
-"""
+"""What a T5Gemma 2 is adapted with: the paper's stages (arXiv 2606.22807) and every setting."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-from typing import Any
 
-import torch
-
+from kalm_rag.checks import check_count
 from kalm_rag.engine.reranker import DEFAULT_RATIO
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
@@ -40,10 +33,10 @@ class AdaptConfig:
         stage: Which part of the recipe; ``"all"`` is the three one after another.
         split: Labelled queries to learn from.
         dev_split: Labelled queries to measure on; None holds out a tenth of `split`.
-        dev_queries: Most held-out queries a folder.
+        dev_queries: Most held-out queries of a folder.
         steps: Batches of a stage.
-        lists: Queries of a batch.
-        candidates: Passages of a query.
+        lists: Queries per batch.
+        candidates: Passages per query.
         accumulate: Parts a batch is computed in: less memory, the same gradient.
         learning_rate: Peak; None is 1e-5, or 1e-4 with `lora`.
         lora: Rank of low-rank updates of the blocks' matrices, folded in at the end; 0 learns all weights.
@@ -87,14 +80,17 @@ class AdaptConfig:
         except ValueError as err:
             raise InputError(f"stage is {self.stage!r}; wanted one of {', '.join(s.value for s in Stage)}.") from err
         least = {"dev_queries": 1, "steps": 1, "lists": 1, "candidates": 2, "accumulate": 1, "snapshots": 1}
-        for name, low in (least | {"max_tokens": 8, "lora": 0, "slack": 0, "anchor": 0, "distil": 0}).items():
-            if getattr(self, name) < low:
-                raise InputError(f"{name} is {getattr(self, name)}; wanted at least {low}.")
-        if self.distil > 1 or self.peak <= 0 or self.max_tokens > MAX_PASSAGE_TOKENS or not self.ratios:
+        for name, low in (least | {"max_tokens": 8, "lora": 0}).items():
+            check_count(getattr(self, name), name, low)
+        if not (0 <= self.distil <= 1 and self.slack >= 0 and self.anchor >= 0 and self.peak > 0):
             raise InputError(
-                f"distil={self.distil}, learning_rate={self.learning_rate}, max_tokens={self.max_tokens}, "
-                f"ratios={self.ratios}; wanted distil <= 1, learning_rate > 0, max_tokens <= {MAX_PASSAGE_TOKENS}, "
-                f"at least one ratio."
+                f"distil={self.distil}, slack={self.slack}, anchor={self.anchor}, learning_rate={self.learning_rate}; "
+                f"wanted distil from 0 to 1, slack and anchor >= 0, learning_rate > 0."
+            )
+        if self.max_tokens > MAX_PASSAGE_TOKENS or not self.ratios:
+            raise InputError(
+                f"max_tokens={self.max_tokens}, ratios={self.ratios}; wanted max_tokens <= {MAX_PASSAGE_TOKENS}, at "
+                f"least one ratio."
             )
         lowest = min(check_ratio(ratio) for ratio in self.ratios)
         if any(ratio % lowest for ratio in self.ratios):
@@ -116,77 +112,3 @@ class AdaptConfig:
     def usual_ratio(self) -> int:
         """The ratio that states have by default, or the smallest."""
         return DEFAULT_RATIO if DEFAULT_RATIO in self.ratios else min(self.ratios)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DevRow:
-    """nDCG@10 on one folder's held-out queries at one ratio, over the first 50 candidates of retrieval.
-
-    Attributes:
-        name: The folder.
-        ratio: Pooling ratio.
-        queries: How many queries.
-        retrieval: The candidates' own order.
-        before: The model as it entered the stage.
-        after: The model as it was saved.
-    """
-
-    name: str
-    ratio: int
-    queries: int
-    retrieval: float
-    before: float
-    after: float
-
-
-@dataclass(kw_only=True)
-class AdaptReport:
-    """What one stage did; ``train.json`` in its folder.
-
-    Attributes:
-        folder: Where the checkpoint is.
-        base: What it started from.
-        stage: Which stage.
-        steps: Batches learnt from (fewer than asked if the time ran out).
-        losses: Loss of every batch.
-        dev: Figures on held-out queries.
-        curve: Mean dev nDCG@10 at ratio 4 (or the smallest) after so many steps.
-        calibration: Scale and shift that make P(yes) right on the held-out queries; 1 and 0 where it is.
-        mined: Negatives mined and candidates dropped as likely relevant, in stage ``hard``.
-        seconds: Wall-clock of each part.
-        peak_bytes: Most memory used: the device's on CUDA, else the process's; 0 where it can't be told.
-        settings: The config.
-    """
-
-    folder: Path
-    base: str
-    stage: str
-    steps: int
-    losses: list[float]
-    dev: list[DevRow]
-    curve: dict[int, float]
-    calibration: tuple[float, float]
-    mined: dict[str, int]
-    seconds: dict[str, float]
-    peak_bytes: int
-    settings: dict[str, Any]
-
-    @property
-    def fell(self) -> list[DevRow]:
-        """Held-out figures that are lower than before: reasons not to use the result."""
-        return [row for row in self.dev if row.after < row.before]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, JSON-able."""
-        return {**asdict(self), "folder": str(self.folder)}
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes used so far: the device's on CUDA, else the process's; 0 where the system doesn't tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

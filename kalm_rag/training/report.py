@@ -1,0 +1,118 @@
+"""What a training run reports, and how its figures on held-out queries are measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalm_rag.engine.reranker import Reranker
+from kalm_rag.training.lists import CandidateLists
+from kalm_rag.training.losses import mean_ndcg
+from kalm_rag.training.mining import margins_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevRow:
+    """nDCG@10 on one folder's held-out queries at one ratio, over the first 50 candidates of retrieval.
+
+    Attributes:
+        name: The folder.
+        ratio: Pooling ratio.
+        queries: How many queries.
+        retrieval: The candidates' own order.
+        fusion: The teacher's order: BM25 and retrieval.
+        before: The model as it entered the stage.
+        after: The model as it was saved.
+    """
+
+    name: str
+    ratio: int
+    queries: int
+    retrieval: float
+    fusion: float
+    before: float
+    after: float
+
+
+@dataclass(kw_only=True)
+class TrainReport:
+    """What one stage did; ``train.json`` in its folder.
+
+    Attributes:
+        folder: Where the weights are.
+        base: What it started from; "" is from scratch.
+        stage: Which stage.
+        steps: Batches learnt from (fewer than asked if the time ran out).
+        losses: Loss of every batch.
+        dev: Figures on held-out queries.
+        calibration: Scale and shift that make P(yes) right on the held-out queries; 1 and 0 where it is.
+        seconds: Wall-clock of each part.
+        peak_bytes: Most memory used: the device's on CUDA, else the process's; 0 where it can't be told.
+        settings: The config.
+        curve: Mean dev nDCG@10 at ratio 4 (or the smallest) after so many steps.
+        mined: Negatives mined and candidates dropped as likely relevant, in stage ``hard``.
+    """
+
+    folder: Path
+    base: str
+    stage: str
+    steps: int
+    losses: list[float]
+    dev: list[DevRow]
+    calibration: tuple[float, float]
+    seconds: dict[str, float]
+    peak_bytes: int
+    settings: dict[str, Any]
+    curve: dict[int, float] = field(default_factory=dict)
+    mined: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fell(self) -> list[DevRow]:
+        """Held-out figures that are lower than before: reasons not to use the result."""
+        return [row for row in self.dev if row.after < row.before]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-able."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def measure(
+    engine: Reranker, held: Sequence[CandidateLists], ratios: Sequence[int]
+) -> tuple[list[DevRow], list[dict[int, Tensor]]]:
+    """Figures of a model (as `before` and `after`) at each ratio, and its margins by ratio for each of the lists."""
+    rows, margins = [], []
+    for lists in held:
+        margins.append(margins_of(engine, lists, ratios, what=f"measure {lists.name}"))
+        own = -torch.arange(lists.gold.shape[1]).expand(len(lists.queries), -1).float()
+        retrieval, fusion = (mean_ndcg(scores, lists.gold, lists.relevant) for scores in (own, lists.teacher))
+        for ratio, found in margins[-1].items():
+            score = mean_ndcg(found, lists.gold, lists.relevant)
+            rows.append(
+                DevRow(
+                    name=lists.name,
+                    ratio=ratio,
+                    queries=len(found),
+                    retrieval=retrieval,
+                    fusion=fusion,
+                    before=score,
+                    after=score,
+                )
+            )
+    return rows, margins
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: the device's on CUDA, else the process's; 0 where the system doesn't tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
