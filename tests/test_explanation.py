@@ -80,6 +80,27 @@ def test_rendering_escapes_and_marks() -> None:
     assert Explanation(query="q", passage="", spans=[], margin=0, probability=0.5).to_text() == ""
 
 
+def test_html_lets_nothing_out_of_its_place() -> None:
+    """Query and passage are anybody's text: shown in a notebook, none of it may become markup or an attribute."""
+    evil = """"><script>alert('1')</script><img src=x onerror='alert("2")'> &amp; ' style="x"""
+    spans = [Span(at, at + 3, 0.1) for at in range(0, len(evil) - 3, 3)]
+    told = Explanation(query=evil, passage=evil, spans=spans, margin=0.0, probability=0.5)
+    tags: list[tuple[str, list[str]]] = []
+    text: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            tags.append((tag, [name for name, _ in attrs]))
+
+        def handle_data(self, data: str) -> None:
+            text.append(data)
+
+    Reader().feed(told.to_html())
+    assert {tag for tag, _ in tags} == {"div", "b", "br", "span"}
+    assert {name for _, names in tags for name in names} == {"style", "title"}
+    assert "".join(text) == f"{evil} P(yes) = 0.500{evil}"
+
+
 def test_long_and_empty_passages(engine: Reranker) -> None:
     long = engine.explain("q", "word " * 3000)
     assert 0 < long.spans[-1].end < 15000
@@ -92,6 +113,8 @@ def test_bad_input(tiny: Reranker) -> None:
         tiny.explain(" ", "p")
     with pytest.raises(InputError, match="passage is int"):
         tiny.explain("q", 3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="count is 0; wanted a whole number >= 1"):
+        tiny.explain("q", "p").top(0)
     with pytest.raises(StateMismatchError, match="ratio 6"):
         tiny.explain("q", "p", ratio=6)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalm_rag.errors import InputError, StateMismatchError
-from kalm_rag.states.pooling import check_ratio, group_counts, mean_groups, repool_factor
+from kalm_rag.states.pooling import MOST_RATIO, check_ratio, group_counts, group_ids, mean_groups, repool_factor
 
 
 @pytest.mark.parametrize("ratio", [0, -1, True, False, 2.0, "4"], ids=repr)
@@ -17,6 +17,23 @@ def test_ratios_that_are_none(ratio: object) -> None:
         check_ratio(ratio)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="wanted a whole number >= 1"):
         repool_factor(1, ratio)  # type: ignore[arg-type]
+
+
+def test_a_ratio_beyond_any_model_is_refused() -> None:
+    """2**70 ended in torch's own words, and 2**40 in an allocation of terabytes."""
+    with pytest.raises(InputError, match=r"ratio is 1\.181e\+21; wanted at most 1048576"):
+        check_ratio(2**70)
+    assert check_ratio(MOST_RATIO) == MOST_RATIO
+
+
+def test_a_ratio_beyond_the_passage_costs_no_padding() -> None:
+    """A ratio of a million laid out a million rows per passage to average eight of them."""
+    states = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([[1.0] * 8, [1.0] * 5 + [0.0] * 3])
+    pooled, total = mean_groups(states, counts, MOST_RATIO)
+    assert total.tolist() == [[8.0], [5.0]]
+    assert torch.allclose(pooled[:, 0], torch.stack([states[0].mean(0), states[1, :5].mean(0)]))
+    assert group_ids(torch.tensor([[7, 8, 9]]), MOST_RATIO).shape == (1, 1, 128)
 
 
 @pytest.mark.parametrize(("stored", "wanted", "factor"), [(1, None, 1), (4, None, 1), (4, 4, 1), (4, 16, 4), (1, 3, 3)])

@@ -144,6 +144,8 @@ def test_iterables_of_any_kind_are_read_once(engine: Reranker) -> None:
         (lambda e, _: e.predict([("a", "b")], batch_size=0), "batch_size is 0; wanted a whole number >= 1"),
         (lambda e, _: e.predict([("a", "b")], batch_size=-3), "batch_size is -3; wanted a whole number >= 1"),
         (lambda e, _: Reranker.from_pretrained(batch_size=True), "batch_size is True; wanted a whole number >= 1"),
+        (lambda e, _: Reranker("pico"), r"backbone is 'pico'; wanted a loaded model\. Load one with from_pretrained"),
+        (lambda e, _: e.at(2**70), "ratio is .*; wanted at most 1048576"),
     ],
 )
 def test_the_message_names_what_the_caller_passed(tiny: Reranker, call: Callable[..., object], message: str) -> None:

@@ -110,6 +110,14 @@ def decode_all(
     return margins, stats
 
 
+def find_attention(backbone: Backbone, prompt: Any, batch: StateBatch, ratio: int | None) -> list[float]:  # noqa: ANN401
+    """Tell where the decoder looks in the one passage of a batch: shares of attention per state, sum 1."""
+    vectors, counts = batch.on(backbone.device, backbone.state_dtype, ratio)
+    attention = backbone.attend(prompt, vectors, counts, batch.token_ids_on(backbone.device, ratio))  # (1, N)
+    weights: list[float] = attention[0].float().cpu().tolist()
+    return weights
+
+
 def order_rows(prompts: Sequence[Any], lengths: Sequence[int]) -> list[int]:
     """Rows of one prompt together (as they come first), the longest first: like with like.
 

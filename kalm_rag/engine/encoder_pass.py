@@ -5,29 +5,69 @@ Knows backbones and states; knows no engine, no query and no store. Letters: B p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
+from tqdm.auto import tqdm
 
+from kalm_rag.engine.decoder_pass import cut_batches
+from kalm_rag.engine.queue import check_cancelled
 from kalm_rag.models.backbone import Backbone, TokenizedPassage
-from kalm_rag.states import PassageStates
+from kalm_rag.states import PassageStates, passage_key
 from kalm_rag.states.pooling import mean_groups
 
 WINDOW = 2048
 """Passages tokenised and sorted by length at a time: long enough to batch well, short enough to bound memory."""
 
-Cut = Callable[[Sequence[TokenizedPassage]], "Iterable[list[int]]"]
-"""Rows of a window, in batches."""
+LONG = 512
+"""Passages from which a progress bar is shown without being asked for (on a terminal)."""
+
+_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Most padded tokens of a batch, by kind of device."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def encode_passages(
+    backbones: Sequence[Backbone], texts: Sequence[str], *, ratio: int, batch_size: int, show_progress: bool | None
+) -> list[PassageStates]:
+    """Encode passages; one that occurs twice is encoded once.
+
+    Args:
+        backbones: The same model on each device.
+        texts: Passages.
+        ratio: Tokens a state stands for.
+        batch_size: Most passages of a batch.
+        show_progress: None shows a bar on a terminal when there is much to do.
+
+    Returns:
+        Their states, in input order.
+
+    Raises:
+        CancelledError: (of `concurrent.futures`) between two batches, if the caller gave up; see `cancel_on_error`.
+    """
+    keys = [passage_key(text) for text in texts]
+    distinct = dict(zip(keys, texts, strict=True))
+    long = len(distinct) >= LONG and sys.stderr.isatty()
+    shown = long if show_progress is None else show_progress
+    made: dict[str, PassageStates] = {}
+    with tqdm(total=len(distinct), desc="encoding", unit="passage", disable=not shown) as bar:
+        parts = list(distinct.values()), list(distinct)
+        for batch in encode_texts(backbones, *parts, ratio=ratio, batch_size=batch_size):
+            made |= {states.key: states for states in batch}
+            bar.update(len(batch))
+            check_cancelled()
+    return [made[key] for key in keys]
+
+
 def encode_texts(
-    backbones: Sequence[Backbone], texts: Sequence[str], keys: Sequence[str], *, ratio: int, cut: Cut
+    backbones: Sequence[Backbone], texts: Sequence[str], keys: Sequence[str], *, ratio: int, batch_size: int
 ) -> Iterator[list[PassageStates]]:
     """Encode distinct passages, batch by batch. The next window is tokenised while this one is encoded.
 
@@ -37,7 +77,7 @@ def encode_texts(
         texts: Passages, each once.
         keys: Their content addresses.
         ratio: Tokens a state stands for.
-        cut: Cuts a window into batches.
+        batch_size: Most passages of a batch, which is also bounded by padded tokens.
 
     Returns:
         States of each batch, as they are ready in the order of the batches. The first error of a worker comes out
@@ -57,6 +97,11 @@ def encode_texts(
                 return encode_rows(backbone, *batch, ratio)
             finally:
                 idle.put(backbone)
+
+        def cut(rows: Sequence[TokenizedPassage]) -> Iterator[list[int]]:
+            lengths = [len(row.ids) for row in rows]
+            order = sorted(range(len(rows)), key=lambda row: -lengths[row])
+            return cut_batches(order, lengths, batch_size, _TOKENS.get(backbones[0].device.type, _TOKENS["cpu"]))
 
         run = map if len(backbones) == 1 else workers.map  # both give results in order, and stop at an error
         for span, rows in zip(spans, _ahead(ahead, lambda s: backbones[0].tokenize(texts[s]), spans), strict=True):

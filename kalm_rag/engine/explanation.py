@@ -9,6 +9,8 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kalm_rag.checks import check_count
+
 
 @dataclass(frozen=True)
 class Span:
@@ -29,6 +31,13 @@ class Explanation:
         spans: In reading order; weights sum to 1 over all states, template tokens included.
         margin: logit(yes) - logit(no).
         probability: P(yes).
+
+    Example:
+        >>> from kalm_rag import Reranker
+        >>> with Reranker.from_pretrained("pico", device="cpu") as reranker:
+        ...     told = reranker.explain("What do bees make?", "Rust is iron. Bees make honey.")
+        >>> [text for text, _ in told.top(1)]
+        ['. Bees make honey']
     """
 
     query: str
@@ -38,8 +47,15 @@ class Explanation:
     probability: float
 
     def top(self, count: int = 3) -> list[tuple[str, float]]:
-        """The stretches looked at most: text and share, most first."""
-        best = sorted(self.spans, key=lambda s: -s.weight)[:count]
+        """Give the stretches looked at most: text and share of attention, most first.
+
+        Args:
+            count: Most stretches, >= 1.
+
+        Raises:
+            InputError: If `count` is not a whole number >= 1.
+        """
+        best = sorted(self.spans, key=lambda s: -s.weight)[: check_count(count, "count")]
         return [(self.passage[s.start : s.end], s.weight) for s in best]
 
     def to_html(self) -> str:

@@ -38,6 +38,10 @@ class LoadedModel:
         batch_size: int = 64,
         helpers: Sequence[Backbone] = (),
     ) -> None:
+        if not hasattr(backbone, "decode"):
+            raise InputError(
+                f"backbone is {backbone!r:.80}; wanted a loaded model. Load one with from_pretrained(...)."
+            )
         self.ratio = check_ratio(ratio)
         self.batch_size = check_count(batch_size, "batch_size")
         for helper in helpers:
@@ -68,7 +72,7 @@ class LoadedModel:
         Args:
             name: ``pico`` (bundled, offline), ``nano``, ``small``, ``large`` (KaLM-Reranker-V1 R2, pinned), any
                 repository id, the folder of a T5Gemma 2 checkpoint, or one of pico's weights (``kalm-rag train``).
-            revision: Commit, tag or branch for a repository; None takes the pinned one.
+            revision: Commit, tag or branch of a repository; None takes the pinned one. Folders and pico have none.
             device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one. Several, as a list or as
                 ``"cuda:0,cuda:1"``: `encode` uses them all, the decoder runs on the first.
             dtype: ``bf16`` or ``fp32``; None takes bf16 on CUDA, fp32 on the CPU. float16 is refused.
@@ -85,7 +89,13 @@ class LoadedModel:
         Raises:
             ModelError: If the name is unknown or the checkpoint can't be fetched or loaded.
             MissingDependencyError: If the model's package is not installed.
-            InputError: If an argument is out of range.
+            InputError: If an argument is out of range, or a revision is given for pico or a folder.
+
+        Example:
+            >>> from kalm_rag import Reranker
+            >>> with Reranker.from_pretrained("pico", device="cpu", ratio=8) as reranker:
+            ...     reranker
+            Reranker('pico', device='cpu', dtype='float32', ratio=8, batch_size=64)
         """
         devices = parse_devices(device)
         if not isinstance(name, str) or not name:
@@ -141,6 +151,9 @@ class LoadedModel:
     def at(self, ratio: int | None) -> Self:
         """Give an engine over the same loaded model that makes states at another ratio.
 
+        Args:
+            ratio: Tokens a state stands for, >= 1; None is 1 (no pooling).
+
         Raises:
             InputError: If `ratio` is not a whole number >= 1.
         """
@@ -149,7 +162,15 @@ class LoadedModel:
         return other
 
     def layout(self, codec: str | Codec = Codec.EXACT) -> Layout:
-        """What a store needs to know to hold this engine's states."""
+        """What a store needs to know to hold this engine's states.
+
+        Args:
+            codec: How they are kept: ``exact``, ``bf16`` or ``int8``.
+
+        Raises:
+            InputError: If there is no such codec.
+            ClosedError: After `close`.
+        """
         return self.info.layout(self.ratio, codec)
 
     def close(self) -> None:

@@ -6,36 +6,29 @@ Knows models and states; knows no store, no Chroma and no framework.
 from __future__ import annotations
 
 import asyncio
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from kalm_rag.checks import check_count, check_cut, check_passages, check_query, check_text
-from kalm_rag.engine.decoder_pass import cut_batches, decode_all
-from kalm_rag.engine.encoder_pass import encode_texts
+from kalm_rag.engine.decoder_pass import decode_all, find_attention
+from kalm_rag.engine.encoder_pass import encode_passages
 from kalm_rag.engine.explanation import Explanation, attended_spans
 from kalm_rag.engine.inputs import Pairs, check_pairs, check_question, check_states, check_texts_or_states
 from kalm_rag.engine.loaded import DEFAULT_RATIO, LoadedModel
 from kalm_rag.engine.prepared import PreparedQuery
-from kalm_rag.engine.queue import Request, cancel_on_error, check_cancelled, queue_of
+from kalm_rag.engine.queue import Request, cancel_on_error, queue_of
 from kalm_rag.engine.relevance import Ranked, Relevance, probability_of, rank_relevances
 from kalm_rag.errors import InputError, KalmRagError, StateMismatchError
 from kalm_rag.instructions import Instructions, as_instructions
-from kalm_rag.models.backbone import TokenizedPassage
-from kalm_rag.states import PassageStates, StateBatch, batch_states, passage_key
+from kalm_rag.states import PassageStates, StateBatch, batch_states
 from kalm_rag.states.pooling import repool_factor
 
 __all__ = ["DEFAULT_RATIO", "Reranker"]
-
-_LONG = 512
-"""Passages from which `encode` shows a progress bar by itself (on a terminal)."""
-_ENCODE_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
 class Reranker(LoadedModel):
@@ -79,27 +72,19 @@ class Reranker(LoadedModel):
                 named).
             ClosedError: After `close`.
         """
-        texts = check_passages(passages)
-        keys = [passage_key(text) for text in texts]
-        first = dict(zip(reversed(keys), reversed(texts), strict=True))  # each distinct text once
-        distinct = list(dict.fromkeys(keys))
-        bar = tqdm(
-            total=len(distinct),
-            desc="encoding",
-            unit="passage",
-            disable=not (len(distinct) >= _LONG and sys.stderr.isatty() if show_progress is None else show_progress),
+        backbones = (self.backbone, *self._helpers)
+        return encode_passages(
+            backbones,
+            check_passages(passages),
+            ratio=self.ratio,
+            batch_size=self.batch_size,
+            show_progress=show_progress,
         )
-        made: dict[str, PassageStates] = {}
-        with bar:
-            backbones, texts = (self.backbone, *self._helpers), [first[key] for key in distinct]
-            for batch in encode_texts(backbones, texts, distinct, ratio=self.ratio, cut=self._encode_batches):
-                made |= {states.key: states for states in batch}
-                bar.update(len(batch))
-                check_cancelled()
-        return [made[key] for key in keys]
 
     def prepare(self, query: str | PreparedQuery, instructions: Instructions | str | None = None) -> PreparedQuery:
         """Read a query once, for a search and the decoder behind it, or for several calls of `score` and `rank`.
+
+        The bundled embedder takes its vector from it, so that a search costs one encoder pass per query.
 
         Args:
             query: The question, not blank. One that another model prepared is read again by this one.
@@ -206,9 +191,17 @@ class Reranker(LoadedModel):
         instructions: Instructions | str | None = None,
         ratio: int | None = None,
     ) -> list[Ranked]:
-        """Do what `rank` does in a thread, so that the event loop goes on; the arguments and errors are its.
+        """Do what `rank` does in a thread, so that the event loop goes on; results and errors are its.
 
         If the await is cancelled, no further batch is encoded, and passages that wait for the decoder are dropped.
+
+        Args:
+            query: As `rank`.
+            passages_or_states: As `rank`; an iterator is read in the thread.
+            top_n: As `rank`.
+            threshold: As `rank`.
+            instructions: As `rank`.
+            ratio: As `rank`.
 
         Example:
             >>> import asyncio
@@ -310,9 +303,7 @@ class Reranker(LoadedModel):
         weights: list[float] = []
 
         def decode(prompts: Sequence[Any], batch: StateBatch, ratio: int | None) -> list[float]:
-            vectors, counts = batch.on(backbone.device, backbone.state_dtype, ratio)
-            looked = backbone.attend(prompts[0], vectors, counts, batch.token_ids_on(backbone.device, ratio))
-            weights.extend(looked[0].float().cpu().tolist())
+            weights.extend(find_attention(backbone, prompts[0], batch, ratio))
             return self._margins(prompts, batch, ratio)
 
         request = Request(decode, [asked.prompt], states, ratio, share=1, alone=True)
@@ -333,12 +324,6 @@ class Reranker(LoadedModel):
         """
         check_query(query)
         return self.backbone.preview(query, as_instructions(instructions) or Instructions())
-
-    def _encode_batches(self, tokenized: Sequence[TokenizedPassage]) -> Iterator[list[int]]:
-        """Rows by falling length, in batches bounded by count and by padded tokens."""
-        order = sorted(range(len(tokenized)), key=lambda i: -len(tokenized[i].ids))
-        budget = _ENCODE_TOKENS.get(self.backbone.device.type, _ENCODE_TOKENS["cpu"])
-        return cut_batches(order, [len(t.ids) for t in tokenized], self.batch_size, budget)
 
     def _check_states(self, states: StateBatch, ratio: int | None) -> None:
         info = self.info

@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 
 from kalm_rag.checks import check_count
-from kalm_rag.errors import StateMismatchError
+from kalm_rag.errors import InputError, StateMismatchError
+
+MOST_RATIO = 1 << 20
+"""Largest ratio taken. Beyond the tokens that a model reads, every ratio means one state per passage."""
+
+_LARGEST_MODELS = 128
+"""Largest ratio that a model was trained at: up to here, groups are laid out whole, however short the passages."""
 
 
 def check_ratio(ratio: int | None) -> int:
-    """Give the pooling ratio as an int >= 1; ``None`` means no pooling, which is 1.
+    """Give the pooling ratio as an int, from 1 to `MOST_RATIO`; ``None`` means no pooling, which is 1.
 
     Raises:
-        InputError: If it is not an int, or is below 1.
+        InputError: If it is not an int, or out of that range.
 
     Example:
         >>> check_ratio(None), check_ratio(4)
@@ -25,7 +31,10 @@ def check_ratio(ratio: int | None) -> int:
     """
     if ratio is None:
         return 1
-    return check_count(ratio, "ratio", hint=" (tokens per stored state), or None for no pooling")
+    found = check_count(ratio, "ratio", hint=" (tokens per stored state), or None for no pooling")
+    if found > MOST_RATIO:
+        raise InputError(f"ratio is {ratio:.3e}; wanted at most {MOST_RATIO} (one state per passage long before).")
+    return found
 
 
 def repool_factor(stored: int, wanted: int | None) -> int:
@@ -81,13 +90,20 @@ def group_ids(ids: Tensor, ratio: int) -> Tensor:
         ratio: Tokens a state stands for, >= 1.
 
     Returns:
-        Shape ``(B, ceil(T / ratio), ratio)``, 0 where there is no token.
+        Shape ``(B, ceil(T / ratio), ratio)``, 0 where there is no token; the last dimension is shorter where one state
+        stands for all tokens.
 
     Example:
         >>> group_ids(torch.tensor([[7, 8, 9]]), 2).tolist()
         [[[7, 8], [9, 0]]]
     """
+    ratio = _fit_group(ratio, ids.shape[1])
     return torch.nn.functional.pad(ids, (0, -ids.shape[1] % ratio)).view(len(ids), -1, ratio)
+
+
+def _fit_group(ratio: int, width: int) -> int:
+    """A group that holds all `width` rows instead of a far larger one, which would be padding and memory only."""
+    return min(ratio, max(width, _LARGEST_MODELS))
 
 
 def mean_groups(states: Tensor, counts: Tensor, factor: int) -> tuple[Tensor, Tensor]:
@@ -118,6 +134,7 @@ def mean_groups(states: Tensor, counts: Tensor, factor: int) -> tuple[Tensor, Te
     if factor == 1:
         return rows, counts
     batch, width, hidden = rows.shape
+    factor = _fit_group(factor, width)
     groups = -(-width // factor)
     pad = groups * factor - width
     rows = torch.nn.functional.pad(rows, (0, 0, 0, pad)).view(batch, groups, factor, hidden)
