@@ -3,14 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 INPUTS = pyproject.toml constraints.txt
+# The lowest versions that pyproject.toml allows. torch comes from constraints.txt: see constraints-lowest.txt.
+LOWEST = $(VENV)-lowest
+LOWEST_PIP = $(LOWEST)/bin/python -m pip install --disable-pip-version-check -q
+LOWEST_INPUTS = pyproject.toml constraints.txt constraints-lowest.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-lowest lint format clean
 
 demo: $(VENV)/.demo  ## index the Python language reference and rerank it, offline
 	$(VENV)/bin/kalm-rag demo
 
 test: $(VENV)/.dev lint  ## lint, types and all tests
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+
+test-lowest: $(LOWEST)/.dev  ## all tests with the lowest versions of everything that is declared
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -36,5 +43,12 @@ $(VENV)/.dev: $(VENV)/bin/python $(INPUTS)
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+$(LOWEST)/.dev: $(LOWEST_INPUTS)
+	@echo "Installing kalm-rag with the lowest versions it allows (a few minutes the first time) ..."
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST_PIP) -c constraints.txt torch
+	$(LOWEST_PIP) -c constraints-lowest.txt -e '.[all,test]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,8 @@ QUESTION = "What makes two objects equal?"
 
 def embed(texts: list[str]) -> list[list[float]]:
     """The other app's embedder, a plain function from texts to vectors."""
-    return MODEL.encode(texts, show_progress_bar=False).tolist()
+    vectors: list[list[float]] = MODEL.encode(texts, show_progress_bar=False).tolist()
+    return vectors
 
 
 def fill_somebody_elses_database(folder: str) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kalm_rag.states import PassageStates
     from kalm_rag.store import open_store
 
+__version__ = "0.1.0"
 __all__ = ["ChromaIndex", "Instructions", "PassageStates", "Reranker", "open_store"]
 _HOMES = {
     "ChromaIndex": "index",
@@ -26,3 +27,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - importing the package must 
     from importlib import import_module
 
     return getattr(import_module(f"kalm_rag.{_HOMES.get(name, 'store')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

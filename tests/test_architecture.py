@@ -99,6 +99,7 @@ def strongly_connected(graph: dict[Path, set[Path]]) -> list[set[Path]]:
 def test_public_names() -> None:
     assert kalm_rag.__all__ == ["ChromaIndex", "Instructions", "PassageStates", "Reranker", "open_store"]
     assert all(getattr(kalm_rag, name) for name in kalm_rag.__all__)
+    assert [name for name in dir(kalm_rag) if not name.startswith("__")] == kalm_rag.__all__, "for tab completion"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = kalm_rag.nothing
 

@@ -46,6 +46,16 @@ def test_readme_snippets_run(number: int, tmp_path: Path) -> None:
     assert run(["snippet.py"], tmp_path).strip()
 
 
+def test_public_types_are_what_is_shown(tmp_path: Path) -> None:
+    """README's snippets and the examples pass the type checker: ``instructions="..."`` was refused where it is read."""
+    pytest.importorskip("mypy", reason="mypy is not installed (extra 'dev')")
+    for number, snippet in enumerate(SNIPPETS):
+        (tmp_path / f"snippet_{number}.py").write_text(snippet, encoding="utf-8")
+    files = [str(path) for path in (*sorted(tmp_path.glob("snippet_*.py")), *EXAMPLES)]
+    told = run(["-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *files], ROOT)
+    assert f"no issues found in {len(files)} source files" in told
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.stem))
 def test_examples_run(path: Path, tmp_path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60

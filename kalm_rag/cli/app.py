@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from kalm_rag import __version__
 from kalm_rag.cli import bench, demo, evaluate, index, search, train, upkeep
 from kalm_rag.cli.terminal import SafeGroup
 
@@ -17,3 +20,18 @@ app = typer.Typer(
 )
 for part in (index, search, demo, upkeep, evaluate, bench, train):
     app.add_typer(part.app)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kalm-rag {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from kalm_rag.instructions.instructions import DEFAULT_TASK, JUDGE, Instructions, SystemMode, as_instructions
+from kalm_rag.instructions.instructions import (
+    DEFAULT_TASK,
+    JUDGE,
+    AnyInstructions,
+    Instructions,
+    SystemMode,
+    as_instructions,
+)
 
-__all__ = ["DEFAULT_TASK", "JUDGE", "Instructions", "SystemMode", "as_instructions"]
+__all__ = ["DEFAULT_TASK", "JUDGE", "AnyInstructions", "Instructions", "SystemMode", "as_instructions"]

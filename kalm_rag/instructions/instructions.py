@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kalm_rag.checks import check_text
 from kalm_rag.errors import InputError
@@ -98,6 +98,14 @@ class Instructions:
     def task_text(self) -> str:
         """What stands where the protocol says ``{task}``."""
         return self.task if self.task is not None else DEFAULT_TASK
+
+
+if TYPE_CHECKING:
+    AnyInstructions = Any
+else:
+    AnyInstructions = Instructions | None
+"""Type of a pydantic field that `as_instructions` fills: type checkers let a task, a prompt or a chain pass to the
+constructor, the field itself holds Instructions or None."""
 
 
 def as_instructions(value: object) -> Instructions | None:

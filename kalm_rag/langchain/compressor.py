@@ -35,7 +35,7 @@ from kalm_rag.index.lazy_engine import (
     spec_of,
     unscored_candidates,
 )
-from kalm_rag.instructions import Instructions, as_instructions
+from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.inputs import (
     CONFIG_SPECS,
     RerankInput,
@@ -112,7 +112,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
     top_n: StrictInt | None = 3
     threshold: float | None = None
     missing: Missing = "encode"
-    instructions: Instructions | None = None
+    instructions: AnyInstructions = None
     store: Any = None
     reranker: Reranker | None = Field(default=None, exclude=True, repr=False)
     keep_score: bool = True

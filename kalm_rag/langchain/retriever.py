@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from kalm_rag.checks import check_count, check_cut, check_text
 from kalm_rag.errors import InputError
-from kalm_rag.instructions import Instructions, as_instructions
+from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.compressor import RETRIEVAL_RANK, RETRIEVAL_SCORE, KaLMDocumentCompressor
 from kalm_rag.langchain.inputs import CONFIG_SPECS, check_names, configured_instructions
 from kalm_rag.store import Reference
@@ -86,7 +86,7 @@ class KaLMRetriever(BaseRetriever):
     vectorstore: VectorStore
     k: StrictInt = 4
     fetch_k: StrictInt = 50
-    instructions: Instructions | None = None
+    instructions: AnyInstructions = None
     threshold: float | None = None
     ratio: StrictInt | None = None
     filter: Any = None

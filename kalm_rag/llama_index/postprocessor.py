@@ -22,7 +22,7 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, check_missing
 from kalm_rag.index.lazy_engine import rank_candidates
-from kalm_rag.instructions import Instructions, as_instructions
+from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.llama_index.fields import EngineFields
 from kalm_rag.llama_index.nodes import node_text, with_score
 from kalm_rag.llama_index.steering import calling_engine, override, overriding
@@ -79,7 +79,7 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
     top_n: int | None = Field(default=3, description="Most nodes given back; None gives all.")
     threshold: float | None = Field(default=None, description="Keep only P(yes) >= this.")
     missing: Missing = Field(default="encode", description="Policy for nodes without stored states.")
-    instructions: Instructions | Literal["auto"] | None = Field(default=None, description="What steers the decoder.")
+    instructions: AnyInstructions | Literal["auto"] = Field(default=None, description="What steers the decoder.")
     metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, description="Which text of a node is scored.")
     keep_retrieval_score: bool = Field(default=False, description="Keep the retriever's score in metadata.")
     _followed: Any = PrivateAttr(default=None)
