@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import chromadb
@@ -11,7 +12,7 @@ from stores import chroma_client, make_layout, make_many, make_states, refer, ru
 
 from kalm_rag.errors import InputError, StateMismatchError, StoreError, StoreFormatError
 from kalm_rag.states import Codec
-from kalm_rag.store import Reference, open_store, stored_layout
+from kalm_rag.store import open_store, stored_layout
 from kalm_rag.store.chroma import ChromaStore, drop_companions
 from kalm_rag.store.companion import BODY_BYTES, batches, companion_name, reference_id
 
@@ -109,13 +110,64 @@ def test_damaged_record(chroma_client: chromadb.ClientAPI, change: dict[str, obj
         assert store.verify() == []
 
 
-def test_damaged_reference(chroma_client: chromadb.ClientAPI) -> None:
-    states = make_many(1, LAYOUT)
+@pytest.mark.parametrize("change", [{"record_id": None}, {"record_id": "2"}, {"key": "short"}, {"collection_id": 7}])
+def test_damaged_reference(chroma_client: chromadb.ClientAPI, change: dict[str, object]) -> None:
+    """A reference that couldn't be read stopped backfill before it mended anything."""
+    states = make_many(2, LAYOUT)
+    references = refer(states)
     with open_store(chroma_client, LAYOUT, name="reference") as store:
-        store.put_many(states, [Reference(collection_id="c", record_id="1", key=states[0].key)])
-        companion(chroma_client, "reference").update(ids=[reference_id("c", "1")], metadatas=[{"record_id": None}])
-        with pytest.raises(StoreFormatError, match="lacks 'record_id'"):
-            list(store.references("c"))
+        store.put_many(states, references)
+        broken = reference_id("c", "r1")
+        companion(chroma_client, "reference").update(ids=[broken], metadatas=[change])
+        if change == {"record_id": None}:
+            with pytest.raises(StoreFormatError, match=r"lacks 'record_id'.*backfill"):
+                list(store.references("c"))
+        assert store.verify() == [f"row:{broken}"]
+        assert store.discard(store.verify()) == 0
+        assert store.verify() == []
+        assert store.collections() == {"c": 1}
+        store.put_many([], references)
+        assert store.collections() == {"c": 2}
+
+
+def test_damaged_id_of_a_record_is_mended(chroma_client: chromadb.ClientAPI) -> None:
+    states = make_many(2, LAYOUT)
+    with open_store(chroma_client, LAYOUT, name="ids") as store:
+        store.put_many(states)
+        collection = companion(chroma_client, "ids")
+        fields = collection.get(ids=["s:" + states[0].key])["metadatas"][0]
+        collection.add(ids=["s:\x01"], embeddings=[[0.0]], metadatas=[fields])
+        assert store.verify() == ["row:s:\x01"]
+        assert store.discard(store.verify()) == 1
+        assert store.verify() == []
+        assert store.missing([s.key for s in states]) == set()
+
+
+@pytest.mark.parametrize("change", ['"ratio": 5', '"hidden_size": 24', '"codec": "bf16"', '"state_dtype": "float16"'])
+def test_changed_layout_of_a_companion_is_noticed(chroma_client: chromadb.ClientAPI, change: str) -> None:
+    """Ratio 5 for 4 in the companion's metadata was adopted, and gave other states without a word."""
+    name = companion_name("marks", LAYOUT.fingerprint)
+    open_store(chroma_client, LAYOUT, name="marks").close()
+    collection = companion(chroma_client, "marks")
+    fields = json.loads(str(collection.metadata["kalm_layout"]))
+    text = json.dumps(fields | json.loads("{" + change + "}"))
+    collection.modify(metadata={**collection.metadata, "kalm_layout": text})
+    with pytest.raises(StoreFormatError, match="is damaged: its layout doesn't match its checksum"):
+        stored_layout(chroma_client, LAYOUT.fingerprint, name="marks")
+    with pytest.raises(StoreFormatError, match="doesn't match its checksum"):
+        open_store(chroma_client, LAYOUT, name="marks")
+    chroma_client.delete_collection(name)
+
+
+def test_companions_of_earlier_releases_open_and_get_a_checksum(chroma_client: chromadb.ClientAPI) -> None:
+    open_store(chroma_client, LAYOUT, name="earlier").close()
+    collection = companion(chroma_client, "earlier")
+    collection.modify(metadata={k: v for k, v in collection.metadata.items() if k != "kalm_checksum"})
+    assert stored_layout(chroma_client, LAYOUT.fingerprint, name="earlier") == LAYOUT
+    open_store(chroma_client, LAYOUT, name="earlier", read_only=True).close()
+    assert "kalm_checksum" not in companion(chroma_client, "earlier").metadata
+    open_store(chroma_client, LAYOUT, name="earlier").close()
+    assert companion(chroma_client, "earlier").metadata["kalm_checksum"] == LAYOUT.checksum
 
 
 def test_foreign_and_newer_companions_are_left_alone(chroma_client: chromadb.ClientAPI) -> None:

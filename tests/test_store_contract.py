@@ -14,7 +14,7 @@ from stores import chroma_client, make_layout, make_many, make_states, refer
 
 from kalm_rag.errors import ClosedError, InputError, StateMismatchError
 from kalm_rag.states import Codec, Layout, PassageStates, StateBatch, passage_key
-from kalm_rag.store import Reference, StateStore, collection_layouts, open_store, stored_layout
+from kalm_rag.store import Reference, StateStore, collection_layouts, open_store, stored_layout, sweep_folder
 
 __all__ = ["chroma_client"]
 NUMBER = itertools.count()
@@ -333,6 +333,50 @@ def test_layouts_of_a_collection_are_read_without_a_model(tmp_path: Path, chroma
     assert not (tmp_path / "nowhere").exists()
     assert collection_layouts(tmp_path / "nowhere", "c") == []
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_any_iterable_is_read_once_and_a_string_is_none(opener: Opener) -> None:
+    """A generator of keys was consumed by their check, and nothing was found; live_collections="c" was letters."""
+    layout = make_layout()
+    states = make_many(3, layout)
+    with opener(layout) as store:
+        store.put_many((s for s in states), (r for r in refer(states)))
+        assert store.missing(s.key for s in states) == set()  # type: ignore[arg-type]
+        assert store.get_many(s.key for s in states).found == [0, 1, 2]  # type: ignore[arg-type]
+        assert store.collections() == {"c": 3}
+        assert store.unreference("c", (f"r{i}" for i in range(1))) == 1
+        assert store.discard(s.key for s in states[:1]) == 1
+        for call, name in (
+            (lambda: store.gc("c"), "live_collections"),
+            (lambda: store.gc([], scopes="/db"), "scopes"),
+            (lambda: store.unreference("c", "r1"), "ids"),
+            (lambda: store.get_many(states[0].key), "keys"),  # type: ignore[arg-type]
+            (lambda: store.discard(states[0].key), "names"),
+        ):
+            with pytest.raises(InputError, match=f"{name} is one string"):
+                call()
+        assert store.collections() == {"c": 2}
+
+
+def test_sweeping_a_folder_needs_no_model_and_no_collection(tmp_path: Path) -> None:
+    """Without a collection left, the states in a folder could not be swept at all: gc was a method of a collection."""
+    ours, theirs = make_layout(), make_layout(fingerprint="beef" * 16, hidden_size=6)
+    for layout in (ours, theirs):
+        states = make_many(3, layout)
+        with open_store(tmp_path, layout) as store:
+            store.put_many(states, refer(states[:1], "gone") + refer(states[1:2], "live"))
+            store.put_many([], refer(states[2:], "other"), scope="/other")
+    assert sweep_folder(tmp_path, ["live"]).states == 0
+    report = sweep_folder(tmp_path, ["live"], younger_than=0)
+    assert (report.states, report.payload_bytes) == (2, sum(x.payload_bytes(states[0].tokens) for x in (ours, theirs)))
+    assert sweep_folder(tmp_path / "kalm_states.sqlite3", [], scopes=["", "/other"], younger_than=0).states == 4
+    for layout in (ours, theirs):
+        with open_store(tmp_path, layout) as store:
+            assert store.stats().states == store.stats().references == 0
+    assert sweep_folder(tmp_path / "nowhere", []).states == 0
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(InputError, match="live_collections is one string"):
+        sweep_folder(tmp_path, "live")
 
 
 def test_stats_count_payload(opener: Opener) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kalm_rag.store.base import GRACE_SECONDS, Fetched, GcReport, Reference, StateStore, StoreStats
-from kalm_rag.store.opening import FILE_NAME, collection_layouts, open_store, stored_layout
+from kalm_rag.store.opening import FILE_NAME, collection_layouts, open_store, stored_layout, sweep_folder
 
 __all__ = [
     "FILE_NAME",
@@ -16,4 +16,5 @@ __all__ = [
     "collection_layouts",
     "open_store",
     "stored_layout",
+    "sweep_folder",
 ]

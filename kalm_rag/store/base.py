@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
+from kalm_rag.checks import check_items
 from kalm_rag.errors import InputError, StateMismatchError, StoreFormatError
 from kalm_rag.states import Layout, PassageStates, StateBatch, pack_states, unpack_batch
 
@@ -137,11 +138,26 @@ class StateStore(Protocol):
         ...
 
     def verify(self) -> list[str]:
-        """Read every state of the namespace; give the keys whose checksum, length or layout is wrong."""
+        """Read everything in the namespace; give a name to each thing that is damaged, for `discard`.
+
+        A name is the key of states whose checksum, length or layout is wrong. Where the key itself is damaged, it is
+        the store's own name of the row (``"row:17"``), or ``"index"`` for references or an index that disagree.
+
+        Raises:
+            StoreFormatError: If the store is damaged so that rows can't be read at all.
+            StoreError: If it can't be read.
+        """
         ...
 
-    def discard(self, keys: Iterable[str]) -> int:
-        """Drop states by key (damaged ones, for instance), leaving references; returns how many went."""
+    def discard(self, names: Iterable[str]) -> int:
+        """Drop states by key, and what `verify` named; returns how many states went.
+
+        References stay, but for damaged ones. What is dropped is missing afterwards: backfill encodes it again.
+
+        Raises:
+            InputError: If a name is neither a key nor one that `verify` gives.
+            StoreError: If it can't be written.
+        """
         ...
 
     def gc(
@@ -198,6 +214,13 @@ class Closing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+DAMAGED_ROW = "row:"
+"""How `StateStore.verify` names a row whose key can't be trusted; a number or record id follows."""
+
+DAMAGED_INDEX = "index"
+"""How `StateStore.verify` names references, or a store's own index, that disagree with what they are about."""
 
 
 class StoredRow(NamedTuple):
@@ -274,30 +297,50 @@ def chunked(values: Iterable[Value], size: int) -> Iterator[list[Value]]:
         yield chunk
 
 
-def check_keys(keys: Iterable[str]) -> None:
-    """Refuse what can't be a key.
+def check_keys(keys: Iterable[str]) -> list[str]:
+    """Read keys of any iterable, and refuse what can't be one.
 
     Raises:
-        InputError: If a key is not 64 lower-case hex digits.
+        InputError: If `keys` is one string, or a key is not 64 lower-case hex digits.
     """
-    for key in keys:
+    read = check_items(keys, "keys")
+    for key in read:
         if not (isinstance(key, str) and len(key) == 64 and not key.strip("0123456789abcdef")):
             raise InputError(f"state key is {key!r}; wanted a sha256 in hex (64 digits). Use passage_key(text).")
+    return read
 
 
-def check_ids(ids: Iterable[str]) -> None:
-    """Refuse collection and record ids that no store can write.
+def check_names(names: Iterable[str]) -> list[str]:
+    """Read names for `StateStore.discard`, each once.
 
     Raises:
-        InputError: If one is not text, or holds lone surrogates.
+        InputError: If one is neither a key nor what `StateStore.verify` gives.
     """
-    for value in ids:
+    distinct = list(dict.fromkeys(check_items(names, "names")))
+    check_keys(n for n in distinct if not (isinstance(n, str) and (n == DAMAGED_INDEX or is_row_name(n))))
+    return distinct
+
+
+def is_row_name(name: str) -> bool:
+    """Whether a name of `StateStore.verify` is that of a row, not a key."""
+    return name.startswith(DAMAGED_ROW)
+
+
+def check_ids(ids: Iterable[str]) -> list[str]:
+    """Read collection or record ids of any iterable, each once, and refuse those that no store can write.
+
+    Raises:
+        InputError: If `ids` is one string, or an id is not text or holds lone surrogates.
+    """
+    distinct = list(dict.fromkeys(check_items(ids, "ids")))
+    for value in distinct:
         if not isinstance(value, str):
             raise InputError(f"id is {value!r}; wanted text.")
         try:
             value.encode()
         except UnicodeEncodeError as err:
             raise InputError(f"id {value!r} is not valid Unicode (lone surrogate). Repair it before storing.") from err
+    return distinct
 
 
 def check_seconds(seconds: object, name: str) -> None:
@@ -310,39 +353,39 @@ def check_seconds(seconds: object, name: str) -> None:
         raise InputError(f"{name} is {seconds!r}; wanted seconds, 0 or more.")
 
 
-def check_put(references: Iterable[Reference], scope: str, wait: float | None) -> None:
-    """Refuse arguments of `StateStore.put_many` that can't be stored or meant.
+def check_put(references: Iterable[Reference], scope: str, wait: float | None) -> list[Reference]:
+    """Read references of any iterable, and refuse arguments of `StateStore.put_many` that can't be stored or meant.
 
     Raises:
         InputError: Naming the id, key, scope or wait.
     """
-    check_references(references)
+    read = check_items(references, "references", "a list of Reference")
+    for reference in read:
+        check_ids((reference.collection_id, reference.record_id))
+        check_keys([reference.key])
     if not isinstance(scope, str):
         raise InputError(f"scope is {scope!r}; wanted text that names a database, or ''.")
     check_ids([scope])
     if wait is not None:
         check_seconds(wait, "wait")
+    return read
 
 
-def sweep_before(younger_than: float) -> float:
-    """Unix seconds up to which `StateStore.gc` may drop what was written: `younger_than` seconds ago.
+def check_sweep(
+    live_collections: Iterable[str] | None, scopes: Iterable[str], younger_than: float
+) -> tuple[set[str] | None, set[str], float]:
+    """Read the arguments of `StateStore.gc`.
+
+    Returns:
+        Live collections (None: no references go), scopes, and the unix seconds up to which what was written may go.
 
     Raises:
-        InputError: If it is negative or no number.
+        InputError: If ids or scopes are one string, or `younger_than` is negative or no number.
     """
     check_seconds(younger_than, "younger_than")
-    return time.time() - younger_than if younger_than else 2.0**53  # 0: also what a clock that is ahead wrote
-
-
-def check_references(references: Iterable[Reference]) -> None:
-    """Refuse references with ids or keys that can't be stored.
-
-    Raises:
-        InputError: Naming the id or key.
-    """
-    for reference in references:
-        check_ids((reference.collection_id, reference.record_id))
-        check_keys([reference.key])
+    live = None if live_collections is None else set(check_items(live_collections, "live_collections"))
+    before = time.time() - younger_than if younger_than else 2.0**53  # 0: also what a clock that is ahead wrote
+    return live, set(check_items(scopes, "scopes")), before
 
 
 def check_same_layout(stored: Layout, wanted: Layout, where: str) -> None:

@@ -18,6 +18,7 @@ from chromadb.errors import NotFoundError
 from kalm_rag.errors import ClosedError, InputError, KalmRagError, StoreError
 from kalm_rag.states import Layout, PassageStates
 from kalm_rag.store.base import (
+    DAMAGED_ROW,
     GRACE_SECONDS,
     Closing,
     Fetched,
@@ -28,17 +29,22 @@ from kalm_rag.store.base import (
     assemble,
     check_ids,
     check_keys,
+    check_names,
     check_put,
     check_same_layout,
+    check_sweep,
     chunked,
     damage,
+    is_row_name,
     make_row,
-    sweep_before,
 )
 from kalm_rag.store.companion import (
+    CHECKSUM_KEY,
     Record,
     batches,
     companion_name,
+    is_reference,
+    is_state_id,
     read_marks,
     read_reference,
     read_row,
@@ -96,11 +102,14 @@ class ChromaStore(Closing):
                 )
         if collection is not None:
             check_same_layout(read_marks(collection), layout, f"companion collection {companion}")
+            if not read_only and CHECKSUM_KEY not in collection.metadata:  # made by an earlier release
+                with _translated(companion):
+                    collection.modify(metadata={**collection.metadata, **write_marks(layout)})
         return cls(client, collection, layout, name, not read_only)
 
     def get_many(self, keys: Sequence[str]) -> Fetched:
         """Fetch states; see `StateStore.get_many`."""
-        check_keys(keys)
+        keys = check_keys(keys)
         rows: dict[str, StoredRow] = {}
         for chunk in chunked(dict.fromkeys(keys), READ_IDS):
             for record_id, fields in self._get(ids=["s:" + key for key in chunk]):
@@ -109,7 +118,7 @@ class ChromaStore(Closing):
 
     def missing(self, keys: Sequence[str]) -> set[str]:
         """Which keys have no states; asks for ids only."""
-        check_keys(keys)
+        keys = check_keys(keys)
         absent = set(keys)
         for chunk in chunked(dict.fromkeys(keys), PAGE_IDS):
             absent -= {record_id[2:] for record_id, _ in self._get(ids=["s:" + key for key in chunk], fields=False)}
@@ -128,7 +137,7 @@ class ChromaStore(Closing):
         Raises:
             StoreError: If the server can't be reached or refuses; states sent before may be kept, references not.
         """
-        check_put(references, scope, wait)
+        references = check_put(references, scope, wait)
         rows: dict[str, StoredRow] = {}  # Chroma refuses an id that comes twice in a call
         for row in (make_row(one, self.layout) for one in states):
             rows.setdefault(row.key, row)
@@ -140,8 +149,8 @@ class ChromaStore(Closing):
 
     def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
         """Forget records; their states stay until `gc`."""
-        ids = list(dict.fromkeys(record_ids))
-        check_ids([collection_id, *ids])
+        check_ids([collection_id])
+        ids = check_ids(record_ids)
         return self._delete(reference_id(collection_id, record_id) for record_id in ids)
 
     def references(self, collection_id: str) -> Iterator[Reference]:
@@ -160,15 +169,25 @@ class ChromaStore(Closing):
         return counts
 
     def verify(self) -> list[str]:
-        """Read every state; give the keys of damaged ones."""
-        found = self._scan({"kind": "state"}, READ_IDS)
-        return [record_id[2:] for record_id, fields in found if damage(read_row(record_id, fields), self.layout)]
+        """Read every state and reference, page by page; name what is damaged. See `StateStore.verify`."""
+        wrong = []
+        for record_id, fields in self._scan({"kind": "state"}, READ_IDS):
+            if not is_state_id(record_id):
+                wrong.append(DAMAGED_ROW + record_id)
+            elif damage(read_row(record_id, fields), self.layout):
+                wrong.append(record_id[2:])
+        for record_id, fields in self._scan({"kind": "reference"}, PAGE_IDS):
+            if not is_reference(record_id, fields):
+                wrong.append(DAMAGED_ROW + record_id)
+        return wrong
 
-    def discard(self, keys: Iterable[str]) -> int:
-        """Drop states by key, leaving references."""
-        unique = list(dict.fromkeys(keys))
-        check_keys(unique)
-        return self._delete("s:" + key for key in unique)
+    def discard(self, names: Iterable[str]) -> int:
+        """Drop states by key, and what `verify` named; see `StateStore.discard`."""
+        unique = check_names(names)
+        rows = [name.removeprefix(DAMAGED_ROW) for name in unique if is_row_name(name)]
+        self._delete(record_id for record_id in rows if record_id.startswith("r:"))
+        states = ["s:" + name for name in unique if not is_row_name(name)]
+        return self._delete([*states, *(record_id for record_id in rows if not record_id.startswith("r:"))])
 
     def gc(
         self,
@@ -178,10 +197,10 @@ class ChromaStore(Closing):
         younger_than: float = GRACE_SECONDS,
     ) -> GcReport:
         """Drop references of collections that are gone, then unused states (which are read); see `StateStore.gc`."""
-        before = sweep_before(younger_than)
+        live, known, before = check_sweep(live_collections, scopes, younger_than)
         self._check_open(writing=True)
-        if live_collections is not None:
-            for collection_id in self._gone(set(live_collections), set(scopes), before):
+        if live is not None:
+            for collection_id in self._gone(live, known, before):
                 self._forget_collection(collection_id)
         states = size = offset = 0
         while True:

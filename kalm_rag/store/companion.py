@@ -20,6 +20,7 @@ SCHEMA_VERSION = 1
 BODY_BYTES = 8 << 20
 """Bytes of one call. Servers refuse bodies from 45 MB on (measured), proxies before them often far smaller ones."""
 
+CHECKSUM_KEY = "kalm_checksum"
 Record = tuple[str, dict[str, "str | int"]]
 
 
@@ -38,7 +39,7 @@ def write_marks(layout: Layout) -> dict[str, str | int]:
         "state_dtype": layout.state_dtype,
         "format": layout.format,
     }
-    return {"kalm_schema": SCHEMA_VERSION, "kalm_layout": json.dumps(fields)}
+    return {"kalm_schema": SCHEMA_VERSION, "kalm_layout": json.dumps(fields), CHECKSUM_KEY: layout.checksum}
 
 
 def read_marks(collection: Any) -> Layout:  # noqa: ANN401 (Collection, untyped in chromadb)
@@ -67,6 +68,11 @@ def read_marks(collection: Any) -> Layout:  # noqa: ANN401 (Collection, untyped 
             f"collection {collection.name} is not a kalm_rag state store, or is damaged (metadata {marks!r}). Nothing "
             f"was changed. Rename it, or delete it and backfill: states are rebuilt from the texts."
         ) from err
+    if marks.get(CHECKSUM_KEY, layout.checksum) != layout.checksum:  # earlier releases write none
+        raise StoreFormatError(
+            f"companion collection {collection.name} is damaged: its layout doesn't match its checksum (metadata "
+            f"{marks!r}). Delete it and backfill: states are rebuilt from the texts."
+        )
     return layout
 
 
@@ -110,6 +116,19 @@ def read_reference(fields: dict[str, Any]) -> Reference:
         return Reference(collection_id=fields["collection_id"], record_id=fields["record_id"], key=fields["key"])
     except KeyError as err:
         raise StoreFormatError(f"a reference record lacks {err}: {fields!r}. Delete the companion, backfill.") from err
+
+
+def is_state_id(record_id: str) -> bool:
+    """Whether a state's record has an id that a key makes."""
+    return len(record_id) == 66 and record_id.startswith("s:") and not record_id[2:].strip("0123456789abcdef")
+
+
+def is_reference(record_id: str, fields: dict[str, Any]) -> bool:
+    """Whether a reference's record is whole: fields of the right kind, under the id that they make."""
+    values = [fields.get(name) for name in ("collection_id", "record_id", "key")]
+    if not all(isinstance(value, str) for value in values) or not is_state_id(f"s:{values[2]}"):
+        return False
+    return record_id == reference_id(str(values[0]), str(values[1]))
 
 
 def batches(records: Iterable[Record], most: int) -> Iterator[list[Record]]:

@@ -43,9 +43,13 @@ def connect(path: Path, mode: str, timeout: float) -> sqlite3.Connection:
         isolation_level=None,
         check_same_thread=False,
     )
-    # NORMAL: a commit survives the death of the process, not always a power cut (SqliteStore says so).
-    connection.execute("PRAGMA synchronous=NORMAL")
-    connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")  # or the WAL keeps the size of the largest write
+    try:
+        # NORMAL: a commit survives the death of the process, not always a power cut (SqliteStore says so).
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT}")  # or the WAL keeps the size of the largest write
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -67,7 +71,11 @@ def use_wal(connection: sqlite3.Connection, timeout: float) -> None:
             return
 
 
-def translate(err: sqlite3.Error, path: Path) -> KalmRagError:
+SqliteErrors = (sqlite3.Error, UnicodeDecodeError)
+"""What the driver raises; the second when it quotes a damaged table's text in an error of its own."""
+
+
+def translate(err: sqlite3.Error | UnicodeDecodeError, path: Path) -> KalmRagError:
     """Say what an error of SQLite means to the store at `path`, and what to do. Raise the result ``from err``."""
     text = str(err)
     for needles, kind, advice in _MEANINGS:
@@ -94,7 +102,7 @@ _MEANINGS: tuple[tuple[tuple[str, ...], type[KalmRagError], str], ...] = (
     ),
     (("unable to open",), StoreError, "Check that its folder exists and can be read and written."),
     (("not a database",), StoreFormatError, f"It isn't a kalm_rag state store, or its header is damaged. {REBUILD}"),
-    (("malformed", "no such", "decode", "corrupt"), StoreFormatError, f"It is damaged. {REBUILD}"),
+    (("malformed", "no such", "no column", "decode", "corrupt"), StoreFormatError, f"It is damaged. {REBUILD}"),
 )
 
 
@@ -138,7 +146,7 @@ class ConnectionPool:
             if connection is None:
                 connection = self._opener()
             yield connection
-        except sqlite3.Error as err:
+        except SqliteErrors as err:
             raise translate(err, self._path) from err
         finally:
             self._finish(connection)

@@ -19,10 +19,11 @@ from kalm_rag.store.base import (
     assemble,
     check_ids,
     check_keys,
+    check_names,
     check_put,
+    check_sweep,
     damage,
     make_row,
-    sweep_before,
 )
 
 
@@ -44,7 +45,7 @@ class MemoryStore(Closing):
 
     def get_many(self, keys: Sequence[str]) -> Fetched:
         """Fetch states; see `StateStore.get_many`."""
-        check_keys(keys)
+        keys = check_keys(keys)
         with self._lock:
             self._check_open()
             rows = {key: self._rows[key] for key in keys if key in self._rows}
@@ -52,7 +53,7 @@ class MemoryStore(Closing):
 
     def missing(self, keys: Sequence[str]) -> set[str]:
         """Which keys have no states."""
-        check_keys(keys)
+        keys = check_keys(keys)
         with self._lock:
             self._check_open()
             return {key for key in keys if key not in self._rows}
@@ -67,7 +68,7 @@ class MemoryStore(Closing):
     ) -> None:
         """Keep states and references; see `StateStore.put_many`. Never waits for longer than a moment."""
         rows = [make_row(one, self.layout) for one in states]
-        check_put(references, scope, wait)
+        references = check_put(references, scope, wait)
         with self._lock:
             self._check_open()
             now = time.time()
@@ -82,8 +83,8 @@ class MemoryStore(Closing):
 
     def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
         """Forget records; their states stay until `gc`."""
-        ids = list(dict.fromkeys(record_ids))
-        check_ids([collection_id, *ids])
+        check_ids([collection_id])
+        ids = check_ids(record_ids)
         with self._lock:
             self._check_open()
             records = self._uses.get(collection_id, {})
@@ -114,10 +115,9 @@ class MemoryStore(Closing):
             rows = list(self._rows.values())
         return [row.key for row in rows if damage(row, self.layout)]
 
-    def discard(self, keys: Iterable[str]) -> int:
+    def discard(self, names: Iterable[str]) -> int:
         """Drop states by key, leaving references."""
-        unique = list(dict.fromkeys(keys))
-        check_keys(unique)
+        unique = check_names(names)
         with self._lock:
             self._check_open()
             return sum(self._rows.pop(key, None) is not None for key in unique)
@@ -130,8 +130,7 @@ class MemoryStore(Closing):
         younger_than: float = GRACE_SECONDS,
     ) -> GcReport:
         """Drop references of collections that are gone, then unused states; see `StateStore.gc`."""
-        live = None if live_collections is None else set(live_collections)
-        known, before = set(scopes), sweep_before(younger_than)
+        live, known, before = check_sweep(live_collections, scopes, younger_than)
         with self._lock:
             self._check_open()
             for collection, (scope, written) in list(self._collections.items()):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from kalm_rag.errors import InputError, StoreError
 from kalm_rag.states import Layout
 from kalm_rag.store import sqlite
-from kalm_rag.store.base import StateStore
+from kalm_rag.store.base import GRACE_SECONDS, GcReport, StateStore, check_sweep
 from kalm_rag.store.memory import MemoryStore
 from kalm_rag.store.sqlite import SqliteStore
 
@@ -89,6 +90,38 @@ def collection_layouts(where: Where, collection_id: str, *, name: str = "") -> l
     from kalm_rag.store import chroma
 
     return chroma.collection_layouts(_client(where), collection_id, name)
+
+
+def sweep_folder(
+    where: str | os.PathLike[str],
+    live_collections: Iterable[str] | None = None,
+    *,
+    scopes: Iterable[str] = ("",),
+    younger_than: float = GRACE_SECONDS,
+) -> GcReport:
+    """Run `StateStore.gc` over the states of all models in a folder or file; needs no model and no collection.
+
+    Args:
+        where: A folder or ``.sqlite3`` file; nothing is made where there is none.
+        live_collections: As in `StateStore.gc`, as for the next two.
+        scopes: Databases that `live_collections` speaks for.
+        younger_than: Seconds.
+
+    Returns:
+        What went, all models together.
+
+    Raises:
+        StoreError: If it can't be opened or written; StoreFormatError if it is foreign, damaged or newer.
+        InputError: If `where` is no folder or file, or an argument can't be meant.
+    """
+    file = store_file(where)
+    live, known, _ = check_sweep(live_collections, scopes, younger_than)
+    states = payload = 0
+    for layout in sqlite.all_layouts(file):
+        with SqliteStore.open(file, layout) as store:
+            report = store.gc(live, scopes=known, younger_than=younger_than)
+        states, payload = states + report.states, payload + report.payload_bytes
+    return GcReport(states=states, payload_bytes=payload)
 
 
 def store_file(where: str | os.PathLike[str]) -> Path:

@@ -6,6 +6,7 @@ Knows SQLite and `Layout`; the work on rows is in `sqlite.py`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sqlite3
 import zlib
@@ -15,7 +16,7 @@ from typing import Any
 
 from kalm_rag.errors import InputError, StoreError, StoreFormatError
 from kalm_rag.states import DTYPES, FORMATS, Codec, Layout
-from kalm_rag.store.connections import REBUILD, ConnectionPool, connect, translate, use_wal
+from kalm_rag.store.connections import REBUILD, ConnectionPool, SqliteErrors, connect, translate, use_wal
 
 LOGGER = logging.getLogger(__name__)
 APPLICATION_ID = 0x6B616C6D
@@ -25,12 +26,15 @@ SCHEMA_VERSION = 1
 """Raised only by a change that older releases can't live with; tables and columns that they ignore are `ADDED`."""
 
 TYPICAL_TOKENS = 100
+KEY_BYTES = 32
 READ_MODES = ("ro", "immutable")
 NAMESPACE_COLUMNS = "id, fingerprint, hidden_size, ratio, codec, state_dtype, format"
 """What a namespace's checksum covers, in this order."""
 
 # `states` is a rowid table with the payload last: WITHOUT ROWID would put the blobs into the B-tree of the keys, and
 # finding what is missing would read them. `uses` is small and always looked up by its key, so it is its own index.
+STATES_BY_KEY = "CREATE UNIQUE INDEX states_by_key ON states (namespace, key)"
+USES_BY_KEY = "CREATE INDEX uses_by_key ON uses (namespace, key)"
 COLLECTIONS = (
     "CREATE TABLE collections (namespace INTEGER NOT NULL, collection_id TEXT NOT NULL, scope TEXT NOT NULL, "
     "written INTEGER NOT NULL, PRIMARY KEY (namespace, collection_id)) WITHOUT ROWID"
@@ -42,10 +46,10 @@ TABLES = (
     "CREATE TABLE states (id INTEGER PRIMARY KEY, namespace INTEGER NOT NULL, key BLOB NOT NULL, "
     "tokens INTEGER NOT NULL, found INTEGER NOT NULL, checksum INTEGER NOT NULL, created INTEGER NOT NULL DEFAULT 0, "
     "payload BLOB NOT NULL)",
-    "CREATE UNIQUE INDEX states_by_key ON states (namespace, key)",
+    STATES_BY_KEY,
     "CREATE TABLE uses (namespace INTEGER NOT NULL, collection_id TEXT NOT NULL, record_id TEXT NOT NULL, "
     "key BLOB NOT NULL, PRIMARY KEY (namespace, collection_id, record_id)) WITHOUT ROWID",
-    "CREATE INDEX uses_by_key ON uses (namespace, key)",
+    USES_BY_KEY,
     COLLECTIONS,
     f"PRAGMA application_id={APPLICATION_ID}",
     f"PRAGMA user_version={SCHEMA_VERSION}",
@@ -81,13 +85,13 @@ def open_pool(path: Path, layout: Layout | None, *, read_only: bool, timeout: fl
     """
     if read_only and not path.exists():
         raise StoreError(f"state store {path} doesn't exist, and read_only=True makes none. Index first.")
-    problem: sqlite3.Error = sqlite3.OperationalError("unable to open database file")
+    problem: sqlite3.Error | UnicodeDecodeError = sqlite3.OperationalError("unable to open database file")
     for mode in READ_MODES if read_only else ("rwc", *READ_MODES):
         if mode == "immutable" and _has_log(path):
             break  # what is in the log would be passed over: an old state of the file, maybe half checkpointed
         try:
             _prepare(path, mode, layout, timeout)
-        except sqlite3.Error as err:
+        except SqliteErrors as err:
             problem = err
             if not any(word in str(err) for word in ("unable to open", "readonly")):
                 break
@@ -289,3 +293,18 @@ def make_namespace(connection: sqlite3.Connection, layout: Layout) -> None:
             values,
         )
         _sign(connection)
+
+
+def check_ascending(values: Sequence[Any]) -> None:
+    """Refuse a page of rows that is out of order: a damaged tree can give the same rows for ever.
+
+    Raises:
+        sqlite3.DatabaseError: As SQLite does for trees that it finds damaged.
+    """
+    if not all(isinstance(b, type(a)) and a < b for a, b in itertools.pairwise(values)):
+        raise sqlite3.DatabaseError("rows are out of order: the file is malformed")
+
+
+def marks(values: Sequence[object]) -> str:
+    """Question marks of a statement for some values."""
+    return ",".join("?" * len(values))

@@ -21,19 +21,27 @@ from kalm_rag.store.base import (
     assemble,
     check_ids,
     check_keys,
+    check_names,
     check_put,
     check_same_layout,
+    check_sweep,
     chunked,
-    damage,
     make_row,
-    sweep_before,
 )
 from kalm_rag.store.connections import ConnectionPool, translate
-from kalm_rag.store.schema import make_namespace, open_pool, read_namespace, read_namespaces, transaction
+from kalm_rag.store.repair import drop_damaged, find_damage
+from kalm_rag.store.schema import (
+    check_ascending,
+    make_namespace,
+    marks,
+    open_pool,
+    read_namespace,
+    read_namespaces,
+    transaction,
+)
+from kalm_rag.store.sweep import drop_unused, forget_collection, give_back_space
 
 CHUNK = 500  # SQLite's older limit is 999 variables a statement
-PAGE_ROWS = 64  # rows read at a time where all are read: memory stays flat
-SWEEP_ROWS = 200  # rows deleted in one transaction: other writers wait only so long
 
 
 class SqliteStore(Closing):
@@ -95,27 +103,29 @@ class SqliteStore(Closing):
 
     def get_many(self, keys: Sequence[str]) -> Fetched:
         """Fetch states; see `StateStore.get_many`."""
-        check_keys(keys)
+        keys = check_keys(keys)
         rows: dict[str, StoredRow] = {}
         with self._pool.borrow() as connection:
             for chunk in chunked(dict.fromkeys(keys), CHUNK):
                 for key, *rest in connection.execute(
                     "SELECT key, tokens, found, checksum, payload FROM states "
-                    f"WHERE namespace=? AND key IN ({_marks(chunk)})",
+                    f"WHERE namespace=? AND key IN ({marks(chunk)})",
                     (self._namespace, *map(bytes.fromhex, chunk)),
                 ):
+                    if not isinstance(key, bytes):
+                        raise sqlite3.DatabaseError("a key is malformed")
                     rows[key.hex()] = StoredRow(key.hex(), *rest)
         return assemble(keys, rows, self.layout, f"state store {self.path}")
 
     def missing(self, keys: Sequence[str]) -> set[str]:
         """Which keys have no states; reads the index of keys only."""
-        check_keys(keys)
+        keys = check_keys(keys)
         absent = set(keys)
         with self._pool.borrow() as connection:
             for chunk in chunked(dict.fromkeys(keys), CHUNK):
-                query = f"SELECT key FROM states WHERE namespace=? AND key IN ({_marks(chunk)})"
+                query = f"SELECT HEX(key) FROM states WHERE namespace=? AND key IN ({marks(chunk)})"
                 for (key,) in connection.execute(query, (self._namespace, *map(bytes.fromhex, chunk))):
-                    absent.discard(key.hex())
+                    absent.discard(key.lower())  # HEX: never None, whatever was damaged
         return absent
 
     def put_many(
@@ -132,7 +142,7 @@ class SqliteStore(Closing):
         write. `verify` and `discard` are for that.
         """
         rows = [make_row(one, self.layout) for one in states]
-        check_put(references, scope, wait)
+        references = check_put(references, scope, wait)
         here = self._namespace
         values = [(here, bytes.fromhex(r.key), r.tokens, r.total_tokens, r.checksum, r.payload) for r in rows]
         uses = [(here, r.collection_id, r.record_id, bytes.fromhex(r.key)) for r in references]
@@ -158,12 +168,12 @@ class SqliteStore(Closing):
 
     def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
         """Forget records, all in one transaction; their states stay until `gc`."""
-        ids = list(dict.fromkeys(record_ids))
-        check_ids([collection_id, *ids])
+        check_ids([collection_id])
+        ids = check_ids(record_ids)
         count = 0
         with self._writing() as connection:
             for chunk in chunked(ids, CHUNK):
-                query = f"DELETE FROM uses WHERE namespace=? AND collection_id=? AND record_id IN ({_marks(chunk)})"
+                query = f"DELETE FROM uses WHERE namespace=? AND collection_id=? AND record_id IN ({marks(chunk)})"
                 count += connection.execute(query, (self._namespace, collection_id, *chunk)).rowcount
         return count
 
@@ -178,8 +188,10 @@ class SqliteStore(Closing):
                     f"{'' if last is None else 'AND record_id>?'} ORDER BY record_id LIMIT {CHUNK}",
                     (self._namespace, collection_id) if last is None else (self._namespace, collection_id, last),
                 ).fetchall()
+                check_ascending([*([] if last is None else [last]), *(row[0] for row in page)])
             for record_id, key in page:
-                yield Reference(collection_id=collection_id, record_id=record_id, key=key.hex())
+                known = key.hex() if isinstance(key, bytes) else ""  # damaged: the record then counts as stale
+                yield Reference(collection_id=collection_id, record_id=record_id, key=known)
             if len(page) < CHUNK:
                 return
             last = page[-1][0]
@@ -191,40 +203,12 @@ class SqliteStore(Closing):
             return dict(connection.execute(query, (self._namespace,)).fetchall())
 
     def verify(self) -> list[str]:
-        """Read every state; give the keys of damaged ones.
+        """Read every state and reference; name what is damaged. See `StateStore.verify`."""
+        return find_damage(self._pool.borrow, self._namespace, self.layout)
 
-        Raises:
-            StoreFormatError: If the file itself is damaged, so that rows can't be read at all.
-        """
-        wrong: list[str] = []
-        last = -1
-        while True:
-            with self._pool.borrow() as connection:
-                page = connection.execute(  # NOT INDEXED: in the order of the file, not of the keys
-                    "SELECT id, key, tokens, found, checksum, payload FROM states NOT INDEXED "
-                    f"WHERE namespace=? AND id>? ORDER BY id LIMIT {PAGE_ROWS}",
-                    (self._namespace, last),
-                ).fetchall()
-            wrong.extend(row[1].hex() for row in page if damage(StoredRow(row[1].hex(), *row[2:]), self.layout))
-            if len(page) < PAGE_ROWS:
-                return wrong
-            last = page[-1][0]
-
-    def discard(self, keys: Iterable[str]) -> int:
-        """Drop states by key, leaving references."""
-        unique = list(dict.fromkeys(keys))
-        check_keys(unique)
-        count = 0
-        for chunk in chunked(unique, SWEEP_ROWS):
-            chosen, values = f"namespace=? AND key IN ({_marks(chunk)})", (self._namespace, *map(bytes.fromhex, chunk))
-            with self._writing() as connection:
-                count += connection.execute(f"DELETE FROM states WHERE {chosen}", values).rowcount
-                # a row whose own key was damaged is not found by the index, which still has the right one
-                lost = connection.execute(f"SELECT id FROM states NOT INDEXED WHERE {chosen}", values).fetchall()
-                if lost:
-                    connection.execute("REINDEX states_by_key")
-                    count += connection.execute(f"DELETE FROM states WHERE {chosen}", values).rowcount
-        return count
+    def discard(self, names: Iterable[str]) -> int:
+        """Drop states by key, and what `verify` named; see `StateStore.discard`."""
+        return drop_damaged(self._writing, self._namespace, check_names(names))
 
     def gc(
         self,
@@ -235,32 +219,16 @@ class SqliteStore(Closing):
     ) -> GcReport:
         """Drop references of collections that are gone, then unused states, then give the space back to the disk.
 
-        Works in short transactions: readers are not held up, other writers only for moments. See `StateStore.gc`.
+        Readers are not held up, other writers only for moments. See `StateStore.gc`.
         """
-        before = sweep_before(younger_than)
-        if live_collections is not None:
-            live, known = set(live_collections), set(scopes)
+        live, known, before = check_sweep(live_collections, scopes, younger_than)
+        if live is not None:
             for collection in self.collections().keys() - live:
-                self._forget_collection(collection, known, before)
-        unused = "NOT EXISTS (SELECT 1 FROM uses u WHERE u.namespace=s.namespace AND u.key=s.key)"
+                forget_collection(self._writing, self._namespace, collection, known, before)
+        report = drop_unused(self._pool.borrow, self._writing, self._namespace, before)
         with self._pool.borrow() as connection:
-            query = f"SELECT id FROM states s WHERE namespace=? AND {unused}"
-            candidates = [row[0] for row in connection.execute(query, (self._namespace,))]
-        states = payload = 0
-        for chunk in chunked(candidates, SWEEP_ROWS):
-            # asked again: a writer may have come between. Age is asked here only: in files of earlier releases it
-            # stands behind the payload, and reading it for every state would read the whole file.
-            chosen = f"id IN ({_marks(chunk)}) AND {unused} AND created<={before!r}"
-            with self._writing() as connection:
-                query = f"SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM states s WHERE {chosen}"
-                count, size = connection.execute(query, chunk).fetchone()
-                connection.execute(f"DELETE FROM states AS s WHERE {chosen}", chunk)
-            states, payload = states + count, payload + size
-        here = "namespace=c.namespace AND collection_id=c.collection_id"
-        with self._writing() as connection:  # what is known of collections that have no records any more
-            connection.execute(f"DELETE FROM collections AS c WHERE NOT EXISTS (SELECT 1 FROM uses WHERE {here})")
-        self._give_back_space()
-        return GcReport(states=states, payload_bytes=payload)
+            give_back_space(connection)
+        return report
 
     def stats(self) -> StoreStats:
         """Count what is stored; disk bytes are the file's and its log's, all models together."""
@@ -291,32 +259,6 @@ class SqliteStore(Closing):
         with self._pool.borrow() as connection, transaction(connection, wait):
             yield connection
 
-    def _forget_collection(self, collection: str, scopes: set[str], before: float) -> None:
-        """Drop a collection's references in steps, unless it is of another database or was written to just now."""
-        here = (self._namespace, collection)
-        chosen = (
-            "DELETE FROM uses WHERE namespace=? AND collection_id=? AND record_id IN "
-            f"(SELECT record_id FROM uses WHERE namespace=? AND collection_id=? LIMIT {10 * CHUNK})"
-        )
-        query = "SELECT scope, written FROM collections WHERE namespace=? AND collection_id=?"
-        while True:
-            with self._writing() as connection:
-                row = connection.execute(query, here).fetchone()
-                scope, written = row if row is not None else ("", 0)  # of an earlier release
-                if scope not in scopes or written > before:
-                    return
-                if not connection.execute(chosen, here * 2).rowcount:
-                    connection.execute("DELETE FROM collections WHERE namespace=? AND collection_id=?", here)
-                    return
-
-    def _give_back_space(self) -> None:
-        with self._pool.borrow() as connection:
-            before = -1
-            while (free := connection.execute("PRAGMA freelist_count").fetchone()[0]) not in (0, before):
-                before = free
-                connection.executescript("PRAGMA incremental_vacuum(256)")  # execute() would free one page only
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # waits for nobody
-
 
 def read_layout(path: Path, fingerprint: str, timeout: float = 30.0) -> Layout | None:
     """What layout a model's states have in a file, or None when there are none; writes nothing.
@@ -338,13 +280,18 @@ def collection_layouts(path: Path, collection_id: str, timeout: float = 30.0) ->
     return _read_layouts(path, timeout, chosen, (collection_id,))
 
 
+def all_layouts(path: Path, timeout: float = 30.0) -> list[Layout]:
+    """Layouts of all models that have a namespace in a file; writes nothing.
+
+    Raises:
+        StoreError: If it can't be opened; StoreFormatError if it is foreign or damaged.
+    """
+    return _read_layouts(path, timeout)
+
+
 def _read_layouts(path: Path, timeout: float, where: str = "1", values: Sequence[object] = ()) -> list[Layout]:
     if not path.exists() or path.stat().st_size == 0:
         return []
     pool, _ = open_pool(path, None, read_only=True, timeout=timeout)
     with contextlib.closing(pool), pool.borrow() as connection:
         return [layout for _, layout in read_namespaces(connection, path, where, values)]
-
-
-def _marks(values: Sequence[object]) -> str:
-    return ",".join("?" * len(values))
