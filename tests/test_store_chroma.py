@@ -262,3 +262,20 @@ def test_companions_that_two_long_names_share_stay(chroma_client: chromadb.Clien
     assert drop_companions(chroma_client, "x" * 400 + "1") == []
     chroma_client.delete_collection("x" * 400 + "2")
     assert len(drop_companions(chroma_client, "x" * 400 + "1")) == 1
+
+
+def test_gc_keeps_its_place_in_pages_that_shrink(
+    chroma_client: chromadb.ClientAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory stays flat: states are looked at page by page, while what is unused goes from the pages before."""
+    monkeypatch.setattr("kalm_rag.store.chroma.PAGE_IDS", 7)
+    monkeypatch.setattr("kalm_rag.store.chroma.READ_IDS", 3)
+    states = make_many(60, LAYOUT)
+    used = [s for i, s in enumerate(states) if i % 3 or i > 45]
+    with open_store(chroma_client, LAYOUT, name="pages") as store:
+        store.put_many(states, refer(used, "c") + refer(states[:20], "gone"))
+        assert store.gc(["c"], younger_than=0).states == len(states) - len(used)
+        assert store.missing([s.key for s in states]) == {s.key for s in states} - {s.key for s in used}
+        assert store.collections() == {"c": len(used)}
+        assert store.gc([], younger_than=0).states == len(used)
+        assert store.stats().states == 0

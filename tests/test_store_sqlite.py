@@ -213,7 +213,7 @@ def insert_as_earlier(connection: sqlite3.Connection, states: list[PassageStates
         connection.execute(
             "INSERT INTO states (namespace, key, tokens, found, checksum, payload) VALUES (1, ?, ?, ?, ?, ?) "
             "ON CONFLICT (namespace, key) DO NOTHING",
-            (bytes.fromhex(row.key), *row[1:]),
+            (bytes.fromhex(row.key), *row[1:5]),
         )
     connection.executemany(
         "INSERT INTO uses (namespace, collection_id, record_id, key) VALUES (1, ?, ?, ?)",
@@ -671,6 +671,23 @@ def test_optional_states_wait_as_long_as_told(path: Path, filled: list[PassageSt
         holder.execute("ROLLBACK")
         store.put_many([new], wait=0.05)
     check_kept(path, [*filled, new])
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_opening_a_locked_file_waits_as_long_as_told(path: Path, filled: list[PassageStates], read_only: bool) -> None:
+    """Nobody may even read while another program holds the file for itself: each step of opening waited anew."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        start = time.monotonic()
+        with pytest.raises(StoreError, match=r"locked.*longer timeout"):
+            SqliteStore.open(path, LAYOUT, timeout=0.3, read_only=read_only)
+        for call in (lambda: stored_layout(path, LAYOUT.fingerprint, timeout=0.3),
+                     lambda: collection_layouts(path, "c", timeout=0.3)):  # fmt: skip
+            with pytest.raises(StoreError, match=r"locked.*longer timeout"):
+                call()
+        assert time.monotonic() - start < 10  # of 30, the default, each
+    check_kept(path, filled)
 
 
 def test_file_deleted_under_an_open_store(path: Path, filled: list[PassageStates]) -> None:

@@ -231,6 +231,7 @@ class StoredRow(NamedTuple):
     total_tokens: int
     checksum: int
     payload: bytes
+    created: int = 0  # unix seconds of the last put, where the store keeps it with the row
 
 
 def make_row(states: PassageStates, layout: Layout) -> StoredRow:

@@ -38,8 +38,7 @@ class MemoryStore(Closing):
         self.layout = layout
         self._rows: dict[str, StoredRow] = {}
         self._uses: dict[str, dict[str, str]] = {}  # collection id -> record id -> key
-        self._created: dict[str, float] = {}  # key -> unix seconds of the last put
-        self._collections: dict[str, tuple[str, float]] = {}  # collection id -> scope, unix seconds of the last put
+        self._collections: dict[str, tuple[str, int]] = {}  # collection id -> scope, unix seconds of the last put
         self._lock = threading.Lock()
         self._closed = False
 
@@ -71,10 +70,9 @@ class MemoryStore(Closing):
         references = check_put(references, scope, wait)
         with self._lock:
             self._check_open()
-            now = time.time()
+            now = int(time.time())
             for row in rows:
-                self._rows.setdefault(row.key, row)
-                self._created[row.key] = now
+                self._rows[row.key] = self._rows.get(row.key, row)._replace(created=now)
             for reference in references:
                 self._uses.setdefault(reference.collection_id, {})[reference.record_id] = reference.key
             for collection in {reference.collection_id for reference in references}:
@@ -137,9 +135,8 @@ class MemoryStore(Closing):
                 if live is not None and collection not in live and scope in known and written <= before:
                     self._forget_collection(collection)
             used = {key for records in self._uses.values() for key in records.values()}
-            unused = [key for key in self._rows.keys() - used if self._created.get(key, 0.0) <= before]
+            unused = [key for key in self._rows.keys() - used if self._rows[key].created <= before]
             gone = [self._rows.pop(key) for key in unused]
-            self._created = {key: created for key, created in self._created.items() if key in self._rows}
         return GcReport(states=len(gone), payload_bytes=sum(len(row.payload) for row in gone))
 
     def stats(self) -> StoreStats:
@@ -158,7 +155,7 @@ class MemoryStore(Closing):
         """Forget everything; later calls raise `ClosedError`."""
         with self._lock:
             self._closed = True
-            self._rows, self._uses, self._created, self._collections = {}, {}, {}, {}
+            self._rows, self._uses, self._collections = {}, {}, {}
 
     def _forget_collection(self, collection: str) -> None:
         self._uses.pop(collection, None)

@@ -53,8 +53,10 @@ def open_store(
     return ChromaStore.open(_client(where), layout, name=name, read_only=read_only)
 
 
-def stored_layout(where: Where, fingerprint: str, *, name: str = "") -> Layout | None:
+def stored_layout(where: Where, fingerprint: str, *, name: str = "", timeout: float = 30.0) -> Layout | None:
     """What layout a model's states have in a store, so that an index can adopt it; None when none are there.
+
+    Takes what `open_store` takes.
 
     Raises:
         StoreError: If there is a store that can't be opened (StoreFormatError: foreign, damaged, newer).
@@ -63,13 +65,13 @@ def stored_layout(where: Where, fingerprint: str, *, name: str = "") -> Layout |
     if where == MEMORY:
         return None
     if isinstance(where, (str, os.PathLike)):
-        return sqlite.read_layout(store_file(where), fingerprint)
+        return sqlite.read_layout(store_file(where), fingerprint, timeout)
     from kalm_rag.store import chroma
 
     return chroma.read_layout(_client(where), fingerprint, name)
 
 
-def collection_layouts(where: Where, collection_id: str, *, name: str = "") -> list[Layout]:
+def collection_layouts(where: Where, collection_id: str, *, name: str = "", timeout: float = 30.0) -> list[Layout]:
     """Layouts of all models whose stored states a collection's records use, read without any model.
 
     Who deletes, verifies or sweeps opens each with `open_store` and needs no engine for it. Nothing is made.
@@ -78,6 +80,7 @@ def collection_layouts(where: Where, collection_id: str, *, name: str = "") -> l
         where: As in `open_store`. Nothing is known of ``":memory:"``: the list is empty.
         collection_id: ``str(collection.id)`` of Chroma.
         name: For a client: the collection that the states belong to.
+        timeout: For a file: seconds to wait while another process has it for itself.
 
     Raises:
         StoreError: If there is a store that can't be opened (StoreFormatError: foreign, damaged, newer).
@@ -86,7 +89,7 @@ def collection_layouts(where: Where, collection_id: str, *, name: str = "") -> l
     if where == MEMORY:
         return []
     if isinstance(where, (str, os.PathLike)):
-        return sqlite.collection_layouts(store_file(where), collection_id)
+        return sqlite.collection_layouts(store_file(where), collection_id, timeout)
     from kalm_rag.store import chroma
 
     return chroma.collection_layouts(_client(where), collection_id, name)
