@@ -28,7 +28,7 @@ from kalm_rag.errors import ClosedError, InputError, ModelError, StateMismatchEr
 from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.instructions import JUDGE, Instructions
 from kalm_rag.models import registry
-from kalm_rag.models.pico.backbone import CACHE_BYTES
+from kalm_rag.models.pico.prompt import CACHE_BYTES
 from kalm_rag.states import Codec, batch_states, pack_states, unpack_batch
 
 PASSAGES = ["Paris is the capital of France.", "tea", "", "long words go on " * 40, "Paris is the capital of France."]
@@ -388,7 +388,7 @@ def counted(engine: Reranker) -> Iterator[list[int]]:
     """Texts per pass of pico's encoder, for as long as the block lasts; nothing is known from before."""
     encoder, passes = engine.backbone.encoder, []  # type: ignore[attr-defined]
     plain = encoder.hidden
-    cache = engine.backbone._cache  # type: ignore[attr-defined]
+    cache = engine.backbone.prompts.cache  # type: ignore[attr-defined]
     size = cache.stats.max_bytes
     cache.resize(0)
     cache.resize(size)
@@ -402,7 +402,7 @@ def test_a_search_hands_on_what_it_read(pico: Reranker, count: int) -> None:
     """As soon as more than 32 searches ran at a time, each read its query twice: for its vector, then to score."""
     states, embedder = pico.encode(PASSAGES[:2]), BundledEmbedder(pico)
     queries = [f"What of river number {i}?" for i in range(count)]
-    pico.backbone._cache.resize(0)  # type: ignore[attr-defined] # no help from memory
+    pico.backbone.prompts.cache.resize(0)  # type: ignore[attr-defined] # no help from memory
     try:
         with counted(pico) as passes:
             asked = [pico.prepare(query) for query in queries]
@@ -410,7 +410,7 @@ def test_a_search_hands_on_what_it_read(pico: Reranker, count: int) -> None:
             scored = [pico.score(one, states) for one in asked]
         assert passes == [1] * count
     finally:
-        pico.backbone._cache.resize(CACHE_BYTES)  # type: ignore[attr-defined]
+        pico.backbone.prompts.cache.resize(CACHE_BYTES)  # type: ignore[attr-defined]
     assert vectors[-1] == embedder.query(queries[-1])
     assert margins(scored[-1]) == margins(pico.score(queries[-1], states))
 

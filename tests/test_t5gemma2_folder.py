@@ -212,6 +212,10 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         put("tokenizer.json", "model", "vocab", "<new>", value=9999),
         r"tokenizer\.json gives ids up to 9999; config\.json says 272",
     ),
+    "a prefix that ends the process": (
+        put("tokenizer.json", "model", "continuing_subword_prefix", value="##"),
+        r"tokenizer\.json says continuing_subword_prefix",
+    ),
     "no vocabulary": (put("tokenizer.json", "model", "vocab", value={}), "tokenizer"),
 }  # fmt: skip
 

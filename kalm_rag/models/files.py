@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.errors import KalmRagError, ModelError
+from kalm_rag.errors import MissingDependencyError, ModelError
 
 _SHOWN = 400
 """Most characters of a library's own message that are repeated."""
@@ -28,11 +28,11 @@ def blaming(path: Path, advice: str) -> Iterator[None]:
         advice: What to do about it, a sentence.
 
     Raises:
-        ModelError: For any exception but ours, and but a lack of memory, which is no fault of the file.
+        ModelError: For any exception, but for a lack of memory or of a package, which are no fault of the file.
     """
     try:
         yield
-    except (KalmRagError, MemoryError):
+    except (ModelError, MissingDependencyError, MemoryError):
         raise
     except Exception as err:  # transformers, tokenizers and safetensors raise many kinds on files that lie
         raise ModelError(f"{path} can't be used ({type(err).__name__}: {str(err)[:_SHOWN]}). {advice}") from err

@@ -22,9 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.results import Timings
-from kalm_rag.models.pico.backbone import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS, PicoBackbone, WordCodes
-from kalm_rag.models.pico.decoder import DecoderConfig, PicoDecoder, Prepared
+from kalm_rag.models.pico.backbone import PicoBackbone
+from kalm_rag.models.pico.config import DecoderConfig
+from kalm_rag.models.pico.decoder import PicoDecoder, Prepared
 from kalm_rag.models.pico.encoder import MiniLMEncoder
+from kalm_rag.models.pico.prompt import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS
+from kalm_rag.models.pico.word_codes import WordCodes
 from kalm_rag.states import batch_states
 from kalm_rag.training.batches import Batch, Batches
 from kalm_rag.training.checkpoint import REPORT, check_out, whole_folder
@@ -247,7 +250,7 @@ class PicoLearner:
 def new_backbone(reader: MiniLMEncoder) -> PicoBackbone:
     """Make an untrained pico."""
     settings = DecoderConfig()
-    return PicoBackbone(reader, WordCodes.fit(reader.word_embeddings, settings.lexical), PicoDecoder(settings))
+    return PicoBackbone(reader, WordCodes.fit(reader.word_embeddings, settings.code_size), PicoDecoder(settings))
 
 
 @torch.no_grad()

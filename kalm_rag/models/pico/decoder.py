@@ -1,100 +1,50 @@
-"""The decoder of pico: from prompt tokens to stored passage states, to one margin a passage.
+"""The decoder of pico: the query's token states meet a passage's stored states, and one margin comes out.
 
-A module and its config; knows no tokenizer, no text and no file. All prompt-only work is in `prepare`, done once a
-query; `forward` is what runs per passage.
-Letters: U distinct prompts, B passages, T passage tokens, Q prompt tokens, N pooled states, r tokens a state, H 384,
-X width of a word code, K views, M pair features, D width.
+A cross-attention reranker in small. Each query token is compared with every stored state in three ways: by learned
+probes (projections of its own state), by the exact words behind the state, and by what it attends to. The comparisons
+are pooled over the passage, mixed over the query's tokens by two transformer layers, and read out as one number. What
+depends on the query alone is done once (`PicoDecoder.prepare`); only `PicoDecoder.forward` runs per passage.
+A module and its sizes: knows no tokenizer, no text, no file.
+
+Letters: U distinct prompts, B passages, T passage tokens, Q prompt tokens, N pooled states, r tokens per state, H width
+of a state (384), X width of a word code, K probes, M pair features, D width of the mixing layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kalm_rag.errors import ModelError
-
-TYPICAL_TOKENS = 100
-"""Length of a passage whose words count neither more nor less than in BM25 without its length normalisation."""
-
-K1, B = 0.9, 0.4
-"""BM25's saturation and length normalisation (the values of Anserini and of this project's baselines)."""
-
-ONE_WORD = 0.99
-"""Codes nearer than this (cosine) are those of the same word."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Sizes of the decoder.
-
-    Attributes:
-        hidden: H, width of a state: the encoder's last layer.
-        lexical: X, width of a word code.
-        vocab: Size of the encoder's vocabulary.
-        views: K, learned views of a prompt token that look at the states, each of width H.
-        pairs: M, features of one (prompt token, state) pair.
-        width: D, width of the mixing layers.
-        layers: Mixing layers.
-        heads: Attention heads of a mixing layer.
-    """
-
-    hidden: int = 384
-    lexical: int = 128
-    vocab: int = 30522
-    views: int = 2
-    pairs: int = 16
-    width: int = 256
-    layers: int = 2
-    heads: int = 4
-
-    def to_dict(self) -> dict[str, int]:
-        """Plain values, for the config file."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            ModelError: If a key is unknown.
-        """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ModelError(f"decoder config has unknown keys {', '.join(unknown)}; wanted a config of this release.")
-        return cls(**values)
+from kalm_rag.models.pico.config import DecoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Prompt-only work of U prompts, padded to Q tokens.
+    """What the decoder computes from prompts alone: U of them, padded to Q tokens.
 
     Attributes:
-        views: Unit vectors that look at the states, ``(U, Q, K, H)``.
+        probes: Unit vectors to compare with the states, ``(U, Q, K, H)``.
         codes: Word codes, ``(U, Q, X)``.
         hidden: Token states as the product branch sees them, ``(U, Q, H)``.
-        base: Where the mixing layers start, ``(U, Q, D)``.
+        base: Input of the mixing layers before anything of the passage is added, ``(U, Q, D)``.
         weights: Share of each token in the shallow score, ``(U, Q)``, 0 on padding, sum 1.
-        rarity: Share of each distinct word in the lexical score by its idf, ``(U, Q)``; 0 where it stood before, and
-            in instructions.
         mask: True on real tokens, ``(U, Q)``.
         vector: Retrieval vector, ``(U, H)``, unit length.
     """
 
-    views: Tensor
+    probes: Tensor
     codes: Tensor
     hidden: Tensor
     base: Tensor
     weights: Tensor
-    rarity: Tensor
     mask: Tensor
     vector: Tensor
 
     def rows(self, index: Tensor) -> Prepared:
-        """Give one prompt a passage, ``(B, ...)``."""
+        """Repeat prompts, one per passage: `index` is int64 ``(B,)``, the result ``(B, ...)``."""
         return Prepared(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     @classmethod
@@ -107,7 +57,7 @@ class Prepared:
         for field in fields(cls):
             tensors = [getattr(part, field.name) for part in parts]
             if field.name != "vector":
-                tensors = [_pad_tokens(one, width) for one in tensors]
+                tensors = [_pad_tokens(tensor, width) for tensor in tensors]
             joined[field.name] = torch.cat(tensors)
         return cls(**joined)
 
@@ -120,27 +70,9 @@ def _pad_tokens(tensor: Tensor, width: int) -> Tensor:
 
 def _neighbours(words: Tensor) -> tuple[Tensor, Tensor]:
     """How well the token before, and after, matches the same state or the one before, or after; ``(B, Q, N)`` each."""
-    before = torch.maximum(words, functional.pad(words[:, :, :-1], (1, 0)))
-    after = torch.maximum(words, functional.pad(words[:, :, 1:], (0, 1)))
+    before = torch.maximum(words, functional.pad(words[:, :, :-1], (1, 0)))  # (B, Q, N)
+    after = torch.maximum(words, functional.pad(words[:, :, 1:], (0, 1)))  # (B, Q, N)
     return functional.pad(before[:, :-1], (0, 0, 1, 0)), functional.pad(after[:, 1:], (0, 0, 0, 1))
-
-
-def _nearest(same: Tensor, codes: Tensor) -> Tensor:
-    """The most that any token behind a state is each prompt token's word: ``(B, Q, T)`` to ``(B, Q, N)``."""
-    return same.view(*same.shape[:2], *codes.shape[1:3]).amax(-1)
-
-
-def _lexical(same: Tensor, rarity: Tensor, counts: Tensor) -> Tensor:
-    """BM25 of a passage as a share of its upper bound, ``(B,)``: ``sum_w rarity_w tf_w / (tf_w + K1 (1 - B + B len))``.
-
-    Args:
-        same: How far prompt tokens and passage tokens are one word, ``(B, Q, T)``.
-        rarity: Shares of the words by idf, ``(B, Q)``, sum 1.
-        counts: Tokens behind each state, ``(B, N)``; ``len`` is their sum in `TYPICAL_TOKENS`.
-    """
-    times = (same > ONE_WORD).float().sum(2)  # (B, Q)
-    length = counts.sum(1, keepdim=True) / TYPICAL_TOKENS
-    return (rarity * times / (times + K1 * (1 - B + B * length))).sum(1)
 
 
 class Mixer(nn.Module):
@@ -166,19 +98,22 @@ class Mixer(nn.Module):
 
 
 class PicoDecoder(nn.Module):
-    """Scores passages from their pooled states: similarity features, product fusion, mixing, and the cosine.
+    """Scores passages from their pooled states: ``margin = cosine_scale * cos + shallow + deep``.
 
-    ``margin = cosine_scale * cos + shallow + deep + lexical_scale * lexical``. `shallow` is a weighted mean over prompt
-    tokens of features of their similarities to all states (views tell the meaning, the nearest word behind a state the
-    word, neighbours the phrase). `deep` adds what the token attends to, fused by product, and mixes tokens. Before
-    training both are 0, so the order is the retriever's. `lexical` is BM25 of the query by the model's own idf, as a
-    share of the most it could be. Its scale is fitted last, on held-out queries: learnt along with the rest, it leaves
-    the rest less to learn, and what was learnt without it gains more from it.
+    - ``cos``: the retriever's cosine, rebuilt from the states.
+    - ``shallow``: a weighted mean over prompt tokens of what the features of their best and summed comparisons say.
+      Probes tell the meaning, the nearest word behind a state the word, its neighbours the phrase.
+    - ``deep``: what each token attends to, fused with the token by product, mixed over tokens, read out once.
+
+    Before training `shallow` and `deep` are 0, so the order is the retriever's.
+
+    Attributes:
+        idf: Rarity of each word of the vocabulary in the training passages, ``(V,)``; a feature of prompt tokens.
+        calibration: Scale and shift that make ``sigmoid(margin)`` a probability, ``(2,)``.
     """
 
     idf: Tensor
     calibration: Tensor
-    lexical_scale: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
         """Make an untrained decoder."""
@@ -186,15 +121,14 @@ class PicoDecoder(nn.Module):
         self.config = c = config
         self.register_buffer("idf", torch.zeros(c.vocab))
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
-        self.register_buffer("lexical_scale", torch.tensor(0.0))
         self.centre = nn.Parameter(torch.zeros(c.hidden))
-        self.look = nn.Linear(c.hidden, c.views * c.hidden, bias=False)
-        self.sharpness = nn.Parameter(torch.full((c.views,), 8.0))
-        self.word_sharpness = nn.Parameter(torch.linspace(0.0, 4.0, c.views))
-        self.pair = nn.Linear(c.views + 5, c.pairs)
+        self.probes = nn.Linear(c.hidden, c.probes * c.hidden, bias=False)
+        self.sharpness = nn.Parameter(torch.full((c.probes,), 8.0))
+        self.word_sharpness = nn.Parameter(torch.linspace(0.0, 4.0, c.probes))
+        self.pair = nn.Linear(c.probes + 5, c.pairs)
         features = 2 * c.pairs + 1
         self.enter = nn.Linear(c.hidden + 4, c.width)
-        self.fuse = nn.Linear(3 * c.views * c.hidden, c.width)
+        self.fuse = nn.Linear(3 * c.probes * c.hidden, c.width)
         self.features = nn.Linear(features, c.width)
         self.mixers = nn.ModuleList(Mixer(c.width, c.heads) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width)
@@ -210,7 +144,7 @@ class PicoDecoder(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         eye = torch.eye(self.config.hidden)
-        self.look.weight.copy_(torch.cat([eye] * self.config.views) + 0.01 * torch.randn_like(self.look.weight))
+        self.probes.weight.copy_(torch.cat([eye] * self.config.probes) + 0.01 * torch.randn_like(self.probes.weight))
         self.segment.weight.mul_(0.02)
         for last in (self.shallow[2], self.token_out, self.head[2], self.share):
             assert isinstance(last, nn.Linear)
@@ -222,118 +156,116 @@ class PicoDecoder(nn.Module):
         gate.bias.fill_(-1.0)
 
     def prepare(self, hidden: Tensor, ids: Tensor, codes: Tensor, mask: Tensor, segment: int | Tensor) -> Prepared:
-        """Do the prompt-only work.
+        """Compute what depends on the prompts alone.
 
         Args:
             hidden: Encoder states of the prompts, float32 ``(U, Q, H)``.
-            ids: Their token ids, ``(U, Q)``.
+            ids: Their token ids, int64 ``(U, Q)``.
             codes: Their word codes, ``(U, Q, X)``.
             mask: True on real tokens, ``(U, Q)``.
             segment: 0 for a query, 1 for an instruction; one for all, or ``(U,)``.
         """
         c = self.config
-        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        word = (codes.abs().sum(-1) > 0).float()  # [CLS], [SEP] carry no word
+        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (U, H)
+        word = (codes.abs().sum(-1) > 0).float()  # (U, Q); [CLS], [SEP] carry no word
         token = torch.stack([self.idf[ids] * word, (ids.float() + 1).log() / 10.0, word, 1 - word], -1)  # (U, Q, 4)
-        centred = functional.normalize(hidden - self.centre, dim=-1)
+        centred = functional.normalize(hidden - self.centre, dim=-1)  # (U, Q, H)
         known = torch.cat([centred * c.hidden**0.5, token], -1)  # (U, Q, H + 4)
-        share = functional.softplus(self.share(known).squeeze(-1)) * mask
-        before = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)  # (U, Q): a word counts once
-        asks = (torch.as_tensor(segment, device=ids.device) == 0).view(-1, 1)  # instructions are heard without it
-        rarity = self.idf[ids] * word * mask * ~before * asks
-        views = self.look(centred).view(*ids.shape, c.views, c.hidden)
-        kind = self.segment(torch.as_tensor(segment, device=ids.device)).expand(len(ids), -1)
+        share = functional.softplus(self.share(known).squeeze(-1)) * mask  # (U, Q)
+        probes = self.probes(centred).view(*ids.shape, c.probes, c.hidden)  # (U, Q, K, H)
+        kind = self.segment(torch.as_tensor(segment, device=ids.device)).expand(len(ids), -1)  # (U, D)
         return Prepared(
-            views=functional.normalize(views, dim=-1),
+            probes=functional.normalize(probes, dim=-1),
             codes=codes,
             hidden=centred * c.hidden**0.5,
             base=self.enter(known) + kind[:, None],
             weights=share / share.sum(1, keepdim=True),
-            rarity=rarity / rarity.sum(1, keepdim=True).clamp(min=0.1),
             mask=mask,
             vector=functional.normalize(mean, dim=-1),
         )
 
     def gates(self, query: Tensor, instruction: Tensor) -> Tensor:
-        """How far an instruction is heard, 0 to 1, from both retrieval vectors ``(U, H)``."""
+        """How far each instruction is heard beside a query, 0 to 1 ``(U,)``, from both retrieval vectors ``(U, H)``."""
         return torch.sigmoid(self.gate(torch.cat([query, instruction, query * instruction * 20.0], -1)).squeeze(-1))
 
     def forward(self, prompt: Prepared, states: Tensor, counts: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Score passages, each under its own prompt.
 
         Args:
-            prompt: One prompt a passage, ``(B, ...)``.
+            prompt: One prompt per passage, ``(B, ...)``.
             states: Pooled states, float32 ``(B, N, H)``.
-            counts: Tokens behind each, ``(B, N)``; 0 is padding.
+            counts: Tokens behind each state, ``(B, N)``; 0 is padding, which never changes a score.
             codes: Word codes of those tokens, ``(B, N, r, X)``; zero on padding and where a token is no word.
 
         Returns:
-            Raw margins ``(B,)``, and the same without the deep part.
+            Uncalibrated margins ``(B,)``, and the same without the deep part; higher is more relevant.
         """
-        real = counts > 0
-        states = torch.where(real[..., None], states, 0.0)
+        real = counts > 0  # (B, N)
+        states = torch.where(real[..., None], states, 0.0)  # (B, N, H)
         vector = functional.normalize((states * counts[..., None]).sum(1), dim=-1)  # (B, H)
-        cosine = (vector * prompt.vector).sum(-1)
-        keys, seen = self._similarities(prompt, states, counts)
-        same = self._same(prompt, codes)  # (B, Q, T)
-        words = _nearest(same, codes)  # (B, Q, N)
-        features = self._pair_features(seen, words, counts)  # (B, Q, 2M + 1)
-        shallow = (self.shallow(features).squeeze(-1) * prompt.weights).sum(1)
-        deep = self._deep(prompt, keys, seen, words, real, features)
-        base = self.cosine_scale * cosine + shallow.float() + self.lexical_scale * _lexical(same, prompt.rarity, counts)
+        cosine = (vector * prompt.vector).sum(-1)  # (B,)
+        keys, similarities = self._compare(prompt, states, counts)  # (B, N, H), (B, Q, K, N)
+        words = self._word_match(prompt, codes)  # (B, Q, N)
+        features = self._pair_features(similarities, words, counts)  # (B, Q, 2M + 1)
+        shallow = (self.shallow(features).squeeze(-1) * prompt.weights).sum(1)  # (B,)
+        deep = self._deep(prompt, keys, similarities, words, real, features)  # (B,)
+        base = self.cosine_scale * cosine + shallow.float()  # (B,)
         return base + deep, base
 
     def attention(self, prompt: Prepared, states: Tensor, counts: Tensor, codes: Tensor) -> Tensor:
-        """Where prompts look: attention meaned over views, and over tokens by their weight; ``(B, N)``, sums to 1."""
-        states = torch.where((counts > 0)[..., None], states, 0.0)
-        _, seen = self._similarities(prompt, states, counts)
-        words = _nearest(self._same(prompt, codes), codes)
-        looks = self._attend(seen, words, counts > 0).mean(2)  # (B, Q, N)
-        return (looks * prompt.weights[..., None]).sum(1)
+        """Where prompts look: attention, mean over probes, weighted over tokens; ``(B, N)``, rows sum to 1.
 
-    def _similarities(self, prompt: Prepared, states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys ``(B, N, H)``, and how near each view of each prompt token is to them, ``(B, Q, K, N)``."""
+        Args are those of `forward`.
+        """
+        states = torch.where((counts > 0)[..., None], states, 0.0)  # (B, N, H)
+        _, similarities = self._compare(prompt, states, counts)
+        attention = self._attend(similarities, self._word_match(prompt, codes), counts > 0).mean(2)  # (B, Q, N)
+        return (attention * prompt.weights[..., None]).sum(1)
+
+    def _compare(self, prompt: Prepared, states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``(B, N, H)``, and the cosine of each probe of each prompt token with them, ``(B, Q, K, N)``."""
         keys = functional.normalize(states - self.centre, dim=-1) * (counts > 0)[..., None]  # (B, N, H)
-        return keys, torch.einsum("bqkh,bnh->bqkn", prompt.views, keys)
+        return keys, torch.einsum("bqkh,bnh->bqkn", prompt.probes, keys)
 
-    def _same(self, prompt: Prepared, codes: Tensor) -> Tensor:
-        """How far each prompt token and each token of a passage are one word, ``(B, Q, T)``: 1 for the same one."""
-        return torch.einsum("bqx,btx->bqt", prompt.codes, codes.flatten(1, 2)).float()
+    def _word_match(self, prompt: Prepared, codes: Tensor) -> Tensor:
+        """How far the nearest token behind each state is the prompt token's word, ``(B, Q, N)``: 1 for the same one."""
+        by_token = torch.einsum("bqx,btx->bqt", prompt.codes, codes.flatten(1, 2)).float()  # (B, Q, T)
+        return by_token.view(*by_token.shape[:2], *codes.shape[1:3]).amax(-1)
 
-    def _attend(self, seen: Tensor, words: Tensor, real: Tensor) -> Tensor:
-        """Softmax over the states for each token and view, ``(B, Q, K, N)``."""
-        logits = seen * self.sharpness[:, None] + words[:, :, None] * self.word_sharpness[:, None]
+    def _attend(self, similarities: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        """Softmax over the states for each token and probe, ``(B, Q, K, N)``."""
+        logits = similarities * self.sharpness[:, None] + words[:, :, None] * self.word_sharpness[:, None]
         return logits.masked_fill(~real[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
 
-    def _pair_features(self, seen: Tensor, words: Tensor, counts: Tensor) -> Tensor:
+    def _pair_features(self, similarities: Tensor, words: Tensor, counts: Tensor) -> Tensor:
         """Pool features of every (token, state) pair over the states, ``(B, Q, 2M + 1)``.
 
-        A pair is what the views and the word say, whether the tokens before and after are here too (a phrase, or the
+        A pair is what the probes and the word say, whether the tokens before and after are here too (a phrase, or the
         pieces of one word), how many tokens the state stands for, and how near the passage's start it is.
         """
-        size = (counts.clamp(min=1).log2() / 5.0)[:, None].expand_as(words)
-        lead = (1.0 / (1.0 + (counts.cumsum(1) - counts) / 16.0))[:, None].expand_as(words)
-        more = torch.stack([words, *_neighbours(words), size, lead], 2)
-        pairs = torch.cat([seen, more], 2).transpose(2, 3)  # (B, Q, N, K + 5)
-        pairs = torch.relu(self.pair(pairs)) * (counts > 0)[:, None, :, None]  # relu >= 0: 0 is the floor of both
-        length = counts.sum(1).log()[:, None, None].expand(-1, words.shape[1], 1) / 6.0
+        size = (counts.clamp(min=1).log2() / 5.0)[:, None].expand_as(words)  # (B, Q, N)
+        lead = (1.0 / (1.0 + (counts.cumsum(1) - counts) / 16.0))[:, None].expand_as(words)  # (B, Q, N)
+        more = torch.stack([words, *_neighbours(words), size, lead], 2)  # (B, Q, 5, N)
+        pairs = torch.cat([similarities, more], 2).transpose(2, 3)  # (B, Q, N, K + 5)
+        pairs = torch.relu(self.pair(pairs)) * (counts > 0)[:, None, :, None]  # (B, Q, N, M) >= 0: padding never wins
+        length = counts.sum(1).log()[:, None, None].expand(-1, words.shape[1], 1) / 6.0  # (B, Q, 1)
         return torch.cat([pairs.amax(2), torch.log1p(pairs.sum(2)), length], -1)
 
     def _deep(
-        self, prompt: Prepared, keys: Tensor, seen: Tensor, words: Tensor, real: Tensor, features: Tensor
+        self, prompt: Prepared, keys: Tensor, similarities: Tensor, words: Tensor, real: Tensor, features: Tensor
     ) -> Tensor:
-        """Attend, fuse by product, mix tokens, and read out one number a passage."""
-        attention = self._attend(seen, words, real)
-        found = torch.einsum("bqkn,bnh->bqkh", attention, keys) * self.config.hidden**0.5  # (B, Q, K, H)
-        own = prompt.hidden[:, :, None]
-        fused = self.fuse(torch.cat([found, own * found, (own - found).abs()], -1).flatten(2))  # (B, Q, D)
-        x = prompt.base + fused + self.features(features)
+        """Attend, fuse by product, mix tokens, and read out one number per passage, ``(B,)``."""
+        attention = self._attend(similarities, words, real)  # (B, Q, K, N)
+        attended = torch.einsum("bqkn,bnh->bqkh", attention, keys) * self.config.hidden**0.5  # (B, Q, K, H)
+        own = prompt.hidden[:, :, None]  # (B, Q, 1, H)
+        fused = self.fuse(torch.cat([attended, own * attended, (own - attended).abs()], -1).flatten(2))  # (B, Q, D)
+        x = prompt.base + fused + self.features(features)  # (B, Q, D)
         for mixer in self.mixers:
             x = mixer(x, prompt.mask)
         x = self.norm(x)
-        value, weight = self.token_out(x).unbind(-1)
+        value, weight = self.token_out(x).unbind(-1)  # (B, Q) each
         weight = functional.softplus(weight) * prompt.mask
         weight = weight / weight.sum(1, keepdim=True)
-        mean = (x * weight[..., None]).sum(1)
+        mean = (x * weight[..., None]).sum(1)  # (B, D)
         deep: Tensor = (value * weight).sum(1) + self.head(mean).squeeze(-1)
         return deep

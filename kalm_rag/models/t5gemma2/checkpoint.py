@@ -41,6 +41,8 @@ _NOT_OURS = frozenset(
 )
 """Keys of config.json that tell callers of transformers how to call; we call in one way."""
 _IGNORED = re.compile(r"vision_tower|multi_modal_projector")
+_ABORTS = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+"""Under a prefix, merges that don't fit it end the whole process inside the tokenizers library: no error to catch."""
 _LAYER = re.compile(r"^model\.(encoder|decoder)\.(?:text_model\.)?layers\.(\d+)\.")
 
 
@@ -104,6 +106,8 @@ def read_tokenizer(folder: Path, config: T5Gemma2Config) -> Any:  # noqa: ANN401
                 )
     source = next(folder / name for name in _TOKENIZER if (folder / name).is_file())
     with blaming(source, _ADVICE):
+        if _ABORTS.search(source.read_bytes()):
+            raise ModelError(f"{source} says continuing_subword_prefix; wanted Gemma's tokenizer, without. {_ADVICE}")
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         largest, rows = max(tokenizer.get_vocab().values(), default=-1), config.encoder.text_config.vocab_size
     if not 0 <= largest < rows:
