@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from kalm_rag.checks import check_passages, check_query
 from kalm_rag.engine.reranker import DEFAULT_RATIO, Reranker
-from kalm_rag.errors import InputError, MissingDependencyError
+from kalm_rag.errors import InputError, require
 from kalm_rag.index.lazy_engine import rank_candidates
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import Backbone
@@ -158,13 +158,7 @@ def _prompt(task_metadata: Any) -> str | None:  # noqa: ANN401
 
 def _meta(engine: Reranker) -> Any:  # noqa: ANN401
     """What mteb files results under. Name, revision and ratio tell apart whatever scores differently."""
-    try:
-        from mteb.models.model_meta import ModelMeta
-    except ImportError as err:
-        raise MissingDependencyError(
-            "running our models in mteb needs the module mteb, which is not installed. Install the extra 'mteb': "
-            "pip install 'kalm-rag[mteb]'."
-        ) from err
+    meta = require("mteb.models.model_meta", "mteb", "running our models in mteb").ModelMeta
     info = engine.info
     changes = {
         "name": CHECKPOINTS[info.name].repository if info.name in CHECKPOINTS else _mteb_name(info.name),
@@ -178,7 +172,7 @@ def _meta(engine: Reranker) -> Any:  # noqa: ANN401
         "model_type": ["cross-encoder"],
         "experiment_kwargs": {"ratio": engine.ratio},
     }
-    return ModelMeta.create_empty(changes)
+    return meta.create_empty(changes)
 
 
 def _mteb_name(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kalm_rag.engine import encoder_pass as encoding
+from kalm_rag.engine import reranker
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.lazy_engine import EngineSpec, spec_of
@@ -63,6 +64,14 @@ def test_two_devices_give_what_one_gives(name: str, tiny_folder: Path, request: 
         assert two.devices == [torch.device("cpu")] * 2
         assert two.at(8).devices == two.devices
     alike(found, Reranker(one.backbone, batch_size=8).encode(texts))
+
+
+def test_keys_at_hand_are_not_made_again(tiny: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looked for stored states has hashed each text already."""
+    texts = mixed(10)
+    want = tiny.encode(texts)
+    monkeypatch.setattr(reranker, "passage_key", None)
+    alike(tiny.encode(texts, keys=[states.key for states in want]), want)
 
 
 def test_windows_are_tokenised_ahead_and_change_nothing(tiny: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:

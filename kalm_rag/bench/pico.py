@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from kalm_rag.bench.measuring import QUERY, measure, random_text, stretch_states
 from kalm_rag.bench.query import Query, query_rows
 from kalm_rag.bench.report import Row, row_of
 from kalm_rag.engine.reranker import Reranker
-from kalm_rag.errors import MissingDependencyError
+from kalm_rag.errors import require
 from kalm_rag.index import ChromaIndex
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.pico.encoder import find_encoder
@@ -107,11 +106,5 @@ def _cross_encoder(device: torch.device, group: str, pairs: int, tokens: int) ->
 
 
 def _sentence_transformer(device: torch.device) -> Any:  # noqa: ANN401 - its class is imported here only
-    try:
-        module = import_module("sentence_transformers")
-    except ImportError as err:
-        raise MissingDependencyError(
-            "the indexing baseline needs the module sentence_transformers, which is not installed. Install the extra "
-            "'pico': pip install 'kalm-rag[pico]'."
-        ) from err
+    module = require("sentence_transformers", "pico", "the indexing baseline")
     return module.SentenceTransformer(str(find_encoder()), device=str(device))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from kalm_rag.bench.report import CANDIDATES, Row
-from kalm_rag.errors import InputError, MissingDependencyError
+from kalm_rag.errors import InputError, require
 from kalm_rag.states import Codec, Layout
 
 RATIOS = (1, 2, 4, 8, 16, 32, 64)
@@ -94,10 +93,4 @@ def _finish(axes: Any, title: str, across: str, up: str) -> None:  # noqa: ANN40
 
 def _figures() -> Any:  # noqa: ANN401
     """Matplotlib's figure class: without pyplot there is no display, and no state shared with the app."""
-    try:
-        return import_module("matplotlib.figure").Figure
-    except ImportError as err:
-        raise MissingDependencyError(
-            "drawing needs the module matplotlib, which is not installed. Install the extra 'plot': "
-            "pip install 'kalm-rag[plot]' (or pip install matplotlib)."
-        ) from err
+    return require("matplotlib.figure", "plot", "drawing").Figure

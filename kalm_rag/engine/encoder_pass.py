@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from kalm_rag.engine.decoder_pass import cut_batches
 from kalm_rag.engine.queue import check_cancelled
 from kalm_rag.models.backbone import Backbone, TokenizedPassage
-from kalm_rag.states import PassageStates, passage_key
+from kalm_rag.states import PassageStates
 from kalm_rag.states.pooling import mean_groups
 
 WINDOW = 2048
@@ -35,13 +35,20 @@ Result = TypeVar("Result")
 
 
 def encode_passages(
-    backbones: Sequence[Backbone], texts: Sequence[str], *, ratio: int, batch_size: int, show_progress: bool | None
+    backbones: Sequence[Backbone],
+    texts: Sequence[str],
+    keys: Sequence[str],
+    *,
+    ratio: int,
+    batch_size: int,
+    show_progress: bool | None,
 ) -> list[PassageStates]:
     """Encode passages; one that occurs twice is encoded once.
 
     Args:
         backbones: The same model on each device.
         texts: Passages.
+        keys: Their content addresses.
         ratio: Tokens a state stands for.
         batch_size: Most passages of a batch.
         show_progress: None shows a bar on a terminal when there is much to do.
@@ -52,7 +59,6 @@ def encode_passages(
     Raises:
         CancelledError: (of `concurrent.futures`) between two batches, if the caller gave up; see `cancel_on_error`.
     """
-    keys = [passage_key(text) for text in texts]
     distinct = dict(zip(keys, texts, strict=True))
     long = len(distinct) >= LONG and sys.stderr.isatty()
     shown = long if show_progress is None else show_progress

@@ -25,7 +25,7 @@ from kalm_rag.engine.queue import Request, cancel_on_error, queue_of
 from kalm_rag.engine.relevance import Ranked, Relevance, probability_of, rank_relevances
 from kalm_rag.errors import InputError, KalmRagError, StateMismatchError
 from kalm_rag.instructions import Instructions, as_instructions
-from kalm_rag.states import PassageStates, StateBatch, batch_states
+from kalm_rag.states import PassageStates, StateBatch, batch_states, passage_key
 from kalm_rag.states.pooling import repool_factor
 
 __all__ = ["DEFAULT_RATIO", "Reranker"]
@@ -54,7 +54,9 @@ class Reranker(LoadedModel):
         1
     """
 
-    def encode(self, passages: Iterable[str], *, show_progress: bool | None = None) -> list[PassageStates]:
+    def encode(
+        self, passages: Iterable[str], *, show_progress: bool | None = None, keys: Sequence[str] | None = None
+    ) -> list[PassageStates]:
         """Read passages once; what comes back can be scored under any query and instruction.
 
         A passage that occurs twice is encoded once. Blank passages are passages like any other. Passages over the
@@ -63,6 +65,7 @@ class Reranker(LoadedModel):
         Args:
             passages: Texts, in the order the states are wanted; any iterable, read once.
             show_progress: None shows a bar on a terminal when there is much to do.
+            keys: Content addresses of the passages (`passage_key`), for callers that have them at hand.
 
         Returns:
             One `PassageStates` per passage, in input order, on the CPU; an empty list for no passages.
@@ -72,13 +75,11 @@ class Reranker(LoadedModel):
                 named).
             ClosedError: After `close`.
         """
-        backbones = (self.backbone, *self._helpers)
+        backbones, texts = (self.backbone, *self._helpers), check_passages(passages)
+        if keys is None:
+            keys = [passage_key(text) for text in texts]
         return encode_passages(
-            backbones,
-            check_passages(passages),
-            ratio=self.ratio,
-            batch_size=self.batch_size,
-            show_progress=show_progress,
+            backbones, texts, keys, ratio=self.ratio, batch_size=self.batch_size, show_progress=show_progress
         )
 
     def prepare(self, query: str | PreparedQuery, instructions: Instructions | str | None = None) -> PreparedQuery:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kalm_rag.errors import MissingDependencyError
+from kalm_rag.errors import missing_extra
 
 if TYPE_CHECKING:
     from kalm_rag.langchain.bytestore import StateByteStore
@@ -47,7 +47,4 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - each class needs only its o
         if err.name is None or not err.name.startswith("langchain"):
             raise
         package = err.name.split(".")[0].replace("_", "-")
-        raise MissingDependencyError(
-            f"kalm_rag.langchain.{name} needs {package}, which is not installed. "
-            f"Run: pip install 'kalm-rag[langchain]'."
-        ) from err
+        raise missing_extra(package, "langchain", f"kalm_rag.langchain.{name}") from err
