@@ -1,8 +1,8 @@
 """A state store inside a Chroma server, for apps that can reach nothing else: a companion collection per model.
 
-The only store that imports chromadb. A state is a record ``s:<key>`` with its payload as base64 in the metadata; a
-reference is a record ``r:<digest of collection and record id>``. Costs 2.9x the payload on disk and 30 times the
-SQLite store's fetch: use that one wherever a folder can be reached.
+With `chroma_calls.py` the only store that imports chromadb. A state is a record ``s:<key>`` with its payload as base64
+in the metadata; a reference is a record ``r:<digest of collection and record id>``. Costs 2.9 times the payload on
+disk and 30 times the SQLite store's fetch: use that one wherever a folder can be reached.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from chromadb.api import ClientAPI
 from chromadb.errors import NotFoundError
 
-from kalm_rag.errors import ClosedError, InputError, KalmRagError, StoreError
+from kalm_rag.errors import ClosedError, InputError, StoreError
 from kalm_rag.states import Layout, PassageStates
 from kalm_rag.store.base import (
     DAMAGED_ROW,
@@ -37,6 +37,15 @@ from kalm_rag.store.base import (
     damage,
     is_row_name,
     make_row,
+)
+from kalm_rag.store.chroma_calls import (
+    FoundRecord,
+    companions,
+    find_collection,
+    page_of_records,
+    pairs,
+    scan_records,
+    translated,
 )
 from kalm_rag.store.companion import (
     CHECKSUM_KEY,
@@ -94,8 +103,8 @@ class ChromaStore(Closing):
             StateMismatchError: If it holds the model's states with another ratio, codec or width.
         """
         companion = companion_name(name, layout.fingerprint)
-        with _translated(companion):
-            collection = _find(client, companion)
+        with translated(companion):
+            collection = find_collection(client, companion)
             if collection is None and not read_only:
                 collection = client.get_or_create_collection(
                     companion, metadata=write_marks(layout), embedding_function=None
@@ -103,7 +112,7 @@ class ChromaStore(Closing):
         if collection is not None:
             check_same_layout(read_marks(collection), layout, f"companion collection {companion}")
             if not read_only and CHECKSUM_KEY not in collection.metadata:  # made by an earlier release
-                with _translated(companion):
+                with translated(companion):
                     collection.modify(metadata={**collection.metadata, **write_marks(layout)})
         return cls(client, collection, layout, name, not read_only)
 
@@ -252,8 +261,10 @@ class ChromaStore(Closing):
         ]
         others = {}
         for layout, collection in self._others():
-            with _translated(self._name):
-                others[layout.fingerprint] = sum(1 for _ in _pages(collection, {"kind": "state"}, PAGE_IDS, False))
+            with translated(self._name):
+                others[layout.fingerprint] = sum(
+                    1 for _ in scan_records(collection, {"kind": "state"}, PAGE_IDS, False)
+                )
         return StoreStats(
             states=len(sizes),
             references=sum(self.collections().values()),
@@ -267,37 +278,35 @@ class ChromaStore(Closing):
         self._closed = True
 
     def _others(self) -> Iterator[tuple[Layout, Any]]:
-        with _translated(self._name):
-            collections = [c for c in _companions(self._client, self._prefix) if c.name != self._name]
+        with translated(self._name):
+            collections = [c for c in companions(self._client, self._prefix) if c.name != self._name]
         for collection in collections:
             yield read_marks(collection), collection
 
-    def _get(self, ids: list[str], fields: bool = True) -> list[tuple[str, dict[str, Any]]]:
+    def _get(self, ids: list[str], fields: bool = True) -> list[FoundRecord]:
         self._check_open()
         if not ids or self._collection is None:  # Chroma refuses an empty list
             return []
-        with _translated(self._name):
+        with translated(self._name):
             answer = self._collection.get(ids=ids, include=["metadatas"] if fields else [])
-        return _pairs(answer)
+        return pairs(answer)
 
-    def _page(
-        self, where: dict[str, Any], limit: int, offset: int, fields: bool = True
-    ) -> list[tuple[str, dict[str, Any]]]:
+    def _page(self, where: dict[str, Any], limit: int, offset: int, fields: bool = True) -> list[FoundRecord]:
         self._check_open()
         if self._collection is None:
             return []
-        with _translated(self._name):
-            return _page(self._collection, where, limit, offset, fields)
+        with translated(self._name):
+            return page_of_records(self._collection, where, limit, offset, fields)
 
-    def _scan(self, where: dict[str, Any], page: int, fields: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _scan(self, where: dict[str, Any], page: int, fields: bool = True) -> Iterator[FoundRecord]:
         self._check_open()
         if self._collection is not None:
-            with _translated(self._name):
-                yield from _pages(self._collection, where, page, fields)
+            with translated(self._name):
+                yield from scan_records(self._collection, where, page, fields)
 
     def _write(self, verb: str, records: list[Record]) -> None:
         self._check_open(writing=True)
-        with _translated(self._name):
+        with translated(self._name):
             most = self._client.get_max_batch_size()
             for batch in batches(records, most):
                 vectors = {} if verb == "update" else {"embeddings": [EMBEDDING] * len(batch)}
@@ -310,7 +319,7 @@ class ChromaStore(Closing):
         count = 0
         for chunk in chunked(ids, PAGE_IDS):
             there = [record_id for record_id, _ in self._get(ids=chunk, fields=False)]  # delete counts unknown ids too
-            with _translated(self._name):
+            with translated(self._name):
                 if there:
                     self._collection.delete(ids=there)
             count += len(there)
@@ -323,6 +332,12 @@ class ChromaStore(Closing):
             raise StoreError(f"companion collection {self._name} was opened read-only; open it with read_only=False.")
 
 
+def _number(fields: dict[str, Any], name: str) -> float:
+    """A number of a record, 0 where it is missing (earlier releases) or no number."""
+    value = fields.get(name, 0)
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
 def read_layout(client: ClientAPI, fingerprint: str, name: str = "") -> Layout | None:
     """What layout a model's states have in the server, or None when there are none.
 
@@ -330,8 +345,8 @@ def read_layout(client: ClientAPI, fingerprint: str, name: str = "") -> Layout |
         StoreError: If the server can't be reached; StoreFormatError if the companion is not ours.
     """
     companion = companion_name(name, fingerprint)
-    with _translated(companion):
-        collection = _find(client, companion)
+    with translated(companion):
+        collection = find_collection(client, companion)
     return None if collection is None else read_marks(collection)
 
 
@@ -342,8 +357,8 @@ def collection_layouts(client: ClientAPI, collection_id: str, name: str = "") ->
         StoreError: If the server can't be reached; StoreFormatError if a companion is damaged.
     """
     where = {"$and": [{"kind": "reference"}, {"collection_id": collection_id}]}
-    with _translated(companion_name(name, "")):
-        found = [c for c in _companions(client, name) if _page(c, where, 1, 0, fields=False)]
+    with translated(companion_name(name, "")):
+        found = [c for c in companions(client, name) if page_of_records(c, where, 1, 0, fields=False)]
     return [read_marks(collection) for collection in found]
 
 
@@ -364,78 +379,12 @@ def drop_companions(client: ClientAPI, name: str) -> list[str]:
     """
     if not name:
         raise InputError("name is ''; wanted the name of the deleted collection. Use gc() for a shared companion.")
-    with _translated(companion_name(name, "")):
-        names = [c.name for c in _companions(client, name)]
+    with translated(companion_name(name, "")):
+        names = [c.name for c in companions(client, name)]
         alike = {c.name for c in client.list_collections() if c.name[:400] == name[:400]} - {name, *names}
         if alike:
             return []
         for companion in names:
-            client.delete_collection(companion)
+            with contextlib.suppress(NotFoundError):  # another process was first
+                client.delete_collection(companion)
     return names
-
-
-def _companions(client: ClientAPI, name: str) -> list[Any]:
-    """Companions of one collection, of every model."""
-    start = companion_name(name, "")
-    named = [c.name for c in client.list_collections() if c.name.startswith(start)]
-    found = [client.get_collection(companion, embedding_function=None) for companion in named]
-    return [c for c in found if "kalm_layout" in (c.metadata if c.metadata is not None else {})]
-
-
-def _find(client: ClientAPI, companion: str) -> Any:  # noqa: ANN401 (Collection | None, untyped in chromadb)
-    try:
-        return client.get_collection(companion, embedding_function=None)
-    except NotFoundError:
-        return None
-
-
-def _pages(
-    collection: Any,  # noqa: ANN401 (Collection, untyped in chromadb)
-    where: dict[str, Any],
-    page: int,
-    fields: bool,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    offset = 0
-    while True:
-        found = _page(collection, where, page, offset, fields)
-        yield from found
-        if len(found) < page:
-            return
-        offset += page
-
-
-def _page(
-    collection: Any,  # noqa: ANN401 (Collection, untyped in chromadb)
-    where: dict[str, Any],
-    limit: int,
-    offset: int,
-    fields: bool,
-) -> list[tuple[str, dict[str, Any]]]:
-    return _pairs(collection.get(where=where, include=["metadatas"] if fields else [], limit=limit, offset=offset))
-
-
-def _number(fields: dict[str, Any], name: str) -> float:
-    """A number of a record, 0 where it is missing (earlier releases) or no number."""
-    value = fields.get(name, 0)
-    return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _pairs(answer: Any) -> list[tuple[str, dict[str, Any]]]:  # noqa: ANN401 (GetResult, untyped in chromadb)
-    fields = answer["metadatas"]
-    return list(zip(answer["ids"], fields if fields is not None else [{}] * len(answer["ids"]), strict=True))
-
-
-@contextlib.contextmanager
-def _translated(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (KalmRagError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except NotFoundError as err:
-        raise StoreError(f"companion collection {name} is gone ({err}). Open the store again to make it anew.") from err
-    except BaseException as err:  # chromadb raises bare Exception for HTTP errors, BaseException for Rust panics
-        raise StoreError(
-            f"companion collection {name}: Chroma refused or can't be reached "
-            f"({type(err).__name__}: {str(err)[:300]}). Check the server; if it limits metadata to a few kB (Chroma "
-            f"Cloud), keep states in a folder instead."
-        ) from err
