@@ -28,7 +28,7 @@ from kalm_rag.bench.nano import open_nano
 from kalm_rag.bench.pico import WORDS
 from kalm_rag.bench.query import Query
 from kalm_rag.bench.serving import FETCH_K, Filled
-from kalm_rag.models.registry import parse_device
+from kalm_rag.models.devices import parse_device
 from kalm_rag.states import PassageStates, batch_states
 
 Points = list[tuple[float, float]]

@@ -17,7 +17,7 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.lazy_engine import EngineSpec, spec_of
 from kalm_rag.models import registry
-from kalm_rag.models.registry import parse_devices
+from kalm_rag.models.devices import parse_devices
 from kalm_rag.states import PassageStates
 
 

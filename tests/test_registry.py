@@ -13,7 +13,8 @@ import torch
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.models import registry
-from kalm_rag.models.registry import CHECKPOINTS, parse_device, parse_devices
+from kalm_rag.models.devices import parse_device, parse_devices
+from kalm_rag.models.registry import CHECKPOINTS
 from kalm_rag.states import check_dtype
 
 

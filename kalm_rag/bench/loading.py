@@ -10,7 +10,7 @@ import torch
 
 from kalm_rag.bench.report import Row
 from kalm_rag.errors import KalmRagError
-from kalm_rag.models.registry import parse_dtype
+from kalm_rag.models.devices import parse_dtype
 
 _LOADERS = {
     "whole": "from transformers import T5Gemma2ForConditionalGeneration as model\n"

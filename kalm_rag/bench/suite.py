@@ -22,7 +22,7 @@ from kalm_rag.bench.serving import bench_serving
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.registry import parse_device
+from kalm_rag.models.devices import parse_device
 
 PICO_CANDIDATES = 50
 """Most passages of a query with pico."""

@@ -23,7 +23,8 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, KalmRagError
 from kalm_rag.evaluation.fusion import fuse
 from kalm_rag.index.results import Timings
-from kalm_rag.models.registry import PICO, find_checkpoint, parse_device, parse_dtype
+from kalm_rag.models.devices import parse_device, parse_dtype
+from kalm_rag.models.registry import PICO, find_checkpoint
 from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
 from kalm_rag.models.t5gemma2.checkpoint import read_config
 from kalm_rag.training.batches import Mined
