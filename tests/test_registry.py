@@ -120,6 +120,13 @@ def test_names_that_no_file_system_takes(name: str) -> None:
         Reranker.from_pretrained(name)
 
 
+def test_a_folder_may_be_a_path(tiny_folder: Path, tiny: Reranker) -> None:
+    with Reranker.from_pretrained(tiny_folder, device="cpu") as engine:
+        assert engine.backbone is tiny.backbone
+    with pytest.raises(InputError, match="name is 5; wanted a model name, repository id or folder"):
+        Reranker.from_pretrained(5)  # type: ignore[arg-type]
+
+
 def test_dtypes_have_one_table() -> None:
     assert check_dtype("fp32") is check_dtype("float32") is check_dtype(torch.float32) is check_dtype(None)
     assert check_dtype("bf16") is check_dtype("bfloat16") is check_dtype(None, torch.bfloat16)

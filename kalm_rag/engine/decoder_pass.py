@@ -104,9 +104,9 @@ def decode_all(
             continue
         used, padded = sum(widths[i] for i in rows), max(widths[i] for i in rows) * len(rows)
         stats += DecodeStats(passes=1, rows=len(rows), used=used, padded=padded)
-    found = torch.cat(parts).float().cpu() if parts else torch.empty(0)
-    margins = torch.empty_like(found)
-    margins[torch.tensor(order, dtype=torch.long)] = found
+    ordered = torch.cat(parts).float().cpu() if parts else torch.empty(0)
+    margins = torch.empty_like(ordered)
+    margins[torch.tensor(order, dtype=torch.long)] = ordered
     return margins, stats
 
 

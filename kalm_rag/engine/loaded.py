@@ -5,6 +5,7 @@ Knows where models come from; runs none.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -57,7 +58,7 @@ class LoadedModel:
     @classmethod
     def from_pretrained(
         cls,
-        name: str = "pico",
+        name: str | os.PathLike[str] = "pico",
         *,
         revision: str | None = None,
         device: str | torch.device | Sequence[str | torch.device] | None = None,
@@ -99,6 +100,7 @@ class LoadedModel:
             Reranker('pico', device='cpu', dtype='float32', ratio=8, batch_size=64)
         """
         devices = parse_devices(device)
+        name = os.fspath(name) if isinstance(name, os.PathLike) else name
         if not isinstance(name, str) or not name:
             raise InputError(f"name is {name!r}; wanted a model name, repository id or folder.")
         check_ratio(ratio)

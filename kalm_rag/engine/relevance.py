@@ -1,4 +1,4 @@
-"""Relevance, the order it gives, and the checks at the public door. Plain Python: knows no tensor and no model."""
+"""Relevance of passages, and the order it gives. Plain Python: knows no tensor and no model."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class Backbone(Protocol):
         """Score each passage under its own prompt.
 
         Args:
-            prompts: B prompts, one a row; the same object may stand in many rows (and is then computed once
+            prompts: B prompts, one per row; the same object may stand in many rows (and is then computed once
                 where the family allows it).
             states: Pooled states, shape ``(B, N, H)``, right-padded, float32 or the computing dtype, on the device.
             counts: Tokens behind each state, float32 ``(B, N)``; 0 marks padding, which must not change a score.
