@@ -110,7 +110,7 @@ def test_edited_text_is_never_scored_stale(index: ChromaIndex, tiny: Reranker) -
     assert (result.from_store, result.encoded) == (3, 1)
     assert index.query(QUERY).encoded == 0  # and kept
     assert index.verify().clean
-    assert index.gc().states == 1  # the old text's states
+    assert index.gc(younger_than=0).states == 1  # the old text's states
     assert index.verify().clean
 
 
@@ -161,13 +161,15 @@ def test_states_swept_while_adding_are_made_again(index: ChromaIndex, monkeypatc
     """Another process's gc may take states between our write and our read; a missing state is never fatal."""
     put = index.store.put_many
 
-    def swept(states: list[PassageStates], references: object = ()) -> None:
-        put(states, references)
+    def swept(states: list[PassageStates], references: object = (), **more: object) -> None:
+        put(states, references, **more)
         monkeypatch.setattr(index.store, "put_many", put)
         index.store.discard([s.key for s in states])
 
     monkeypatch.setattr(index.store, "put_many", swept)
     index.add(["new"], ["GcReport at once."])
+    assert index.verify().missing == ["new"]
+    assert index.query(QUERY, top_n=None).encoded == 1
     assert index.verify().clean
 
 
@@ -184,22 +186,22 @@ def test_upsert_touches_only_what_changed(index: ChromaIndex) -> None:
 def test_delete_keeps_what_others_use(index: ChromaIndex) -> None:
     index.add(["twin"], [TEXTS[0]])
     assert index.delete(["a", "nobody", "a"]) == 1
-    assert index.gc().states == 0
+    assert index.gc(younger_than=0).states == 0
     assert index.delete(["twin", "b"]) == 2
-    assert index.gc().states == 2
+    assert index.gc(younger_than=0).states == 2
     assert index.delete([]) == 0
     assert index.verify().clean
     assert len(index) == 2
 
 
 def test_gc_sweeps_collections_that_are_gone(index: ChromaIndex, tiny: Reranker) -> None:
-    client = index._client
+    client = index.home.database.client
     with ChromaIndex.open(
         client=client, collection="other", model=tiny, embedder=toy_vectors, store=index.store
     ) as other:
         other.add(["x"], ["Only here."])
     client.delete_collection("other")
-    assert index.gc().states == 1
+    assert index.gc(younger_than=0).states == 1
     assert index.verify().clean
 
 
@@ -220,8 +222,10 @@ def test_codecs_and_ratios_are_adopted_on_reopening(tmp_path: Path, tiny: Rerank
 def test_another_model_is_another_namespace(index: ChromaIndex, tmp_path: Path, tiny_folder: Path) -> None:
     with (
         Reranker.from_pretrained(str(tiny_folder), device="cpu", dtype="bf16") as other,
-        reopen(tmp_path / "db", other) as opened,
+        reopen(tmp_path / "db", other, change_model=True) as opened,
     ):
+        with pytest.raises(StateMismatchError, match="made with dtype 'float32'; asked for 'bfloat16'"):
+            reopen(tmp_path / "db", other)  # never a whole collection encoded again without a word
         assert opened.query(QUERY, missing="skip").unscored == 4
         assert opened.query(QUERY).encoded == 4
     assert index.query(QUERY).encoded == 0
@@ -238,7 +242,7 @@ def test_bad_input_writes_nothing(index: ChromaIndex) -> None:
     cases = [
         ((["x", "x"], ["1", "2"]), "id 'x' occurs twice"),
         ((["x"], ["1", "2"]), "got 1 ids, 2 texts"),
-        ((["x", "y"], ["1", 2]), "passage 1 is int"),
+        ((["x", "y"], ["1", 2]), "text 1 is int"),
         ((["x"], ["\udc00"]), "lone surrogate"),
         ((["a", "new"], ["1", "2"]), "1 of 2 ids exist already"),
         (("ab", ["1", "2"]), "one string"),
@@ -287,7 +291,7 @@ def test_absent_collection_lists_those_there_are(index: ChromaIndex, tmp_path: P
     with pytest.raises(InputError, match="is a file"):
         reopen(tmp_path / "file", tiny)
     with pytest.raises(InputError, match="both path and client"):
-        ChromaIndex.open(tmp_path, client=index._client)
+        ChromaIndex.open(tmp_path, client=index.home.database.client)
 
 
 def test_closed_index_says_so(tmp_path: Path, tiny: Reranker) -> None:
@@ -403,7 +407,7 @@ def test_a_remote_chroma_keeps_states_in_a_companion(chroma_client: object, tiny
         assert (result.encoded, result.from_store) == (0, 4)
         assert {h.id: h.margin for h in result} == want
         again.delete(["b"])
-        assert again.gc().states == 1
+        assert again.gc(younger_than=0).states == 1
         assert again.verify().clean
 
 
@@ -438,7 +442,7 @@ def test_metadata_that_chroma_refuses_leaves_all_as_it_was(index: ChromaIndex) -
     with pytest.raises(InputError, match=r"metadata of 'a': .*which is a dict"):
         index.upsert(["a"], ["Another text."], [{"x": {"y": 1}}])
     assert index.verify().clean
-    index.gc()
+    index.gc(younger_than=0)
     assert index.query(QUERY, missing="raise").from_store == 4
 
 
@@ -446,7 +450,7 @@ def test_an_upsert_of_what_somebody_else_wrote_is_referenced(index: ChromaIndex)
     index.collection.add(ids=["e"], documents=TEXTS[:1], embeddings=toy_vectors(TEXTS[:1]))
     assert index.upsert(["e"], TEXTS[:1]).unchanged == 1
     index.delete(["a"])
-    index.gc()
+    index.gc(younger_than=0)
     assert index.query(QUERY, missing="raise", top_n=None).from_store == 4
 
 
@@ -459,7 +463,7 @@ def test_gc_keeps_what_another_database_of_the_folder_uses(tmp_path: Path, tiny:
     first, second = (ChromaIndex.open(client=client, model=tiny, embedder=toy_vectors) for client in clients)
     first.add(IDS[:2], TEXTS[:2])
     second.add(IDS[2:], TEXTS[2:])
-    assert first.gc().states == 0
+    assert first.gc(younger_than=0).states == 0
     assert second.query(QUERY, missing="raise").from_store == 2
     for one in (first, second):
         one.close()

@@ -42,7 +42,7 @@ class Query:
     def probabilities(self) -> torch.Tensor:
         """P(yes) of the last asking, in input order."""
         out = torch.zeros(len(self.texts), dtype=torch.float64)
-        for placed in self.ranking.placed if self.ranking is not None else ():
+        for placed in self.ranking.candidates if self.ranking is not None else ():
             if placed.probability is not None:
                 out[placed.index] = placed.probability
         return out

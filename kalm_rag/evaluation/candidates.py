@@ -19,7 +19,7 @@ from kalm_rag.checks import check_count
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation.beir import Collection, EvalSet, load_collection
-from kalm_rag.index.candidates import find_states, rank_texts
+from kalm_rag.index.candidates import load_states, rank_texts
 from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.index.results import Timings
 from kalm_rag.instructions import Instructions
@@ -94,7 +94,7 @@ class StoredEngine:
         starts = range(0, len(passages), _WINDOW)
         for start in tqdm(starts, desc="index", unit=f"{_WINDOW} passages"):
             texts = passages[start : start + _WINDOW]
-            states = find_states(self.engine, self.store, texts, missing="encode", timings=Timings()).states
+            states = load_states(self.engine, self.store, texts, missing="encode", timings=Timings()).states
             if states is not None:
                 yield texts, states
 
@@ -125,7 +125,7 @@ class StoredEngine:
             ratio=ratio,
         )
         margins = torch.empty(len(texts))
-        for candidate in ranking.placed:
+        for candidate in ranking.candidates:
             margins[candidate.index] = candidate.margin if candidate.margin is not None else -torch.inf
         return margins
 

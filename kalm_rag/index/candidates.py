@@ -1,27 +1,61 @@
-"""From candidate texts to a ranking: states fetched where stored, else by the caller's policy; then the decoder.
+"""The one home of "texts become states": looked up by content, else encoded, at query time and at indexing.
 
-The one way in which the index and the framework adapters get and score states, so that all of them count alike and
-none can score a text other than the one at hand. Knows no Chroma and no framework.
+`load_states` serves a query, `keep_states` the writer, `rank_texts` goes on to the decoder. No door has a loop of its
+own over missing states, and none can score a text other than the one at hand. Knows no Chroma and no framework.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.relevance import rank_relevances
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingStateError, StoreError, StoreFormatError
 from kalm_rag.index.results import Timings
+from kalm_rag.index.state_cache import cache_beside
 from kalm_rag.instructions import Instructions
-from kalm_rag.states import StateBatch, merge_batches, pack_states, passage_key, unpack_batch
+from kalm_rag.states import (
+    Codec,
+    PassageStates,
+    StateBatch,
+    batch_states,
+    merge_batches,
+    pack_states,
+    passage_key,
+    unpack_batch,
+)
 from kalm_rag.store import Reference, StateStore
 
 logger = logging.getLogger(__name__)
 
 Missing = Literal["encode", "raise", "skip"]
+
+KEEP_SECONDS = 0.5
+"""How long a query waits for another process's write before it keeps fresh states in memory instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owners:
+    """Records that texts come from: what is encoded for them is kept in the store, with a reference.
+
+    Attributes:
+        collection_id: Chroma's id of their collection.
+        record_ids: One per text; None for a text that is no record's.
+        scope: Names the database, see `StateStore.put_many`.
+    """
+
+    collection_id: str
+    record_ids: Sequence[str | None]
+    scope: str = ""
+
+    @classmethod
+    def nobody(cls, count: int) -> Owners:
+        """For texts that are no record's (yet): what is encoded for them is kept in memory only."""
+        return cls(collection_id="", record_ids=[None] * count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +65,7 @@ class CandidateStates:
     Attributes:
         rows: Positions of the candidates that have states, ascending.
         states: Their states, one row each, in that order; None if there are none.
-        from_store: How many candidates had stored states.
+        from_store: How many candidates had states already, in the store or in the process's cache.
         encoded: How many distinct texts were encoded now.
     """
 
@@ -39,6 +73,21 @@ class CandidateStates:
     states: StateBatch | None
     from_store: int
     encoded: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptStates:
+    """What the writer knows of the texts of one batch.
+
+    Attributes:
+        keys: Content address of each text.
+        fresh: States encoded now, by key; what a store gives for them.
+        from_store: How many texts had stored states.
+    """
+
+    keys: list[str]
+    fresh: dict[str, PassageStates] = field(default_factory=dict)
+    from_store: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +112,13 @@ class Ranking:
     """Candidates in their new order, and how they came by their states.
 
     Attributes:
-        placed: Best first, ties in input order; unscored ones behind the scored, in input order.
-        from_store: How many had stored states.
+        candidates: Best first, ties in input order; unscored ones behind the scored, in input order.
+        from_store: How many had states already.
         encoded: How many distinct texts were encoded now.
         unscored: How many were not scored: skipped by policy, or without text.
     """
 
-    placed: list[RankedCandidate]
+    candidates: list[RankedCandidate]
     from_store: int
     encoded: int
     unscored: int
@@ -87,16 +136,16 @@ def check_missing(missing: str) -> Missing:
     raise InputError(f"missing is {missing!r}; wanted one of {', '.join(get_args(Missing))}.")
 
 
-def find_states(
+def load_states(
     engine: Reranker,
     store: StateStore,
     texts: Sequence[str | None],
     *,
     missing: Missing,
     timings: Timings,
-    references: Sequence[Reference] = (),
+    owners: Owners | None = None,
 ) -> CandidateStates:
-    """Get states of texts, by content.
+    """Get states of texts, by content: from the store, from the process's cache, or by the caller's policy.
 
     Args:
         engine: Encodes what is missing; its ratio must be the store's.
@@ -104,7 +153,8 @@ def find_states(
         texts: Candidates in retrieval order; None marks one without text, which gets no states.
         missing: ``"encode"`` (and keep), ``"raise"`` or ``"skip"``.
         timings: Gets the stages ``fetch`` and ``encode``.
-        references: Records whose states should not be swept by `gc`; those of texts encoded now are kept with them.
+        owners: Records the texts are of: what is encoded for a record is kept in the store, the rest in the process's
+            cache. None keeps all in the store, without references.
 
     Raises:
         MissingStateError: Under ``"raise"``, naming how many and the first.
@@ -115,30 +165,62 @@ def find_states(
     keys = [passage_key(text) for text in wanted]
     if not rows:
         return CandidateStates(rows=[], states=None, from_store=0, encoded=0)
+    parts: list[tuple[Sequence[int], StateBatch]] = []  # which of `wanted`, and their states
     with timings.stage("fetch"):
-        fetched = store.get_many(keys)
-    absent = fetched.missing
+        absent = list(range(len(wanted)))
+        for place in _places(store):
+            if not absent:
+                break
+            fetched = place.get_many([keys[i] for i in absent])
+            if fetched.batch is not None:
+                parts.append(([absent[i] for i in fetched.found], fetched.batch))
+            absent = [absent[i] for i in fetched.missing]
+    encoded = 0
     if absent and missing == "raise":
         raise MissingStateError(
             f"{len(absent)} of {len(wanted)} candidates have no stored states (first: {wanted[absent[0]]!r:.60}). "
             f"Run backfill, or pass missing='encode'."
         )
-    if not absent or missing == "skip":
-        found = [rows[i] for i in fetched.found]
-        return CandidateStates(rows=found, states=fetched.batch, from_store=len(found), encoded=0)
+    if absent and missing == "encode":
+        with timings.stage("encode"):
+            states = engine.encode([wanted[i] for i in absent])
+            parts.append((absent, as_stored(states, store)))
+            owned = _owned([rows[i] for i in absent], [keys[i] for i in absent], owners)
+            encoded = _keep_if_possible(store, states, owned, owners)
+    scored = sorted(i for part, _ in parts for i in part)
+    if not scored:
+        return CandidateStates(rows=[], states=None, from_store=0, encoded=0)
+    place_of = {i: row for row, i in enumerate(scored)}
+    batch = merge_batches(len(scored), [([place_of[i] for i in part], states) for part, states in parts])
+    hits = len(scored) - (len(absent) if missing == "encode" else 0)
+    return CandidateStates(rows=[rows[i] for i in scored], states=batch, from_store=hits, encoded=encoded)
+
+
+def keep_states(engine: Reranker, store: StateStore, texts: Sequence[str], timings: Timings) -> KeptStates:
+    """Encode those texts of new records that have no stored states; nothing is written yet.
+
+    Args:
+        engine: Encodes what is missing.
+        store: Where states will be kept.
+        texts: Texts that are read.
+        timings: Gets the stages ``fetch`` and ``encode``.
+    """
+    keys = [passage_key(text) for text in texts]
+    with timings.stage("fetch"):
+        absent = store.missing(keys)
+    todo = {key: text for key, text in zip(keys, texts, strict=True) if key in absent}
     with timings.stage("encode"):
-        fresh, encoded = _encode_and_keep(
-            engine, store, [wanted[i] for i in absent], [r for r in references if r.key in {keys[i] for i in absent}]
-        )
-    parts = [(absent, fresh)] if fetched.batch is None else [(fetched.found, fetched.batch), (absent, fresh)]
-    states = merge_batches(len(rows), parts)
-    return CandidateStates(rows=rows, states=states, from_store=len(fetched.found), encoded=encoded)
+        at_hand = _from_cache(store, list(todo))
+        left = [key for key in todo if key not in at_hand]
+        states = engine.encode([todo[key] for key in left], show_progress=False, keys=left)
+        at_hand |= dict(zip(left, states, strict=True))
+    return KeptStates(keys=keys, fresh=at_hand, from_store=sum(key not in absent for key in keys))
 
 
 def rank_texts(
     engine: Reranker,
     store: StateStore,
-    query: str,
+    query: str | PreparedQuery,
     texts: Sequence[str | None],
     *,
     missing: Missing,
@@ -146,21 +228,21 @@ def rank_texts(
     instructions: Instructions | None = None,
     ratio: int | None = None,
     threshold: float | None = None,
-    references: Sequence[Reference] = (),
+    owners: Owners | None = None,
 ) -> Ranking:
-    """Find states of candidates and order them by relevance; see `find_states` for the arguments both take.
+    """Get states of candidates and order them by relevance; see `load_states` for the arguments both take.
 
     Args:
         engine: Encodes and scores.
         store: Where states are kept.
-        query: The question.
+        query: The question, or what `Reranker.prepare` made of it; then without `instructions`.
         texts: Candidates in retrieval order; None marks one without text.
         missing: Policy for texts without states.
         timings: Gets the stages ``fetch``, ``encode`` and ``score``.
         instructions: System and task text.
         ratio: A multiple of the stored ratio; None takes the stored one.
         threshold: Keep only P(yes) >= this; unscored ones are dropped too.
-        references: Records whose states should be kept.
+        owners: Records the texts are of.
 
     Raises:
         InputError: As `Reranker.score`.
@@ -168,33 +250,73 @@ def rank_texts(
         StateMismatchError: If `ratio` is no multiple of the stored one.
         StoreFormatError: If a stored state is damaged.
     """
-    looked = find_states(engine, store, texts, missing=missing, timings=timings, references=references)
-    states = looked.states
+    loaded = load_states(engine, store, texts, missing=missing, timings=timings, owners=owners)
+    states = loaded.states
     with timings.stage("score"):
         relevances = engine.score(query, states if states is not None else [], instructions=instructions, ratio=ratio)
     cut = [] if states is None else (states.total_tokens > states.tokens).tolist()
-    placed = [
-        RankedCandidate(index=looked.rows[r.index], margin=r.margin, probability=r.probability, truncated=cut[r.index])
+    ranked = [
+        RankedCandidate(index=loaded.rows[r.index], margin=r.margin, probability=r.probability, truncated=cut[r.index])
         for r in rank_relevances(relevances, threshold=threshold)
     ]
-    unscored = sorted(set(range(len(texts))) - set(looked.rows))
+    unscored = sorted(set(range(len(texts))) - set(loaded.rows))
     if threshold is None:
-        placed += [RankedCandidate(index=i) for i in unscored]
-    return Ranking(placed=placed, from_store=looked.from_store, encoded=looked.encoded, unscored=len(unscored))
+        ranked += [RankedCandidate(index=i) for i in unscored]
+    return Ranking(candidates=ranked, from_store=loaded.from_store, encoded=loaded.encoded, unscored=len(unscored))
 
 
-def _encode_and_keep(
-    engine: Reranker, store: StateStore, texts: Sequence[str], references: Sequence[Reference]
-) -> tuple[StateBatch, int]:
-    """Encode texts, keep them if the store can be written, and give what the store would give."""
-    states = engine.encode(texts)
-    distinct = list({s.key: s for s in states}.values())
-    try:
-        store.put_many(distinct, references)
-    except StoreFormatError:
-        raise
-    except StoreError as err:  # a read-only or full disk must not take the answer away
-        logger.warning("states of %d passages could not be kept: %s", len(distinct), err)
-    payloads = [pack_states(s, store.layout) for s in states]  # the stored rounding, so that later queries agree
-    batch = unpack_batch(payloads, [s.tokens for s in states], [s.total_tokens for s in states], store.layout)
-    return batch, len(distinct)
+def as_stored(states: Sequence[PassageStates], store: StateStore) -> StateBatch:
+    """States made just now as the store would give them: with its codec's rounding, so that later queries agree."""
+    if store.layout.codec is Codec.EXACT:
+        return batch_states(states)
+    payloads = [pack_states(s, store.layout) for s in states]
+    return unpack_batch(payloads, [s.tokens for s in states], [s.total_tokens for s in states], store.layout)
+
+
+def _places(store: StateStore) -> list[StateStore]:
+    """Where states may be, in the order in which they are asked."""
+    cache = cache_beside(store)
+    return [store] if cache is None else [store, cache]
+
+
+def _from_cache(store: StateStore, keys: Sequence[str]) -> dict[str, PassageStates]:
+    """States that this process has in memory (embedded a moment ago, say), exactly as they were made."""
+    cache = cache_beside(store)
+    return {} if cache is None or store.layout.codec is not Codec.EXACT else cache.states(keys)
+
+
+def _owned(rows: Sequence[int], keys: Sequence[str], owners: Owners | None) -> list[Reference]:
+    if owners is None:
+        return []
+    named = [(owners.record_ids[row], key) for row, key in zip(rows, keys, strict=True)]
+    return [
+        Reference(collection_id=owners.collection_id, record_id=record_id, key=key)
+        for record_id, key in named
+        if record_id is not None
+    ]
+
+
+def _keep_if_possible(
+    store: StateStore, states: Sequence[PassageStates], references: Sequence[Reference], owners: Owners | None
+) -> int:
+    """Keep states of records in the store, others in the process's cache; give how many distinct ones there are.
+
+    Keeping never delays or takes away an answer that is ready: where the store is locked, full or read-only, states
+    stay in memory.
+    """
+    distinct = {s.key: s for s in states}
+    used = {reference.key for reference in references} if owners is not None else distinct.keys()
+    lasting = [s for key, s in distinct.items() if key in used]
+    passing = [s for key, s in distinct.items() if key not in used]
+    if lasting:
+        try:
+            store.put_many(lasting, references, scope=owners.scope if owners is not None else "", wait=KEEP_SECONDS)
+        except StoreFormatError:
+            raise
+        except StoreError as err:
+            logger.warning("states of %d passages could not be kept, only cached: %s", len(lasting), err)
+            passing += lasting
+    if passing:
+        cache = cache_beside(store)
+        (cache if cache is not None else store).put_many(passing)
+    return len(distinct)

@@ -1,43 +1,44 @@
-"""One Chroma collection and its passage states, kept in step: add, query, delete, verify, backfill, gc.
+"""One Chroma collection and its passage states, kept in step: add, query, delete, verify, backfill, gc, rebuild.
 
 States are addressed by the text they were made of, so a query can only ever score the text that is in the
-collection now. Order of writing: states, then Chroma; of deleting: Chroma, then references. Whatever a crash cuts
-off is a missing state, which is encoded again on demand.
+collection now.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from kalm_rag.checks import check_cut, check_passages, check_query
+from kalm_rag.checks import check_count, check_cut, check_passages, check_query
+from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, InputError
-from kalm_rag.index import upkeep
-from kalm_rag.index.candidates import Missing, RankedCandidate, check_missing, find_states, rank_texts
+from kalm_rag.index.candidates import Missing, Owners, RankedCandidate, check_missing, rank_texts
+from kalm_rag.index.clients import Database
 from kalm_rag.index.collection import (
-    PAGE,
+    MOST_CANDIDATES,
+    CollectionNotes,
     check_records,
-    collection_model,
-    live_collections,
-    open_client,
-    open_collection,
-    open_states,
-    records,
-    typed,
+    check_vectors,
+    chroma_errors,
 )
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
-from kalm_rag.index.results import AddReport, BackfillReport, Hit, QueryResult, Timings, VerifyReport
+from kalm_rag.index.home import CollectionHome, find_or_make
+from kalm_rag.index.lazy_engine import EngineSpec
+from kalm_rag.index.passage_rule import PassageRule
+from kalm_rag.index.results import AddReport, BackfillReport, Hit, QueryResult, RebuildReport, Timings, VerifyReport
+from kalm_rag.index.writer import CollectionWriter, Records
 from kalm_rag.instructions import Instructions, as_instructions
-from kalm_rag.states import Codec, passage_key
-from kalm_rag.store import GcReport, Reference, StateStore
+from kalm_rag.states import Codec
+from kalm_rag.store import GcReport, StateStore
+from kalm_rag.store.base import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -45,13 +46,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Metadatas = Sequence["Mapping[str, Any] | None"]
+
 
 @dataclass(frozen=True)
 class _Candidate:
     """One row of a vector search."""
 
     id: str
-    text: str | None
+    document: str | None
     metadata: Mapping[str, Any]
     distance: float
 
@@ -59,36 +62,31 @@ class _Candidate:
 class ChromaIndex:
     """Passages in a Chroma collection, their states beside it, and two-phase queries over both.
 
-    Make one with `ChromaIndex.open`. Safe to use from many threads; several processes may query at once, but only
-    one may write to a persistent Chroma folder at a time (Chroma's own limit: it loses vectors silently).
+    Make one with `ChromaIndex.open`. Safe to use from many threads. Several processes may query one folder at once; of
+    those that write, one at a time does, and the others wait. A process sees what another one wrote after `refresh`, or
+    after it wrote itself.
 
     Args:
-        client: The Chroma client, yours to close.
-        collection: An open Chroma collection of it.
-        engine: The reranker.
-        store: A state store in the engine's layout.
-        embedder: What makes this collection's vectors.
+        home: The collection, its engine and store.
+        embedder: What makes this collection's vectors; None takes the bundled one.
         missing: What to do with candidates without stored states: ``"encode"`` them and keep the states,
             ``"raise"``, or ``"skip"`` (unscored, behind the scored ones).
+
+    Example:
+        >>> index = ChromaIndex.open()  # in memory; give a folder to keep it
+        >>> report = index.add(["tea", "paris"], ["I like tea.", "Paris is the capital of France."])
+        >>> index.query("What is the capital of France?", top_n=1).hits[0].id
+        'paris'
+        >>> index.close()
     """
 
-    def __init__(
-        self,
-        client: ClientAPI,
-        collection: Collection,
-        engine: Reranker,
-        store: StateStore,
-        embedder: Embedder,
-        *,
-        missing: Missing = "encode",
-    ) -> None:
-        self._client = client
-        self.engine = engine
-        self.store = store
-        self.embedder = embedder
+    def __init__(self, home: CollectionHome, embedder: Embedder | None = None, *, missing: Missing = "encode") -> None:
+        self.home = home
         self.missing = check_missing(missing)
-        self._collection: Collection | None = collection
-        self._owned: list[Any] = []
+        self._embedder = embedder
+        self._own_pico: Reranker | None = None
+        self._writer = CollectionWriter(home, lambda: self.embedder)
+        self._closed = False
 
     @classmethod
     def open(
@@ -104,10 +102,13 @@ class ChromaIndex:
         ratio: int | None = None,
         device: str | torch.device | Sequence[str | torch.device] | None = None,
         dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        passage: str | None = None,
         missing: Missing = "encode",
         create: bool = True,
+        change_model: bool = False,
     ) -> ChromaIndex:
-        """Open a collection with its states, or make both.
+        r"""Open a collection with its states, or make both. The model is loaded when it is first needed.
 
         Args:
             path: Folder of a persistent Chroma database; made if absent. Give this or `client`, or neither for an
@@ -116,51 +117,69 @@ class ChromaIndex:
             collection: Name of the collection.
             model: Name or folder for `Reranker.from_pretrained`, or a ready engine (which stays yours to close). None
                 takes the one that the collection was made with, or else pico.
-            embedder: What makes the vectors: see `kalm_rag.index.embedders.wrap_embedder`. None takes the bundled
-                all-MiniLM-L6-v2, which costs nothing extra with pico.
+            embedder: What makes the vectors: the name or folder of a sentence-transformers model, or an object, see
+                `kalm_rag.index.embedders.wrap_embedder`. None takes the bundled all-MiniLM-L6-v2, which costs nothing
+                extra with pico.
             store: Where states go. None: SQLite in the database's folder; in memory for an ephemeral client; a
                 companion collection for a remote one.
             codec: ``exact``, ``bf16`` or ``int8``; None takes what is stored, or else exact.
             ratio: Tokens a state stands for when the store is made; None takes what is stored, or the engine's (4).
-            device: As `Reranker.from_pretrained`.
-            dtype: As `Reranker.from_pretrained`.
+            device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
+            dtype: ``bf16`` or ``fp32``; None takes what the collection's states were made in, or what fits the device
+                (bf16 on CUDA, fp32 on the CPU). What was indexed on a GPU is so read on a CPU as it is.
+            revision: Commit, tag or branch of a repository; None takes the collection's, or the pinned one.
+            passage: How a record becomes the text that is read, see `PassageRule`: ``"document"``, or a template such
+                as ``"{title}\n{text}"``. None takes the collection's own rule, or else ``"document"``.
             missing: Policy for candidates without states.
             create: Make the collection if it is absent.
+            change_model: Let a collection that was made with another model, dtype or passage rule go over to this one.
+                Its passages are then encoded again: run `backfill`, or leave it to the queries.
 
         Raises:
-            InputError: If arguments don't go together, the collection is absent under ``create=False``, or its
-                vectors were not made by `embedder`.
-            StateMismatchError: If states are stored at another ratio or codec than asked for.
-            StoreError: If the store can't be opened; StoreFormatError if it is damaged.
-            ModelError: If the model can't be loaded.
+            InputError: If arguments don't go together, the collection is absent under ``create=False`` (nothing is made
+                then), or its vectors were not made by `embedder`.
+            StateMismatchError: If the collection was made with another model, dtype or passage rule, or states are
+                stored at another ratio or codec than asked for.
+            StoreError: If Chroma or the store can't be opened; StoreFormatError if the store is damaged.
         """
         if path is not None and client is not None:
             raise InputError("both path and client were given; wanted one of them.")
         check_missing(missing)
-        if client is None:
-            client = open_client(path)
-        owned: list[Any] = []
+        wrapped = None if embedder is None or embedder == BUNDLED else wrap_embedder(embedder)
+        given = CollectionNotes(
+            model=None if model is None else model.info.name if isinstance(model, Reranker) else model,
+            revision=revision,
+            passage=None if passage is None else str(PassageRule(passage)),
+        )
+        spec = EngineSpec(
+            model=given.model if given.model is not None else "pico",
+            revision=revision,
+            device=device,  # type: ignore[arg-type] # becomes a name
+            dtype=dtype,  # type: ignore[arg-type] # becomes a name
+            ratio=ratio,
+        )
+        if codec is not None:
+            Codec.parse(codec)
+        database = Database(client) if client is not None else Database.open(path, create=create)
         try:
-            if isinstance(model, Reranker):
-                engine = model
-            else:
-                name = model if model is not None else collection_model(client, collection) or "pico"
-                engine = Reranker.from_pretrained(name, device=device, dtype=dtype)
-                owned.append(engine)
-            if store is None:
-                store = open_states(client, collection, engine, codec=codec, ratio=ratio)
-                owned.append(store)
-            if engine.ratio != store.layout.ratio:
-                engine = engine.at(store.layout.ratio)
-                owned.append(engine)
-            wrapped = _embedder(embedder, engine, owned)
-            opened = open_collection(client, collection, wrapped, model=engine.info.name, create=create)
-            index = cls(client, opened, engine, store, wrapped, missing=missing)
+            opened, spec = find_or_make(database, collection, spec, given, _name(wrapped), create=create)
+            home = CollectionHome(
+                database,
+                opened,
+                spec,
+                given,
+                reranker=model if isinstance(model, Reranker) else None,
+                store=store,
+                codec=codec,
+                ratio=ratio,
+                change_model=change_model,
+                own_engine=True,
+            )
+            index = cls(home, wrapped, missing=missing)
+            index._check_vectors()
         except BaseException:
-            for thing in owned:
-                thing.close()
+            database.close()
             raise
-        index._owned = owned
         return index
 
     @property
@@ -170,16 +189,42 @@ class ChromaIndex:
         Raises:
             ClosedError: After `close`.
         """
-        if self._collection is None:
+        if self._closed:
             raise ClosedError("this ChromaIndex was closed. Open it again with ChromaIndex.open(...).")
-        return self._collection
+        return self.home.collection
+
+    @property
+    def engine(self) -> Reranker:
+        """The engine at the store's ratio, loaded on first use."""
+        return self.home.parts()[0]
+
+    @property
+    def store(self) -> StateStore:
+        """The states; opened without loading the model where possible."""
+        return self.home.store()
+
+    @property
+    def embedder(self) -> Embedder:
+        """What makes the vectors."""
+        if self._embedder is None:
+            engine = self.home.lazy.engine()
+            if engine.info.family != "pico":
+                self._own_pico = engine = Reranker.from_pretrained("pico", device=engine.devices)
+            self._embedder = BundledEmbedder(engine)
+        return self._embedder
 
     def __len__(self) -> int:
-        return int(self.collection.count())
+        with chroma_errors("count"):
+            return int(self.collection.count())
 
-    def add(
-        self, ids: Sequence[str], texts: Sequence[str], metadatas: Sequence[Mapping[str, Any] | None] | None = None
-    ) -> AddReport:
+    def __repr__(self) -> str:
+        if self._closed:
+            return "ChromaIndex(closed)"
+        notes, database = self.home.notes(), self.home.database
+        place = database.folder if database.folder is not None else "remote" if database.remote else "in memory"
+        return f"ChromaIndex({self.collection.name!r}, {place}, {len(self)} records, model {notes.model})"
+
+    def add(self, ids: Iterable[str], texts: Iterable[str], metadatas: Metadatas | None = None) -> AddReport:
         """Add new records: states first, then text, metadata and vector. Texts stored before cost no encoding.
 
         Args:
@@ -188,24 +233,17 @@ class ChromaIndex:
             metadatas: One mapping per id, or None.
 
         Raises:
-            InputError: If an id occurs twice or exists already, lengths differ, or a text is no valid string.
-                Nothing is written then.
+            InputError: If an id occurs twice or exists already, lengths differ, a text is no valid string, or Chroma
+                can't keep metadata. Nothing is written then.
             StoreError: If the states can't be written. Batches finished before stay.
         """
-        ids, texts, metadatas = check_records(ids, texts, metadatas)
-        taken = [found for page in _pages(ids) for found in self.collection.get(ids=page, include=[])["ids"]]
-        if taken:
-            raise InputError(f"{len(taken)} of {len(ids)} ids exist already (first: {taken[0]!r}). Use upsert(...).")
-        report = AddReport()
-        for batch in _slices(len(ids)):
-            report += self._write(ids[batch], texts[batch], metadatas[batch])
-        return report
+        return self._writer.add(self._records(ids, texts, metadatas))
 
     def upsert(
         self,
-        ids: Sequence[str],
-        texts: Sequence[str],
-        metadatas: Sequence[Mapping[str, Any] | None] | None = None,
+        ids: Iterable[str],
+        texts: Iterable[str],
+        metadatas: Metadatas | None = None,
         *,
         refresh: bool = False,
     ) -> AddReport:
@@ -223,14 +261,10 @@ class ChromaIndex:
             InputError: If an id occurs twice, lengths differ, a text is no valid string, or Chroma can't keep metadata.
             StoreError: If the states can't be written. Batches finished before stay.
         """
-        ids, texts, metadatas = check_records(ids, texts, metadatas)
-        report = AddReport()
-        for batch in _slices(len(ids)):
-            report += self._replace(ids[batch], texts[batch], metadatas[batch], refresh)
-        return report
+        return self._writer.upsert(self._records(ids, texts, metadatas), refresh=refresh)
 
-    def delete(self, ids: Sequence[str]) -> int:
-        """Delete records and their references; unused states go with the next `gc`. Unknown ids are ignored.
+    def delete(self, ids: Iterable[str]) -> int:
+        """Delete records and their references; unused states go with a later `gc`. Unknown ids are ignored.
 
         Returns:
             How many records there were.
@@ -238,13 +272,8 @@ class ChromaIndex:
         Raises:
             InputError: If `ids` is a single string.
         """
-        wanted = list(dict.fromkeys(check_passages(ids)))
-        deleted = 0
-        for page in _pages(wanted):
-            deleted += len(self.collection.get(ids=page, include=[])["ids"])
-            self.collection.delete(ids=page)
-            self.store.unreference(str(self.collection.id), page)
-        return deleted
+        self.collection  # noqa: B018 - says so if this was closed
+        return self._writer.delete(check_passages(ids, "ids"))
 
     def query(
         self,
@@ -264,7 +293,7 @@ class ChromaIndex:
         Args:
             text: The question.
             top_n: Hits wanted, >= 1; None gives all candidates.
-            fetch_k: Candidates the vector search gives, >= 1.
+            fetch_k: Candidates the vector search gives, 1 to 32,000.
             instructions: System and task text, or a task alone; None takes the model's defaults.
             ratio: A multiple of the stored ratio, for speed; None takes the stored one.
             threshold: Keep only P(yes) >= this; unscored candidates are dropped too.
@@ -273,36 +302,42 @@ class ChromaIndex:
             missing: Policy for this query; None takes the index's.
 
         Raises:
-            InputError: If the query is blank, or a number out of range.
+            InputError: If the query is blank, a number out of range, or a filter none that Chroma reads.
             StateMismatchError: If `ratio` is no multiple of the stored one.
             MissingStateError: Under ``missing="raise"``, if candidates have no stored states.
-            StoreFormatError: If a stored state is damaged; `backfill` mends that.
+            StoreError: If Chroma fails; StoreFormatError if a stored state is damaged (`backfill` mends that).
         """
         check_query(text)
         check_cut(top_n, threshold)
-        if isinstance(fetch_k, bool) or not isinstance(fetch_k, int) or fetch_k < 1:
-            raise InputError(f"fetch_k is {fetch_k!r}; wanted a whole number >= 1.")
+        if check_count(fetch_k, "fetch_k") > MOST_CANDIDATES:
+            raise InputError(f"fetch_k is {fetch_k}; wanted at most {MOST_CANDIDATES:,}: Chroma can't give more.")
         policy = check_missing(missing if missing is not None else self.missing)
+        told = as_instructions(instructions)
+        self.collection  # noqa: B018 - says so if this was closed
+        engine, store = self.home.parts()
         timings = Timings()
         with timings.stage("embed"):
-            vector = self.embedder.query(text)
+            asked = engine.prepare(text, told)
+            vector = self.embedder.query(asked)
         with timings.stage("search"):
             candidates = self._search(vector, fetch_k, where, where_document)
+        rule = self.home.rule
         ranking = rank_texts(
-            self.engine,
-            self.store,
-            text,
-            [c.text for c in candidates],
+            engine,
+            store,
+            asked,
+            [rule.text(c.document, c.metadata, c.id) for c in candidates],
             missing=policy,
             timings=timings,
-            instructions=as_instructions(instructions),
             ratio=ratio,
             threshold=threshold,
-            references=self._references(candidates),
+            owners=Owners(
+                collection_id=self.home.collection_id, record_ids=[c.id for c in candidates], scope=self.home.scope
+            ),
         )
         return QueryResult(
             query=text,
-            hits=[_hit(candidates, one) for one in ranking.placed[:top_n]],
+            hits=[_hit(candidates, ranked) for ranked in ranking.candidates[:top_n]],
             candidates=len(candidates),
             from_store=ranking.from_store,
             encoded=ranking.encoded,
@@ -310,35 +345,83 @@ class ChromaIndex:
             seconds=timings.seconds,
         )
 
-    def verify(self) -> VerifyReport:
-        """Compare every record with its states, and every state with its checksum. Changes nothing."""
-        return upkeep.verify(self.store, str(self.collection.id), records(self.collection))
+    async def aquery(self, text: str, **options: Any) -> QueryResult:  # noqa: ANN401
+        """As `query`, in a thread; if the task is cancelled, what waits for the decoder is dropped."""
+        with cancel_on_error():
+            return await asyncio.to_thread(self.query, text, **options)
 
-    def backfill(self) -> BackfillReport:
+    async def aupsert(
+        self, ids: Iterable[str], texts: Iterable[str], metadatas: Metadatas | None = None, *, refresh: bool = False
+    ) -> AddReport:
+        """As `upsert`, in a thread."""
+        return await asyncio.to_thread(self.upsert, ids, texts, metadatas, refresh=refresh)
+
+    async def adelete(self, ids: Iterable[str]) -> int:
+        """As `delete`, in a thread."""
+        return await asyncio.to_thread(self.delete, ids)
+
+    def refresh(self) -> None:
+        """See what other processes wrote since this was opened: a long-lived reader doesn't by itself.
+
+        Raises:
+            InputError: If the client is the app's own: open another one, and the index over it.
+        """
+        self.collection  # noqa: B018 - says so if this was closed
+        self.home.database.refresh()
+
+    def verify(self, *, search: bool = True) -> VerifyReport:
+        """Compare every record with its states, and every state with its checksum. Changes nothing.
+
+        Args:
+            search: Also look for every record by its own vector, to tell those that no search finds (a millisecond or
+                so per record).
+        """
+        self.collection  # noqa: B018 - says so if this was closed
+        return self.home.verify(search=search)
+
+    def backfill(self, *, show_progress: bool = False) -> BackfillReport:
         """Bring states up to the collection: encode what is missing or damaged, mend references.
 
         This is how states are added to a collection that somebody else filled, or whose texts were edited behind
         the index's back. Works through the collection in batches; safe to break off and run again.
 
+        Args:
+            show_progress: Whether to show a bar.
+
         Raises:
             StoreError: If the states can't be written. Batches finished before stay.
         """
-        return upkeep.backfill(self.engine, self.store, str(self.collection.id), records(self.collection))
+        self.collection  # noqa: B018 - says so if this was closed
+        return self.home.backfill(show_progress=show_progress)
 
-    def gc(self) -> GcReport:
+    def gc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
         """Drop references of records and collections that are gone, then states that nothing refers to.
 
-        States kept for passages that came from elsewhere (another retriever) have no reference and go too; they
-        are encoded again when needed.
+        Needs no model. What was written less than `younger_than` seconds ago stays, so that another process may add
+        meanwhile.
         """
-        live = live_collections(self._client, self.store)
-        return upkeep.sweep(self.store, str(self.collection.id), records(self.collection, texts=False), live)
+        self.collection  # noqa: B018 - says so if this was closed
+        return self.home.gc(younger_than=younger_than)
+
+    def rebuild(self, *, show_progress: bool = False) -> RebuildReport:
+        """Make the collection again out of its own records, when its vector index is broken or leaves records out.
+
+        Vectors that can be read are kept; others are made of stored states, or by the embedder. Nothing is encoded that
+        has states. The collection keeps its name and gets a new id.
+
+        Raises:
+            StoreError: If Chroma fails, or records can't be read at all.
+        """
+        self.collection  # noqa: B018 - says so if this was closed
+        return self.home.rebuild(self.embedder, show_progress=show_progress)
 
     def close(self) -> None:
-        """Release what `open` made: the store and the engine. The client stays open. Closing twice is fine."""
-        self._collection = None
-        while self._owned:
-            self._owned.pop().close()
+        """Release what `open` made: store, engine, and the client unless it is yours. Closing twice is fine."""
+        self._closed = True
+        own, self._own_pico = self._own_pico, None
+        if own is not None:
+            own.close()
+        self.home.close()
 
     def __enter__(self) -> ChromaIndex:
         return self
@@ -348,88 +431,29 @@ class ChromaIndex:
     ) -> None:
         self.close()
 
-    def _write(
-        self, ids: list[str], texts: list[str], metadatas: list[dict[str, Any] | None], *, replace: bool = False
-    ) -> AddReport:
-        """One batch: states and references in one transaction, then vectors, texts and metadata."""
-        timings = Timings()
-        keys = [passage_key(text) for text in texts]
-        with timings.stage("fetch"):
-            absent = self.store.missing(keys)
-        with timings.stage("encode"):
-            todo = {key: text for key, text in zip(keys, texts, strict=True) if key in absent}
-            states = self.engine.encode(list(todo.values()), show_progress=False)
-        references = [
-            Reference(collection_id=str(self.collection.id), record_id=i, key=key)
-            for i, key in zip(ids, keys, strict=True)
-        ]
-        with timings.stage("store"):
-            self.store.put_many(states, references)
-        with timings.stage("embed"):
-            vectors, cut = self._vectors(texts, references)
-        with timings.stage("chroma"):
-            write = self.collection.upsert if replace else self.collection.add
-            write(ids=ids, embeddings=vectors, documents=texts, metadatas=metadatas)
-        return AddReport(
-            records=len(ids),
-            encoded=len(todo),
-            from_store=sum(key not in absent for key in keys),
-            truncated=[i for i, is_cut in zip(ids, cut, strict=True) if is_cut],
-            seconds=timings.seconds,
-        )
+    def _records(self, ids: Iterable[str], texts: Iterable[str], metadatas: Metadatas | None) -> Records:
+        self.collection  # noqa: B018 - says so if this was closed
+        checked_ids, documents, checked = check_records(ids, texts, metadatas)
+        return Records(ids=checked_ids, documents=documents, metadatas=checked)
 
-    def _replace(
-        self, ids: list[str], texts: list[str], metadatas: list[dict[str, Any] | None], refresh: bool
-    ) -> AddReport:
-        """One batch of an upsert: leave alone what is the same, write the rest with the old metadata keys removed."""
-        there = self.collection.get(ids=ids, include=["documents", "metadatas"])
-        old = {
-            i: (text, dict(meta or {}))
-            for i, text, meta in zip(there["ids"], there["documents"], there["metadatas"], strict=True)
-        }
-        keys = [passage_key(text) for text in texts]
-        absent = self.store.missing(keys)
-        same = {
-            row
-            for row, (i, text, meta) in enumerate(zip(ids, texts, metadatas, strict=True))
-            if not refresh
-            and i in old
-            and (old[i][0], typed(old[i][1])) == (text, typed(meta or {}))
-            and keys[row] not in absent
-        }
-        todo = [row for row in range(len(ids)) if row not in same]
-        unchanged = AddReport(unchanged=len(same))
-        if same:  # somebody else may have written them, without references
-            at = str(self.collection.id)
-            self.store.put_many([], [Reference(collection_id=at, record_id=ids[r], key=keys[r]) for r in sorted(same)])
-        if not todo:
-            return unchanged
-        cleared = []
-        for row in todo:
-            gone = old.get(ids[row], ("", {}))[1].keys() - (metadatas[row] or {}).keys()
-            cleared.append({**dict.fromkeys(gone), **(metadatas[row] or {})} or None)  # Chroma drops keys set to None
-        return unchanged + self._write([ids[r] for r in todo], [texts[r] for r in todo], cleared, replace=True)
-
-    def _vectors(self, texts: list[str], references: Sequence[Reference]) -> tuple[np.ndarray, list[bool]]:
-        """Retrieval vectors, and which passages were cut; with pico, from the states just stored."""
-        states = find_states(  # "encode": another process's gc may have swept what was stored a moment ago
-            self.engine, self.store, texts, missing="encode", timings=Timings(), references=references
-        ).states
-        cut = [] if states is None else (states.total_tokens > states.tokens).tolist()
-        if isinstance(self.embedder, BundledEmbedder) and self.engine.info.family == "pico" and states is not None:
-            return self.embedder.from_states(states), cut
-        return self.embedder.passages(texts), cut
+    def _check_vectors(self) -> None:
+        """Refuse another embedder than the collection's; the bundled one is only loaded if its notes don't name it."""
+        if self._embedder is None and CollectionNotes.read(self.collection.metadata).embedder == BUNDLED:
+            return
+        if self._embedder is not None or self.collection.count():
+            check_vectors(self.collection, self.embedder, self.home.rule)
 
     def _search(
         self, vector: list[float], fetch_k: int, where: Mapping[str, Any] | None, document: Mapping[str, Any] | None
     ) -> list[_Candidate]:
-        found = self.collection.query(
-            query_embeddings=[vector],
-            n_results=fetch_k,
-            where=where,
-            where_document=document,
-            include=["documents", "metadatas", "distances"],
-        )
+        with chroma_errors("search"):
+            found = self.collection.query(
+                query_embeddings=[vector],
+                n_results=fetch_k,
+                where=where,
+                where_document=document,
+                include=["documents", "metadatas", "distances"],
+            )
         return [
             _Candidate(i, text, dict(meta or {}), float(distance))
             for i, text, meta, distance in zip(
@@ -437,42 +461,20 @@ class ChromaIndex:
             )
         ]
 
-    def _references(self, candidates: Sequence[_Candidate]) -> list[Reference]:
-        collection_id = str(self.collection.id)
-        return [
-            Reference(collection_id=collection_id, record_id=c.id, key=passage_key(c.text))
-            for c in candidates
-            if c.text is not None
-        ]
+
+def _name(embedder: Embedder | None) -> str:
+    return BUNDLED if embedder is None else embedder.name
 
 
-def _embedder(embedder: object, engine: Reranker, owned: list[Any]) -> Embedder:
-    if embedder is not None and embedder != BUNDLED:
-        return wrap_embedder(embedder)
-    if engine.info.family == "pico":
-        return BundledEmbedder(engine)
-    own = Reranker.from_pretrained("pico", device=engine.devices)
-    owned.append(own)
-    return BundledEmbedder(own)
-
-
-def _hit(candidates: Sequence[_Candidate], placed: RankedCandidate) -> Hit:
-    one = candidates[placed.index]
+def _hit(candidates: Sequence[_Candidate], ranked: RankedCandidate) -> Hit:
+    candidate = candidates[ranked.index]
     return Hit(
-        id=one.id,
-        text=one.text,
-        metadata=one.metadata,
-        retrieval_rank=placed.index + 1,
-        distance=one.distance,
-        margin=placed.margin,
-        probability=placed.probability,
-        truncated=placed.truncated,
+        id=candidate.id,
+        text=candidate.document,
+        metadata=candidate.metadata,
+        retrieval_rank=ranked.index + 1,
+        distance=candidate.distance,
+        margin=ranked.margin,
+        probability=ranked.probability,
+        truncated=ranked.truncated,
     )
-
-
-def _slices(count: int) -> Iterator[slice]:
-    return (slice(start, start + upkeep.BATCH) for start in range(0, count, upkeep.BATCH))
-
-
-def _pages(ids: Sequence[str]) -> Iterator[list[str]]:
-    return (list(ids[start : start + PAGE]) for start in range(0, len(ids), PAGE))

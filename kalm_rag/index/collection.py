@@ -1,204 +1,330 @@
-"""The Chroma side of an index: clients, collections, their records, and where a database's states live.
+"""A Chroma collection as an index sees it: what made it (its notes), its records, and what it can keep.
 
-With `index.py`, `store/chroma.py` and the framework adapters, the only place that imports Chroma.
+With `clients.py`, `store/chroma.py` and the framework adapters, the only place that imports Chroma.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
+import math
+import sqlite3
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-import chromadb
 import numpy as np
 from chromadb.api.client import Client
-from chromadb.api.shared_system_client import SharedSystemClient
 from chromadb.api.types import validate_metadata
-from chromadb.config import Settings
-from chromadb.errors import NotFoundError
+from chromadb.errors import InvalidArgumentError, NotFoundError, UniqueConstraintError
 
-from kalm_rag.checks import check_passages
-from kalm_rag.engine.reranker import Reranker
-from kalm_rag.errors import InputError
+from kalm_rag.checks import check_items, check_passages, check_text
+from kalm_rag.errors import InputError, KalmRagError, StateMismatchError, StoreError
+from kalm_rag.index.clients import Database
 from kalm_rag.index.embedders import BUNDLED, Embedder
-from kalm_rag.states import Codec
-from kalm_rag.store import StateStore, open_store, stored_layout
+from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
     from chromadb.api.models.Collection import Collection
 
-EMBEDDER_KEY = "kalm_rag:embedder"
-"""Collection metadata key that names what made its vectors."""
-MODEL_KEY = "kalm_rag:model"
-"""Collection metadata key that names the model whose states lie beside it."""
+    from kalm_rag.store import StateStore
+
+NOTE = "kalm_rag:"
+"""What the keys of our notes in a collection's metadata begin with."""
 PAGE = 1000
 """Records a call: far below Chroma's limits on batches and results."""
+MOST_CANDIDATES = 32_000
+"""Most candidates of one search: Chroma fails above SQLite's 32,766 variables."""
 _SAME_VECTOR = 0.95
 """Cosine above which two vectors of one text count as made by the same embedder (other weights give far less)."""
+_LLAMA_NODE = "_node_content"
+"""Metadata key of every record that LlamaIndex writes."""
+
+Metadata = Mapping[str, Any]
+Pages = Iterator[tuple[list[str], list[str | None]]]
+"""A collection's records, page by page: ids, and the texts that are read; None marks a record without text."""
 
 
-def open_client(path: str | os.PathLike[str] | None) -> ClientAPI:
-    """Open a persistent Chroma database, made if absent; one in memory for None.
+@dataclass(frozen=True, kw_only=True)
+class CollectionNotes:
+    """What made a collection and its states, as its metadata says; None where it doesn't.
 
-    A database that this process has open already keeps the settings it was opened with.
-
-    Raises:
-        InputError: If the path is a file.
+    Attributes:
+        model: Name, repository id or folder of the reranking model.
+        revision: Its commit, where one was asked for.
+        dtype: Dtype its states are made in, such as ``"float32"``.
+        embedder: Name of what makes the vectors.
+        passage: The passage rule, see `PassageRule`.
     """
-    if path is None:
-        return chromadb.EphemeralClient(settings=_settings("ephemeral"))
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; wanted the folder of a Chroma database.")
-    return chromadb.PersistentClient(str(folder), settings=_settings(str(folder)))
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    embedder: str | None = None
+    passage: str | None = None
+
+    @classmethod
+    def read(cls, metadata: Metadata | None) -> CollectionNotes:
+        """Read the notes in a collection's metadata."""
+        told = metadata if metadata is not None else {}
+        return cls(**{f.name: str(told[NOTE + f.name]) for f in fields(cls) if told.get(NOTE + f.name) is not None})
+
+    def metadata(self) -> dict[str, str]:
+        """The notes as metadata of a collection."""
+        named = {NOTE + f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: value for key, value in named.items() if value is not None}
+
+    def check(self, wanted: CollectionNotes, name: str) -> None:
+        """Refuse to open a collection under other terms than it was made with.
+
+        Args:
+            wanted: What the caller asked for; None where the collection may decide.
+            name: The collection's, for the message.
+
+        Raises:
+            StateMismatchError: If model, revision, dtype or passage rule differ: its states would be made again.
+        """
+        for what in ("model", "revision", "dtype", "passage"):
+            noted, asked = getattr(self, what), getattr(wanted, what)
+            if what == "model" and (_is_folder(noted) or _is_folder(asked)):
+                continue  # the same weights may lie elsewhere now; their fingerprint tells, once they are loaded
+            if noted is not None and asked is not None and noted != asked:
+                raise StateMismatchError(
+                    f"collection {name!r} was made with {what} {noted!r}; asked for {asked!r}. Leave {what} out to go "
+                    f"on with it, or pass change_model=True to ChromaIndex.open and run backfill(), which encodes all "
+                    f"its passages again."
+                )
 
 
-def _settings(identifier: str) -> Settings:
-    """Settings for a new client: those in use, or else Chroma's own defaults.
-
-    Chroma refuses to open a database twice in one process with different settings; with the defaults, a plain client
-    that the app opens later still can. (Chroma's product telemetry does nothing since 1.5.)
-    """
-    system = SharedSystemClient._identifier_to_system.get(identifier)
-    return Settings() if system is None else system.settings
+def _is_folder(model: str | None) -> bool:
+    return model is not None and (model.startswith((".", "~")) or Path(model).is_absolute() or Path(model).exists())
 
 
-def open_states(
-    client: ClientAPI, name: str, engine: Reranker, *, codec: str | Codec | None = None, ratio: int | None = None
-) -> StateStore:
-    """Open the states that belong to a client's database: a file beside it, in memory, or a companion collection.
+@contextlib.contextmanager
+def chroma_errors(what: str) -> Iterator[None]:
+    """Give Chroma's errors ours by name: what the caller got wrong is an `InputError`, the rest a `StoreError`."""
+    try:
+        yield
+    except (KalmRagError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except (InvalidArgumentError, NotFoundError, UniqueConstraintError, ValueError, TypeError) as err:
+        raise InputError(f"{what}: {str(err)[:300]}") from err
+    except BaseException as err:  # its Rust part raises panics as BaseException, its HTTP client bare Exception
+        told = str(err)
+        raise StoreError(f"{what}: Chroma failed ({type(err).__name__}: {told[:300]}). {_advice(told)}") from err
 
-    Args:
-        client: Persistent, ephemeral or HTTP.
-        name: The collection; a companion collection is named after it.
-        engine: Whose states; its ratio is taken for a new store.
-        codec: None takes what is stored, or else exact.
-        ratio: None takes what is stored, or else the engine's.
 
-    Raises:
-        StateMismatchError: If states are stored at another ratio or codec than asked for.
-        StoreError: If the store can't be opened; StoreFormatError if it is damaged.
-    """
-    settings = client.get_settings()
-    remote = settings.chroma_server_host is not None
-    where: Any = client if remote else Path(settings.persist_directory) if settings.is_persistent else ":memory:"
-    layout = (engine.at(ratio) if ratio is not None else engine).layout(codec if codec is not None else Codec.EXACT)
-    there = stored_layout(where, layout.fingerprint, name=name)
-    if there is not None:
-        layout = replace(
-            layout,
-            ratio=there.ratio if ratio is None else layout.ratio,
-            codec=there.codec if codec is None else layout.codec,
+def _advice(message: str) -> str:
+    if "segment" in message or "executing plan" in message or "hnsw" in message.lower():
+        return (
+            "Its vector index is broken (a writer was killed, or two wrote at once). The texts are still there: "
+            "ChromaIndex.rebuild() or `kalm-rag repair` makes the collection again."
         )
-    return open_store(where, layout, name=name)
+    return "Check the database and its disk, or the server."
 
 
-def collection_model(client: ClientAPI, name: str) -> str | None:
-    """Name of the model that a collection was made with, where it says so."""
-    try:
-        metadata = client.get_collection(name, embedding_function=None).metadata
-    except (NotFoundError, ValueError):
-        return None
-    return str(metadata[MODEL_KEY]) if metadata and MODEL_KEY in metadata else None
-
-
-def open_collection(client: ClientAPI, name: str, embedder: Embedder, *, model: str, create: bool) -> Collection:
-    """Get a collection as it is, or make one; its own embedding function is never run.
-
-    Args:
-        client: Where.
-        name: Which.
-        embedder: What makes, or made, its vectors.
-        model: Name of the reranking model, noted in a new collection.
-        create: Make it if it is absent.
+def find_collection(client: ClientAPI, name: str) -> Collection | None:
+    """Get a collection by name, or None; its own embedding function is never run.
 
     Raises:
-        InputError: If it is absent under ``create=False`` (the message lists those there are), or its vectors were
-            made by another embedder.
+        InputError: If it is no name that Chroma takes.
+        StoreError: If Chroma fails.
     """
+    check_text(name, "collection")
     try:
-        collection = client.get_collection(name, embedding_function=None)
-    except (NotFoundError, ValueError) as err:
-        if not create:
-            names = ", ".join(sorted(c.name for c in client.list_collections())) or "none"
-            raise InputError(
-                f"no collection {name!r} in this database; it has: {names}. Index some text first."
-            ) from err
-    else:
-        _check_vectors(collection, embedder)
-        return collection
-    return client.create_collection(
-        name,
-        embedding_function=None,
-        metadata={EMBEDDER_KEY: embedder.name, MODEL_KEY: model},
-        configuration={"hnsw": {"space": "cosine"}},
-    )
+        with chroma_errors(f"collection {name!r}"):
+            return client.get_collection(name, embedding_function=None)
+    except InputError as err:
+        if isinstance(err.__cause__, NotFoundError) or "does not exist" in str(err):
+            return None
+        raise
 
 
-def records(collection: Collection, *, texts: bool = True) -> Iterator[tuple[list[str], list[str | None]]]:
-    """All records of a collection, page by page: ids, and texts if asked for (else None)."""
+def require_collection(client: ClientAPI, name: str) -> Collection:
+    """Get a collection that must be there.
+
+    Raises:
+        InputError: If it is absent; the message lists those there are.
+    """
+    found = find_collection(client, name)
+    if found is None:
+        names = ", ".join(sorted(c.name for c in client.list_collections())) or "none"
+        raise InputError(f"no collection {name!r} in this database; it has: {names}. Index some text first.")
+    return found
+
+
+def make_collection(client: ClientAPI, name: str, notes: CollectionNotes) -> Collection:
+    """Make a collection for cosine, with its notes.
+
+    Raises:
+        InputError: If Chroma doesn't take the name.
+    """
+    with chroma_errors(f"collection {name!r}"):
+        return client.create_collection(
+            name,
+            embedding_function=None,
+            metadata=dict(notes.metadata()),
+            configuration={"hnsw": {"space": "cosine"}},
+        )
+
+
+def note(collection: Collection, notes: CollectionNotes) -> None:
+    """Add notes to a collection that somebody else made; one that says nothing can't be kept in step.
+
+    A collection whose distance stands in its metadata (Chroma before 1.0) can't be changed, and stays as it is.
+    """
+    old = dict(collection.metadata or {})
+    new = {**old, **notes.metadata()}
+    if new != old and not any(key.startswith("hnsw:") for key in old):
+        with chroma_errors(f"collection {collection.name!r}"):
+            collection.modify(metadata=new)
+
+
+def passage_rule(collection: Collection, notes: CollectionNotes | None = None) -> PassageRule:
+    """The rule by which a collection's records are read: as noted, LlamaIndex's for its nodes, else the document."""
+    noted = (notes if notes is not None else CollectionNotes.read(collection.metadata)).passage
+    if noted is not None:
+        return PassageRule(noted)
+    with chroma_errors(f"collection {collection.name!r}"):
+        sample = collection.get(limit=1, include=["metadatas"])["metadatas"]
+    nodes = bool(sample) and _LLAMA_NODE in (sample[0] or {})
+    return PassageRule("llama_index:embed" if nodes else DOCUMENT)
+
+
+def records(collection: Collection, rule: PassageRule, *, texts: bool = True) -> Pages:
+    """All records of a collection, page by page: ids, and the texts that are read if asked for (else None)."""
+    include: Any = (["documents", "metadatas"] if rule.needs_metadata else ["documents"]) if texts else []
     offset = 0
     while True:
-        page = collection.get(limit=PAGE, offset=offset, include=["documents"] if texts else [])
-        if not page["ids"]:
+        with chroma_errors(f"collection {collection.name!r}"):
+            page = collection.get(limit=PAGE, offset=offset, include=include)
+        ids = page["ids"]
+        if not ids:
             return
-        yield page["ids"], page["documents"] if texts else [None] * len(page["ids"])
-        offset += len(page["ids"])
+        documents = page["documents"] if texts else [None] * len(ids)
+        metadatas = page["metadatas"] if texts and rule.needs_metadata else [None] * len(ids)
+        yield (
+            ids,
+            [rule.text(d, m, i) for i, d, m in zip(ids, documents, metadatas, strict=True)] if texts else documents,
+        )
+        offset += len(ids)
 
 
 def check_records(
-    ids: Sequence[str], texts: Sequence[str], metadatas: Sequence[Mapping[str, Any] | None] | None
+    ids: Iterable[str], texts: Iterable[str], metadatas: Iterable[Metadata | None] | None
 ) -> tuple[list[str], list[str], list[dict[str, Any] | None]]:
     """Check one call's records before anything is written; copies, so that nothing of the caller's is kept.
 
     Raises:
-        InputError: If an id occurs twice, lengths differ, a text is no valid string, or Chroma can't keep metadata.
+        InputError: If an id is empty or occurs twice, lengths differ, a text is no valid string, or Chroma can't keep
+            the metadata.
     """
-    checked_ids = check_passages(ids)
-    checked = check_passages(texts)
-    given = metadatas if metadatas is not None else [None] * len(checked_ids)
-    metas = [dict(m) if m else None for m in given]  # Chroma refuses an empty mapping
+    checked_ids = check_ids(ids)
+    checked = check_passages(texts, "texts")
+    metas = check_items(metadatas, "metadatas") if metadatas is not None else [None] * len(checked_ids)
     if not len(checked_ids) == len(checked) == len(metas):
         raise InputError(f"got {len(checked_ids)} ids, {len(checked)} texts, {len(metas)} metadatas; wanted one each.")
+    return checked_ids, checked, [check_metadata(m, i) for i, m in zip(checked_ids, metas, strict=True)]
+
+
+def check_ids(ids: Iterable[str]) -> list[str]:
+    """Check record ids.
+
+    Raises:
+        InputError: If one is no valid string, empty, or occurs twice in the call.
+    """
+    checked = check_passages(ids, "ids")
     seen: set[str] = set()
-    for i in checked_ids:
+    for place, i in enumerate(checked):
+        if not i:
+            raise InputError(f"ids[{place}] is empty; wanted a name for each record.")
         if i in seen:
             raise InputError(f"id {i!r} occurs twice in one call; wanted distinct ids.")
         seen.add(i)
-    for i, meta in zip(checked_ids, metas, strict=True):
-        if meta is not None:
-            try:
-                validate_metadata(meta)  # Chroma does, but when states and references are already written
-            except (ValueError, TypeError) as err:
-                raise InputError(f"metadata of {i!r}: {err}") from err
-    return checked_ids, checked, metas
+    return checked
 
 
-def typed(metadata: Mapping[str, Any]) -> dict[str, str]:
+def check_metadata(metadata: Metadata | None, record_id: str) -> dict[str, Any] | None:
+    """Copy one record's metadata if Chroma can keep it whole; an empty mapping is None, which Chroma wants.
+
+    Chroma's own check comes when states are written already, and lets through what it can't keep: a NaN comes back
+    as nothing, and in a list it makes the collection unreadable for good.
+
+    Raises:
+        InputError: Naming record and key.
+    """
+    if metadata is None:
+        return None
+    if not isinstance(metadata, Mapping):
+        raise InputError(f"metadata of {record_id!r} is {type(metadata).__name__}; wanted a mapping or None.")
+    copied = {key: list(value) if isinstance(value, list | tuple) else value for key, value in metadata.items()}
+    for key, value in copied.items():
+        if not isinstance(key, str) or not key:
+            raise InputError(f"metadata of {record_id!r} has the key {key!r}; wanted a string that is not empty.")
+        check_text(key, f"metadata key {key!r} of {record_id!r}")
+        for item in value if isinstance(value, list) else [value]:
+            _check_value(item, f"metadata {key!r} of {record_id!r}")
+    if not copied:
+        return None
+    try:
+        validate_metadata(copied)
+    except (ValueError, TypeError) as err:
+        raise InputError(f"metadata of {record_id!r}: {err}") from err
+    return copied
+
+
+def _check_value(value: object, what: str) -> None:
+    if isinstance(value, str):
+        check_text(value, what)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{what} is {value}, which Chroma can't keep. Leave it out, or write it as text.")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(f"{what} is {value}, which doesn't fit 64 bits. Write it as text.")
+
+
+def comparable_metadata(metadata: Metadata) -> dict[str, str]:
     """Metadata as filters see it: 1, 1.0 and True are three values, and None is no value."""
     return {key: repr(value) for key, value in metadata.items() if value is not None}
 
 
-def live_collections(client: ClientAPI, store: StateStore) -> list[str]:
-    """Ids whose references `StateStore.gc` must keep: a folder's states serve the collections of all its databases.
+def live_collections(database: Database, store: StateStore) -> list[str]:
+    """Ids whose references `StateStore.gc` must keep: a folder's states serve all its tenants and databases.
 
     Ids that are no UUID aren't Chroma's, so they are somebody's who uses the store without it.
     """
-    live = [str(collection.id) for collection in client.list_collections()]
-    live += [name for name in store.collections() if not _is_uuid(name)]
-    local: Any = client
-    if local._system.settings.chroma_server_host is not None:
-        return live
-    for database in local._admin_client.list_databases(tenant=client.tenant):
-        if database["name"] != client.database:
-            with closing(Client.from_system(local._system, tenant=client.tenant, database=database["name"])) as other:
-                live += [str(collection.id) for collection in other.list_collections()]
+    live = [name for name in store.collections() if not _is_uuid(name)]
+    if database.folder is not None:  # Chroma lists the collections of one database only
+        return live + all_collection_ids(database.folder)
+    client: Any = database.client
+    with chroma_errors("collections"):
+        live += [str(collection.id) for collection in client.list_collections()]
+        if database.remote:
+            return live
+        for other in client._admin_client.list_databases(tenant=client.tenant):
+            if other["name"] != client.database:
+                with closing(
+                    Client.from_system(client._system, tenant=client.tenant, database=other["name"])
+                ) as theirs:
+                    live += [str(collection.id) for collection in theirs.list_collections()]
     return live
+
+
+def all_collection_ids(folder: Path) -> list[str]:
+    """Ids of a local database's collections, over all tenants and databases.
+
+    Raises:
+        StoreError: If Chroma's file can't be read.
+    """
+    file = folder / "chroma.sqlite3"
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=10)) as connection:
+            return [str(row[0]) for row in connection.execute("SELECT id FROM collections")]
+    except sqlite3.Error as err:
+        raise StoreError(f"{file} can't be read ({err}). Check that it is a Chroma database.") from err
 
 
 def _is_uuid(text: str) -> bool:
@@ -209,21 +335,57 @@ def _is_uuid(text: str) -> bool:
     return True
 
 
-def _check_vectors(collection: Collection, embedder: Embedder) -> None:
-    """Refuse a collection whose vectors come from another embedder; a search would give nonsense silently."""
-    told = (collection.metadata or {}).get(EMBEDDER_KEY)
+def vector_width(collection: Collection) -> int | None:
+    """Width of a collection's vectors; None while it has none."""
+    with chroma_errors(f"collection {collection.name!r}"):
+        sample = collection.get(limit=1, include=["embeddings"])
+    return len(sample["embeddings"][0]) if sample["ids"] and sample["embeddings"] is not None else None
+
+
+def check_vectors(collection: Collection, embedder: Embedder, rule: PassageRule, argument: str = "embedder=") -> None:
+    """Refuse a collection whose vectors come from another embedder; a search would give nonsense silently.
+
+    Args:
+        collection: Which.
+        embedder: What would make the vectors of queries and of new records.
+        rule: How its records are read.
+        argument: What the door calls its embedder.
+
+    Raises:
+        InputError: If a stored vector is not what `embedder` makes of the record's text.
+    """
+    told = CollectionNotes.read(collection.metadata).embedder
     if told == embedder.name == BUNDLED:
         return  # one model has this name; an app's embedder goes by its class, which many models share
-    sample = collection.get(limit=1, include=["documents", "embeddings"])
-    if not sample["ids"] or sample["documents"] is None or sample["documents"][0] is None:
+    with chroma_errors(f"collection {collection.name!r}"):
+        sample = collection.get(limit=1, include=["documents", "metadatas", "embeddings"])
+    if not sample["ids"] and told is not None and BUNDLED in (told, embedder.name):
+        raise InputError(
+            f"collection {collection.name!r} was made for vectors of {told}; asked for {embedder.name}. Pass "
+            f"{argument} with the one it was made for, or make another collection."
+        )
+    if not sample["ids"] or sample["documents"] is None or sample["embeddings"] is None:
+        return
+    document, metadata, record_id = sample["documents"][0], sample["metadatas"][0], sample["ids"][0]
+    text = rule.text(document, metadata, record_id)
+    if text is None:
         return
     stored = np.asarray(sample["embeddings"][0], dtype=np.float32)
-    ours = embedder.passages([sample["documents"][0]])[0]
-    norm = float(np.linalg.norm(stored) * np.linalg.norm(ours))
-    cosine = float(stored @ ours) / norm if stored.shape == ours.shape and norm else 0.0
-    if cosine < _SAME_VECTOR:
+    readings = dict.fromkeys([text, document] if document is not None else [text])  # apps may embed the bare document
+    best = max((_cosine(stored, vector) for vector in embedder.passages(list(readings))), default=0.0)
+    if best < _SAME_VECTOR:
         raise InputError(
             f"collection {collection.name!r} holds vectors of width {len(stored)} made by "
-            f"{told or 'another embedder'}; {embedder.name} gives width {len(ours)} (cosine {cosine:.2f} for "
-            f"record {sample['ids'][0]!r}). Pass embedder= with the one the collection was filled with."
+            f"{told or 'another embedder'}; {embedder.name} gives width {embedder.passages([text]).shape[1]} (cosine "
+            f"{best:.2f} for record {record_id!r}). Pass {argument} with the one the collection was filled with."
         )
+
+
+def _cosine(stored: np.ndarray, ours: np.ndarray) -> float:
+    norm = float(np.linalg.norm(stored) * np.linalg.norm(ours))
+    return float(stored @ ours) / norm if stored.shape == ours.shape and norm else 0.0
+
+
+def with_notes(notes: CollectionNotes, given: CollectionNotes) -> CollectionNotes:
+    """The collection's notes where it has them, else what the caller gave."""
+    return replace(given, **{f.name: value for f in fields(notes) if (value := getattr(notes, f.name)) is not None})

@@ -13,7 +13,7 @@ import torch
 
 from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.reranker import Reranker
-from kalm_rag.errors import InputError
+from kalm_rag.errors import InputError, ModelError, require
 from kalm_rag.models.backbone import EmbeddingBackbone
 from kalm_rag.states import StateBatch, batch_states
 
@@ -104,15 +104,20 @@ def wrap_embedder(embedder: object) -> Embedder:
     """Make an `Embedder` of what apps have.
 
     Args:
-        embedder: A sentence-transformers model (``encode``), a LangChain ``Embeddings`` (``embed_documents``), a
+        embedder: The name or folder of a sentence-transformers model, such a model (``encode``), a LangChain
+            ``Embeddings`` (``embed_documents``), a
             LlamaIndex embedding (``get_text_embedding_batch``), a Chroma embedding function or any function from a
             list of texts to vectors.
 
     Raises:
         InputError: If it is none of these.
+        ModelError: If no sentence-transformers model can be loaded by that name.
+        MissingDependencyError: If it is a name and sentence-transformers is not installed.
     """
     if isinstance(embedder, BundledEmbedder | AppEmbedder):
         return embedder
+    if isinstance(embedder, str):
+        return _named_embedder(embedder)
     name = type(embedder).__name__
     some = cast("Any", embedder)
     if hasattr(some, "embed_documents"):
@@ -131,3 +136,18 @@ def wrap_embedder(embedder: object) -> Embedder:
         f"embedder is {name}; wanted a sentence-transformers model, a LangChain or LlamaIndex embedding, a Chroma "
         f"embedding function, or a function from texts to vectors."
     )
+
+
+def _named_embedder(name: str) -> Embedder:
+    """A sentence-transformers model by name or folder. Its own code is never run; offline settings are respected."""
+    package = require("sentence_transformers", "pico", f"embedder {name!r}")
+    try:
+        model = package.SentenceTransformer(name, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as err:
+        raise ModelError(
+            f"embedder {name!r} can't be loaded as a sentence-transformers model ({str(err)[:200]}). Wanted a name on "
+            f"the hub, a folder, or an object that embeds; None takes the bundled one."
+        ) from err
+    wrapped = wrap_embedder(model)
+    wrapped.name = name
+    return wrapped

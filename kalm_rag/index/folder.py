@@ -17,7 +17,7 @@ from kalm_rag.index.collection import PAGE
 from kalm_rag.index.readers import SUFFIXES, DocumentText, read_bytes, read_file
 from kalm_rag.index.results import AddReport
 from kalm_rag.index.splitting import RULES, fit_passages, split_text
-from kalm_rag.index.upkeep import BATCH
+from kalm_rag.index.writer import BATCH
 
 Record = tuple[str, str, dict[str, Any]]
 """Id, text and metadata of a passage."""

@@ -1,48 +1,42 @@
-"""What both framework adapters share: an engine loaded on first use, states in memory, one way to rank candidates.
+"""An engine and its store, made on first use, released together, made again when needed. One for every door.
 
-Knows no framework and no Chroma. Adapters keep an `EngineSpec` (small, picklable) instead of a model.
+Doors keep an `EngineSpec` (small, picklable) instead of a model. Knows no framework and no Chroma.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kalm_rag.checks import check_cut, check_text
+from kalm_rag.checks import check_count, check_cut, check_text
 from kalm_rag.engine.reranker import DEFAULT_RATIO, Reranker
 from kalm_rag.errors import ClosedError, InputError
-from kalm_rag.index.candidates import Missing, RankedCandidate, check_missing, rank_texts
+from kalm_rag.index.candidates import Missing, Owners, RankedCandidate, Ranking, check_missing, rank_texts
 from kalm_rag.index.results import Timings
+from kalm_rag.index.state_cache import release_caches, shared_cache
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import CachingBackbone
 from kalm_rag.models.t5gemma2.prefix_cache import check_bytes
-from kalm_rag.states import Layout, PassageStates
+from kalm_rag.states import Layout
 from kalm_rag.states.pooling import check_ratio
-from kalm_rag.store import Reference, StateStore, open_store, stored_layout
-from kalm_rag.store.base import Fetched
-from kalm_rag.store.memory import MemoryStore
+from kalm_rag.store import StateStore, open_store, stored_layout
 from kalm_rag.store.opening import store_file
 
 logger = logging.getLogger(__name__)
 
-CACHE_BYTES = 256 * 1024 * 1024
-"""Most bytes of states kept in memory per model and ratio, for adapters without a store (2,700 full-length passages
-of pico at ratio 4). The least recently used go first."""
-
 _engines: dict[EngineSpec, Reranker] = {}
-_caches: dict[Layout, CacheStore] = {}
 _stores: dict[tuple[str, Layout], StateStore] = {}
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """Which engine an adapter wants. Nothing is loaded until `engine` is called; equal specs share one engine.
+    """Which engine a door wants. Nothing is loaded until `engine` is called; equal specs share one engine.
 
     Attributes:
         model: Name, repository id or folder: see `Reranker.from_pretrained`.
@@ -75,8 +69,7 @@ class EngineSpec:
             raise InputError(f"model is {self.model!r}; wanted a model name, repository id or folder.")
         if self.ratio is not None:
             check_ratio(self.ratio)
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size!r}; wanted a whole number >= 1.")
+        check_count(self.batch_size, "batch_size")
         if self.decoder_weights not in (None, "int8") or not isinstance(self.compiled, bool):
             raise InputError(
                 f"decoder_weights is {self.decoder_weights!r} and compiled {self.compiled!r}; wanted 'int8' or None, "
@@ -86,7 +79,9 @@ class EngineSpec:
             check_bytes(self.prefix_cache_bytes)
         device: object = self.device
         dtype: object = self.dtype
-        if isinstance(device, torch.device):
+        if isinstance(device, Sequence) and not isinstance(device, str):
+            object.__setattr__(self, "device", ",".join(map(str, device)))
+        elif isinstance(device, torch.device):
             object.__setattr__(self, "device", str(device))
         if isinstance(dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(dtype).removeprefix("torch."))
@@ -102,10 +97,21 @@ class EngineSpec:
             InputError: If the device or dtype can't be used here.
         """
         with _lock:
-            kept = _engines.get(self)
-        if kept is not None and is_open(kept):
-            return kept
-        fresh = Reranker.from_pretrained(  # the registry makes concurrent askers wait for one load
+            shared = _engines.get(self)
+        if shared is not None and is_open(shared):
+            return shared
+        fresh = self.load()  # the registry makes concurrent askers wait for one load
+        with _lock:
+            shared = _engines.get(self)
+            if shared is None or not is_open(shared):
+                _engines[self] = fresh
+                return fresh
+        fresh.close()  # another thread was first; the model itself is shared either way
+        return shared
+
+    def load(self) -> Reranker:
+        """Give an engine of the caller's own, who closes it; the model itself is shared. Errors as `engine`."""
+        return Reranker.from_pretrained(
             self.model,
             revision=self.revision,
             device=self.device,
@@ -116,13 +122,6 @@ class EngineSpec:
             compiled=self.compiled,
             prefix_cache_bytes=self.prefix_cache_bytes,
         )
-        with _lock:
-            kept = _engines.get(self)
-            if kept is None or not is_open(kept):
-                _engines[self] = fresh
-                return fresh
-        fresh.close()  # another thread was first; the model itself is shared either way
-        return kept
 
 
 def spec_of(engine: Reranker) -> dict[str, Any]:
@@ -144,57 +143,122 @@ def spec_of(engine: Reranker) -> dict[str, Any]:
     }
 
 
+class LazyEngine:
+    """An engine and a store at one ratio, made on first use and shared by the components that were given it.
+
+    Args:
+        spec: Which engine; equal specs share one in a process.
+        reranker: A ready engine instead, yours to close.
+        store: A store; its place (folder, file or ``":memory:"``), opened once in a process; another `LazyEngine`, to
+            use its store; or None for the process's bounded cache.
+        opener: Opens a store of its own for an engine, in place of `store`; `close` closes it.
+        own_engine: Load an engine of its own, which `close` closes, instead of the one that the process shares.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        reranker: Reranker | None = None,
+        store: StateStore | LazyEngine | str | None = None,
+        opener: Callable[[Reranker], StateStore] | None = None,
+        own_engine: bool = False,
+    ) -> None:
+        self.spec, self.reranker = spec, reranker
+        self._owns_engine = own_engine
+        self._engine: Reranker | None = None
+        self._given, self._opener = store, opener
+        self._opened: StateStore | None = None
+        self._opened_for: Reranker | None = None
+        self._at_ratio: Reranker | None = None
+        self._lock = threading.RLock()
+
+    def engine(self) -> Reranker:
+        """Give the engine alone, at its own ratio.
+
+        Raises:
+            ModelError: If the model can't be loaded.
+            ClosedError: If a ready engine was closed.
+        """
+        if self.reranker is not None or not self._owns_engine:
+            return self.reranker if self.reranker is not None else self.spec.engine()
+        with self._lock:
+            if self._engine is None or not is_open(self._engine):
+                self._engine = self.spec.load()
+            return self._engine
+
+    def get(self) -> tuple[Reranker, StateStore]:
+        """Give engine and store at one ratio, loading and opening what isn't there yet. Safe from many threads.
+
+        Raises:
+            ModelError: If the model can't be loaded.
+            StoreError: If the store can't be opened; StoreFormatError if it is damaged.
+            StateMismatchError: If the store holds another model's states.
+            ClosedError: If a ready engine was closed.
+        """
+        engine = self.engine()
+        store = self._find_store(engine)
+        ratio = store.layout.ratio if store is not None else self.spec.ratio
+        if ratio is not None and engine.ratio != ratio:
+            engine = self._at(engine, ratio)
+        return engine, store if store is not None else shared_cache(engine.layout())
+
+    def opened(self) -> StateStore | None:
+        """The store, if it is open already; loads nothing."""
+        if isinstance(self._given, LazyEngine):
+            return self._given.opened()
+        return self._opened if self._opened is not None else None if isinstance(self._given, str) else self._given
+
+    def close(self) -> None:
+        """Close the store, and the engine, that this opened for itself; they are opened again when needed."""
+        with self._lock:
+            if self._opener is not None and self._opened is not None:
+                self._opened.close()
+            if self._at_ratio is not None:
+                self._at_ratio.close()
+            if self._engine is not None:
+                self._engine.close()
+            self._opened = self._opened_for = self._at_ratio = self._engine = None
+
+    def _at(self, engine: Reranker, ratio: int) -> Reranker:
+        with self._lock:  # one engine per ratio, so that its counts add up
+            kept = self._at_ratio
+            if kept is None or not is_open(kept) or kept.ratio != ratio or kept.backbone is not engine.backbone:
+                kept = self._at_ratio = engine.at(ratio)
+            return kept
+
+    def _find_store(self, engine: Reranker) -> StateStore | None:
+        if isinstance(self._given, LazyEngine):
+            return self._given.get()[1]
+        if self._opener is None and not isinstance(self._given, str):
+            return self._given
+        with self._lock:
+            if self._opened is not None and self._opened_for is engine:
+                return self._opened
+            if self._opener is not None:
+                if self._opened is not None:  # `release_engines` closed the engine; the store is the same
+                    self._opened.close()
+                self._opened = self._opener(engine)
+            elif isinstance(self._given, str):
+                self._opened = shared_store(self._given, engine)  # `release_engines` closes it, with the engine
+            self._opened_for = engine
+            return self._opened
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LazyEngine:
+        return self  # a copy of a component shares model and store
+
+
 def release_engines() -> None:
     """Close every engine and store opened here and forget the states kept in memory. Later calls load again."""
     with _lock:
-        engines, caches = list(_engines.values()), list(_caches.values())
+        engines, stores = list(_engines.values()), list(_stores.values())
         _engines.clear()
-        _caches.clear()
-        stores = list(_stores.values())
         _stores.clear()
-    for store in (*stores, *caches):
+    release_caches()
+    for store in stores:
         store.close()
     for engine in engines:
         engine.close()
-
-
-class CacheStore(MemoryStore):
-    """A memory store with an upper bound: the least recently used states make room. Keeps no references.
-
-    Args:
-        layout: Model, width, ratio, codec and dtype.
-        max_bytes: Most bytes of payload held.
-    """
-
-    def __init__(self, layout: Layout, max_bytes: int = CACHE_BYTES) -> None:
-        super().__init__(layout)
-        self.max_bytes = max_bytes
-        self._held = 0
-
-    def get_many(self, keys: Sequence[str]) -> Fetched:
-        """Fetch states and count them as used just now; see `StateStore.get_many`."""
-        fetched = super().get_many(keys)
-        with self._lock:
-            for position in fetched.found:
-                row = self._rows.pop(keys[position], None)  # a dict keeps the order of insertion: oldest use first
-                if row is not None:
-                    self._rows[keys[position]] = row
-        return fetched
-
-    def put_many(
-        self,
-        states: Sequence[PassageStates],
-        references: Sequence[Reference] = (),
-        *,
-        scope: str = "",
-        wait: float | None = None,
-    ) -> None:
-        """Keep states, then drop the least recently used until the bound holds; references are not kept."""
-        super().put_many(states)
-        with self._lock:
-            self._held = sum(len(row.payload) for row in self._rows.values())
-            while self._held > self.max_bytes:
-                self._held -= len(self._rows.pop(next(iter(self._rows))).payload)
 
 
 def shared_store(path: str, engine: Reranker) -> StateStore:
@@ -220,11 +284,7 @@ def match_ratio(engine: Reranker, store: StateStore | None) -> tuple[Reranker, S
     """
     if store is not None:
         return (engine if engine.ratio == store.layout.ratio else engine.at(store.layout.ratio)), store
-    layout = engine.layout()
-    with _lock:
-        if layout not in _caches:
-            _caches[layout] = CacheStore(layout)
-        return engine, _caches[layout]
+    return engine, shared_cache(engine.layout())
 
 
 def rank_candidates(
@@ -238,31 +298,31 @@ def rank_candidates(
     top_n: int | None = None,
     threshold: float | None = None,
     missing: Missing = "encode",
-    references: Iterable[Reference] = (),
+    owners: Owners | None = None,
 ) -> list[RankedCandidate]:
-    """Order candidates by relevance: states by content, decoder, cut. What both adapters do between their hooks.
+    """Order candidates by relevance: states by content, decoder, cut. What the adapters do between their hooks.
 
-    A blank query (an agent's, or an empty rewriting) and a candidate that is no valid Unicode (text out of a PDF) don't
-    end the app's run: what can't be scored comes back unscored, in retrieval order, and the log says so.
+    An adapter must not take its app down, so what can't be asked or scored comes back in retrieval order, unscored, and
+    is told in the log: everything under a blank query (an agent's, or an empty rewriting), and single texts that are no
+    valid Unicode.
 
     Args:
         engine: The engine; used at the store's ratio.
         store: Where states are; None takes the process's bounded cache.
-        query: The question. A blank one scores nothing.
-        texts: Exact candidate texts in retrieval order; None marks one without text, which is not scored. Neither is
-            one with a lone surrogate.
+        query: The question.
+        texts: Exact candidate texts in retrieval order; None marks one without text, which is not scored.
         instructions: System and task text; None takes the model's defaults.
         ratio: A multiple of the store's ratio to score at; None takes the stored one.
         top_n: Most candidates given back, >= 1; None gives all.
         threshold: Keep only P(yes) >= this; unscored ones are dropped then.
         missing: What to do with texts that have no stored states.
-        references: Records that use them, kept with states that are encoded now.
+        owners: Records the texts are of; states that are encoded for them now are kept in the store.
 
     Returns:
         Best first, ties in input order; unscored candidates behind the scored ones, in input order.
 
     Raises:
-        InputError: If the query is no valid string, a number is out of range, or a text is no string.
+        InputError: If the query is no valid string, or a number is out of range.
         MissingStateError: Under ``missing="raise"``.
         StateMismatchError: If the store is another model's, or `ratio` no multiple of its.
         StoreFormatError: If a stored state is damaged.
@@ -274,7 +334,7 @@ def rank_candidates(
         return unscored_candidates(len(texts), top_n=top_n, threshold=threshold)
     engine, store = match_ratio(engine, store)
     timings = Timings()
-    ranking = rank_texts(
+    ranking: Ranking = rank_texts(
         engine,
         store,
         query,
@@ -284,7 +344,7 @@ def rank_candidates(
         instructions=instructions,
         ratio=ratio,
         threshold=threshold,
-        references=list(references),
+        owners=owners,
     )
     logger.info(
         "ranked %d candidates: %d from the store, %d encoded, %d not scored; seconds %s",
@@ -294,7 +354,7 @@ def rank_candidates(
         ranking.unscored,
         {stage: round(seconds, 4) for stage, seconds in timings.seconds.items()},
     )
-    return ranking.placed[:top_n]
+    return ranking.candidates[:top_n]
 
 
 def is_blank(query: str) -> bool:

@@ -149,6 +149,7 @@ class VerifyReport:
         unreferenced: Ids of records that the store has no reference of.
         orphans: Record ids the store knows and the collection doesn't.
         damaged: Keys of stored states that fail their checksum.
+        unfindable: Ids of records that no vector search reaches, though they are there; `rebuild` mends that.
     """
 
     records: int
@@ -158,11 +159,12 @@ class VerifyReport:
     unreferenced: list[str]
     orphans: list[str]
     damaged: list[str]
+    unfindable: list[str] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
-        """Whether every record with text has sound states and a right reference, and nothing is left over."""
-        return not (self.missing or self.stale or self.unreferenced or self.orphans or self.damaged)
+        """Whether every record with text can be found and has sound states and a right reference, and none is over."""
+        return not (self.missing or self.stale or self.unreferenced or self.orphans or self.damaged or self.unfindable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,3 +175,20 @@ class BackfillReport:
     referenced: int
     dropped: int
     discarded: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebuildReport:
+    """What making a collection again did.
+
+    Attributes:
+        records: Records in the new collection.
+        kept: Of them, how many keep the vector they had.
+        embedded: How many vectors were made again, of stored states or by the embedder.
+        encoded: Passages that went through the encoder, because their states were missing.
+    """
+
+    records: int
+    kept: int
+    embedded: int
+    encoded: int

@@ -1,27 +1,38 @@
-"""Keeping a state store true to a collection: compare, mend, sweep.
+"""Keeping a state store true to a collection: compare and mend.
 
-Works on pages of (ids, texts), so it serves the index and the framework adapters alike. Knows no Chroma.
+Works on pages of (ids, texts) that `collection.records` reads by the collection's passage rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm.auto import tqdm
 
 from kalm_rag.engine.reranker import Reranker
-from kalm_rag.index.results import BackfillReport, VerifyReport
+from kalm_rag.index.candidates import keep_states
+from kalm_rag.index.collection import PAGE, Pages, chroma_errors
+from kalm_rag.index.results import BackfillReport, Timings, VerifyReport
+from kalm_rag.index.writer import BATCH
 from kalm_rag.states import passage_key
-from kalm_rag.store import GcReport, Reference, StateStore
+from kalm_rag.store import Reference, StateStore
 
-Pages = Iterable[tuple[Sequence[str], Sequence["str | None"]]]
-"""A collection's records: ids and texts, page by page. None marks a record without text."""
-
-BATCH = 256
-"""Passages a transaction: enough to batch the encoder well, little enough to lose on a crash and to hold in memory."""
+if TYPE_CHECKING:
+    from chromadb.api.models.Collection import Collection
 
 
-def verify(store: StateStore, collection_id: str, pages: Pages) -> VerifyReport:
-    """Compare every record with its states, and every state with its checksum. Changes nothing."""
-    known = {r.record_id: r.key for r in store.references(collection_id)}
+def verify(store: StateStore, collection: Collection, pages: Pages, *, search: bool = True) -> VerifyReport:
+    """Compare every record with its states, and every state with its checksum. Changes nothing.
+
+    Args:
+        store: Where the states are.
+        collection: The records' collection.
+        pages: Its records.
+        search: Also look for every record by its own vector.
+    """
+    known = {r.record_id: r.key for r in store.references(str(collection.id))}
     records = 0
     without: list[str] = []
     missing: list[str] = []
@@ -45,49 +56,94 @@ def verify(store: StateStore, collection_id: str, pages: Pages) -> VerifyReport:
         unreferenced=unreferenced,
         orphans=sorted(known),
         damaged=store.verify(),
+        unfindable=unfindable(collection) if search else [],
     )
 
 
-def backfill(engine: Reranker, store: StateStore, collection_id: str, pages: Pages) -> BackfillReport:
-    """Encode what is missing or damaged, mend references, drop those of records that are gone.
+def unfindable(collection: Collection) -> list[str]:
+    """Ids of records that no vector search reaches: each record is looked for by its own vector.
 
-    Works in batches of `BATCH`; safe to break off and run again.
+    Chroma's index may leave records out after kills, after two writers at once, and, rarely, after many deletes. Its
+    graph search is approximate, so a record that is not found among its nearest is looked for once more, wider.
+
+    Raises:
+        StoreError: If the collection can't be searched at all.
+    """
+    lost: list[str] = []
+    offset = 0
+    with chroma_errors(f"collection {collection.name!r}"):
+        total = collection.count()
+        while True:
+            page = collection.get(limit=PAGE, offset=offset, include=["embeddings"])
+            if not page["ids"]:
+                return lost
+            vectors = np.asarray(page["embeddings"], dtype=np.float32)
+            left = _not_among(collection, page["ids"], vectors, min(_NEAR, total))
+            rows = {i: row for row, i in enumerate(page["ids"])}
+            lost += _not_among(collection, left, vectors[[rows[i] for i in left]], min(_FAR, total))
+            offset += len(page["ids"])
+
+
+_NEAR, _FAR = 10, 1000
+_QUERIES = 100
+_SAME = 1e-6
+
+
+def _not_among(collection: Collection, ids: Sequence[str], vectors: np.ndarray, count: int) -> list[str]:
+    lost = []
+    for start in range(0, len(ids), _QUERIES):
+        part = list(ids[start : start + _QUERIES])
+        found = collection.query(
+            query_embeddings=vectors[start : start + _QUERIES], n_results=count, include=["distances"]
+        )
+        for i, near, distances in zip(part, found["ids"], found["distances"], strict=True):
+            crowded = len(near) == count and distances[-1] <= _SAME  # so many equals that each one can't be told
+            if i not in near and not crowded:
+                lost.append(i)
+    return lost
+
+
+def backfill(
+    parts: tuple[Reranker, StateStore],
+    collection_id: str,
+    pages: Pages,
+    *,
+    scope: str = "",
+    total: int | None = None,
+    show_progress: bool = False,
+) -> BackfillReport:
+    """Encode what is missing or damaged, mend references.
+
+    Works in batches; safe to break off and run again.
+
+    Args:
+        parts: Engine and store.
+        collection_id: Chroma's id of the collection.
+        pages: Its records.
+        scope: Names the database, see `StateStore.put_many`.
+        total: Records there are, for the progress bar.
+        show_progress: Whether to show one.
 
     Raises:
         StoreError: If the states can't be written. Batches finished before stay.
     """
+    engine, store = parts
     discarded = store.discard(store.verify())
     known = {r.record_id: r.key for r in store.references(collection_id)}
     encoded = referenced = 0
-    for ids, texts in pages:
-        keys = {i: passage_key(t) for i, t in zip(ids, texts, strict=True) if t is not None}
-        absent = store.missing(list(keys.values()))
-        todo = {keys[i]: t for i, t in zip(ids, texts, strict=True) if t is not None and keys[i] in absent}
-        missing = list(todo.values())
-        for start in range(0, len(missing), BATCH):
-            store.put_many(engine.encode(missing[start : start + BATCH], show_progress=False))
-        changed = [
-            Reference(collection_id=collection_id, record_id=i, key=key)
-            for i, key in keys.items()
-            if known.get(i) != key
-        ]
-        if changed:
-            store.put_many([], changed)
-        encoded, referenced = encoded + len(todo), referenced + len(changed)
-        for i in ids:
-            known.pop(i, None)
-    dropped = store.unreference(collection_id, list(known)) if known else 0
-    return BackfillReport(encoded=encoded, referenced=referenced, dropped=dropped, discarded=discarded)
-
-
-def sweep(store: StateStore, collection_id: str, pages: Pages, live_collections: Iterable[str]) -> GcReport:
-    """Drop references of records and collections that are gone, then states that nothing refers to.
-
-    The states of a record that is just being added elsewhere may go with them; they are encoded again on demand.
-    """
-    gone = {r.record_id for r in store.references(collection_id)}
-    for ids, _ in pages:
-        gone.difference_update(ids)
-    if gone:
-        store.unreference(collection_id, gone)
-    return store.gc(live_collections, younger_than=0)
+    with tqdm(total=total, desc="backfill", unit="record", disable=not show_progress) as bar:
+        for ids, texts in pages:
+            rows = [(i, text) for i, text in zip(ids, texts, strict=True) if text is not None]
+            for start in range(0, len(rows), BATCH):
+                part = rows[start : start + BATCH]
+                kept = keep_states(engine, store, [text for _, text in part], Timings())
+                changed = [
+                    Reference(collection_id=collection_id, record_id=i, key=key)
+                    for (i, _), key in zip(part, kept.keys, strict=True)
+                    if known.get(i) != key
+                ]
+                if kept.fresh or changed:
+                    store.put_many(list(kept.fresh.values()), changed, scope=scope)
+                encoded, referenced = encoded + len(kept.fresh), referenced + len(changed)
+            bar.update(len(ids))
+    return BackfillReport(encoded=encoded, referenced=referenced, dropped=0, discarded=discarded)

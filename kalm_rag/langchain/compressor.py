@@ -26,7 +26,7 @@ from kalm_rag.checks import check_cut
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
-from kalm_rag.index.candidates import Missing, RankedCandidate
+from kalm_rag.index.candidates import Missing, Owners, RankedCandidate
 from kalm_rag.index.lazy_engine import (
     EngineSpec,
     is_blank,
@@ -35,6 +35,7 @@ from kalm_rag.index.lazy_engine import (
     spec_of,
     unscored_candidates,
 )
+from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.inputs import (
     CONFIG_SPECS,
@@ -44,7 +45,7 @@ from kalm_rag.langchain.inputs import (
     configured_instructions,
     read_input,
 )
-from kalm_rag.store import Reference, StateStore
+from kalm_rag.store import StateStore
 
 SCORE = "relevance_score"
 """Metadata key of P(yes) in [0, 1]: the key that LangChain's rerankers use."""
@@ -79,6 +80,8 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         threshold: Keep only P(yes) >= this, in [0, 1].
         missing: Documents without stored states are encoded and kept (``"encode"``), an error (``"raise"``), or put
             unscored behind the others (``"skip"``).
+        passage: How a document becomes the text that is read: ``"document"``, or a template over its text and metadata
+            such as ``"{title}: {text}"``; see `kalm_rag.index.passage_rule.PassageRule`.
         instructions: `Instructions`, a task as a string, or the app's prompt or chain (`Instructions.from_prompt`).
         store: Where states are: a `StateStore`, a folder or a ``.sqlite3`` file. None keeps the latest 256 MiB of
             states in memory, shared by the process.
@@ -112,6 +115,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
     top_n: StrictInt | None = 3
     threshold: float | None = None
     missing: Missing = "encode"
+    passage: str = DOCUMENT
     instructions: AnyInstructions = None
     store: Any = None
     reranker: Reranker | None = Field(default=None, exclude=True, repr=False)
@@ -124,6 +128,11 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
     def _hint_at_names(cls, values: object) -> object:
         check_names(values if isinstance(values, Mapping) else (), cls.model_fields, cls.__name__)
         return values
+
+    @field_validator("passage")
+    @classmethod
+    def _check_passage(cls, value: str) -> str:
+        return str(PassageRule(value))
 
     @field_validator("device", "dtype", mode="before")
     @classmethod
@@ -216,13 +225,13 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         documents: Sequence[Document],
         query: str,
         config: RunnableConfig,
-        references: Sequence[Reference] = (),
+        owners: Owners | None = None,
     ) -> list[Document]:
         """Rerank within a chain's config (callbacks, tags, instructions); see `compress_documents`."""
         manager = get_callback_manager_for_config(config)
         traced = manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
-            ranked = self.rank(documents, query, config, references)
+            ranked = self.rank(documents, query, config, owners)
         except BaseException as err:
             traced.on_chain_error(err)
             raise
@@ -234,14 +243,14 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         documents: Sequence[Document],
         query: str,
         config: RunnableConfig,
-        references: Sequence[Reference] = (),
+        owners: Owners | None = None,
     ) -> list[Document]:
         """Rerank in a thread; see `run`."""
         manager = get_async_callback_manager_for_config(config)
         traced = await manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
             with cancel_on_error():
-                ranked = await run_in_executor(None, self.rank, documents, query, config, references)
+                ranked = await run_in_executor(None, self.rank, documents, query, config, owners)
         except BaseException as err:  # cancelled too: a start without an end stays open in a trace for ever
             await traced.on_chain_error(err)
             raise
@@ -253,7 +262,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         documents: Sequence[Document],
         query: str,
         config: RunnableConfig,
-        references: Sequence[Reference] = (),
+        owners: Owners | None = None,
     ) -> list[Document]:
         """Rerank without a trace of its own, for a step that has one; see `compress_documents`."""
         blank = is_blank(query)
@@ -267,18 +276,18 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         store = shared_store(self.store, engine) if isinstance(self.store, str) else self.store
         if store is None and self.ratio is not None and engine.ratio != self.ratio:
             engine = engine.at(self.ratio)
-        told = configured_instructions(config)
+        told, rule = configured_instructions(config), PassageRule(self.passage)
         placed = rank_candidates(
             engine,
             store,
             query,
-            [document.page_content for document in documents],
+            [rule.text(document.page_content, document.metadata, document.id or "") for document in documents],
             instructions=as_instructions(told if told is not None else self.instructions),
             ratio=self.ratio,
             top_n=self.top_n,
             threshold=self.threshold,
             missing=self.missing,
-            references=references,
+            owners=owners,
         )
         return [self._scored(documents[one.index], one) for one in placed]
 

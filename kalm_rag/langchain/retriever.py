@@ -18,10 +18,10 @@ from typing_extensions import Self
 
 from kalm_rag.checks import check_count, check_cut, check_text
 from kalm_rag.errors import InputError
+from kalm_rag.index.candidates import Owners
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.compressor import RETRIEVAL_RANK, RETRIEVAL_SCORE, KaLMDocumentCompressor
 from kalm_rag.langchain.inputs import CONFIG_SPECS, check_names, configured_instructions
-from kalm_rag.store import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class KeepsStates(Protocol):
         """What scores its documents."""
         ...
 
-    def references(self, documents: Sequence[Document]) -> list[Reference]:
+    def owners(self, documents: Sequence[Document]) -> Owners:
         """Records behind documents that a search gave."""
         ...
 
@@ -170,8 +170,8 @@ class KaLMRetriever(BaseRetriever):
         search_store = store.similarity_search_with_score if self.keep_retrieval_score else store.similarity_search
         found: Sequence[Any] = search_store(**search)
         candidates = _as_candidates(found, search)
-        compressor, references = self._set_up(candidates, changes)
-        return compressor.run(candidates, query, {"callbacks": run_manager.get_child()}, references)
+        compressor, owners = self._set_up(candidates, changes)
+        return compressor.run(candidates, query, {"callbacks": run_manager.get_child()}, owners)
 
     async def _aget_relevant_documents(
         self,
@@ -190,8 +190,8 @@ class KaLMRetriever(BaseRetriever):
         search_store = store.asimilarity_search_with_score if self.keep_retrieval_score else store.asimilarity_search
         found: Sequence[Any] = await search_store(**search)
         candidates = _as_candidates(found, search)
-        compressor, references = await run_in_executor(None, self._set_up, candidates, changes)
-        return await compressor.arun(candidates, query, {"callbacks": run_manager.get_child()}, references)
+        compressor, owners = await run_in_executor(None, self._set_up, candidates, changes)
+        return await compressor.arun(candidates, query, {"callbacks": run_manager.get_child()}, owners)
 
     def _changes(self, k: int | None, instructions: object, threshold: float | None) -> dict[str, Any]:
         """Settings of the compressor that this call, or else the retriever, says otherwise."""
@@ -224,11 +224,11 @@ class KaLMRetriever(BaseRetriever):
 
     def _set_up(
         self, candidates: Sequence[Document], changes: dict[str, Any]
-    ) -> tuple[KaLMDocumentCompressor, Sequence[Reference]]:
-        """The compressor of one call, and references for the states of its candidates."""
+    ) -> tuple[KaLMDocumentCompressor, Owners | None]:
+        """The compressor of one call, and the records of its candidates."""
         own = _own(self.vectorstore)
-        references = own.references(candidates) if own is not None else []
-        return self._compressor().model_copy(update=changes), references
+        owners = own.owners(candidates) if own is not None else None
+        return self._compressor().model_copy(update=changes), owners
 
     def _compressor(self) -> KaLMDocumentCompressor:
         if self.compressor is not None:

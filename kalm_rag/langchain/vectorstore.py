@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +24,21 @@ from kalm_rag.checks import check_passages
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index import ChromaIndex
-from kalm_rag.index.candidates import Missing, check_missing
-from kalm_rag.index.collection import EMBEDDER_KEY, MODEL_KEY, PAGE, collection_model, open_collection, open_states
+from kalm_rag.index.candidates import Missing, Owners, check_missing
+from kalm_rag.index.clients import Database
+from kalm_rag.index.collection import PAGE, CollectionNotes, check_vectors, require_collection
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
-from kalm_rag.index.lazy_engine import EngineSpec, is_open, match_ratio
+from kalm_rag.index.home import CollectionHome
+from kalm_rag.index.lazy_engine import EngineSpec
+from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
 from kalm_rag.index.results import BackfillReport, VerifyReport
 from kalm_rag.langchain.compressor import KaLMDocumentCompressor
 from kalm_rag.langchain.embeddings import KaLMEmbeddings
 from kalm_rag.langchain.inputs import check_names
 from kalm_rag.langchain.retriever import KaLMRetriever
-from kalm_rag.states import Codec, passage_key
-from kalm_rag.store import GcReport, Reference, StateStore
+from kalm_rag.states import Codec
+from kalm_rag.store import GcReport, StateStore
+from kalm_rag.store.base import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from chromadb.api import CreateCollectionConfiguration
@@ -82,6 +87,9 @@ class KaLMChroma(Chroma):
         ratio: Tokens a state stands for when the store is made; None takes what is stored, or the engine's (4).
         codec: ``exact``, ``bf16`` or ``int8``; None takes what is stored, or exact.
         missing: Policy of `rerank` and `as_compressor` for documents without states.
+        passage: How a document becomes the text that is read, see `kalm_rag.index.passage_rule.PassageRule`:
+            ``"document"``, or a template such as ``"{title}: {text}"``. None takes the collection's own rule, or else
+            ``"document"``.
 
     Raises:
         InputError: If arguments don't go together, or vectors in the collection were made by another embedder than
@@ -120,6 +128,7 @@ class KaLMChroma(Chroma):
         ratio: int | None = None,
         codec: str | Codec | None = None,
         missing: Missing = "encode",
+        passage: str | None = None,
     ) -> None:
         self._settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         named = model, revision, device, dtype, decoder_weights, compiled or None, prefix_cache_bytes
@@ -138,14 +147,27 @@ class KaLMChroma(Chroma):
             prefix_cache_bytes=prefix_cache_bytes,
         )
         self._codec = None if codec is None else Codec.parse(codec)
-        self._lock = threading.Lock()
-        self._parts: tuple[Reranker, StateStore] | None = None
-        notes = {MODEL_KEY: reranker.info.name if reranker is not None else self._spec.model}
+        self._lock = threading.RLock()
+        self._given = CollectionNotes(
+            model=reranker.info.name if reranker is not None else model,
+            revision=revision,
+            passage=None if passage is None else str(PassageRule(passage)),
+        )
         bundled = _bundled(device, reranker) if embedding_function is None else None
-        if bundled is not None:
-            notes[EMBEDDER_KEY] = BUNDLED
-            if collection_configuration is None and "hnsw:space" not in (collection_metadata or {}):
-                collection_configuration = {"hnsw": {"space": "cosine"}}
+        if bundled is not None and collection_configuration is None and "hnsw:space" not in (collection_metadata or {}):
+            collection_configuration = {"hnsw": {"space": "cosine"}}
+        notes = CollectionNotes(
+            model=self._given.model if self._given.model is not None else self._spec.model,
+            revision=revision,
+            embedder=BUNDLED if bundled is not None else type(embedding_function).__name__,
+            passage=self._given.passage if self._given.passage is not None else DOCUMENT,
+        )
+        if client is None and client_settings is None and persist_directory is not None:
+            within: dict[str, Any] = {
+                name: value for name, value in (("tenant", tenant), ("database", database)) if value is not None
+            }
+            self._database = Database.open(persist_directory, **within)
+            client = self._database.client
         super().__init__(
             collection_name,
             bundled if bundled is not None else embedding_function,
@@ -157,15 +179,20 @@ class KaLMChroma(Chroma):
             tenant,
             database,
             client_settings,
-            {**notes, **(collection_metadata or {})},
+            {**notes.metadata(), **(collection_metadata or {})},
             collection_configuration,
             client,
             relevance_score_fn,
             create_collection_if_not_exists,
             ssl=ssl,
         )
-        if bundled is not None:  # another embedder's vectors would give nonsense silently
-            open_collection(self._client, collection_name, bundled, model="", create=False)
+        if not hasattr(self, "_database"):
+            self._database = Database(self._client, owned=self._settings["client"] is None)
+        self._home: CollectionHome | None = None
+        self._database.watch(self._follow)
+        self._checked_embedder = False
+        if bundled is not None and self._chroma_collection is not None:
+            self._check_embedder()
 
     @classmethod
     def from_texts(  # type: ignore[override]
@@ -199,20 +226,47 @@ class KaLMChroma(Chroma):
     @property
     def reranker(self) -> Reranker:
         """The engine at the store's ratio; loaded on first use."""
-        return self._ready()[0]
+        return self.home.parts()[0]
 
     @property
     def store(self) -> StateStore:
         """The states that belong to this collection; opened on first use."""
-        return self._ready()[1]
+        return self.home.parts()[1]
+
+    @property
+    def home(self) -> CollectionHome:
+        """The collection with its engine and states, both made on first use."""
+        with self._lock:
+            if self._home is None or self._home.collection_id != str(self._collection.id):  # reset_collection
+                noted = CollectionNotes.read(self._collection.metadata)
+                reranker = self._settings["reranker"]
+                spec = self._spec
+                if self._given.model is None and noted.model is not None:
+                    spec = replace(spec, model=noted.model)
+                self._home = CollectionHome(
+                    self._database,
+                    self._collection,
+                    spec,
+                    self._given,
+                    reranker=reranker,
+                    store=self._settings["store"],
+                    codec=self._codec,
+                    ratio=self._spec.ratio,
+                )
+            return self._home
 
     @property
     def index(self) -> ChromaIndex:
         """The same collection and states as a `ChromaIndex`."""
-        engine, store = self._ready()
+        self._check_embedder()
         given = self._embedding_function
-        embedder: Embedder = given.embedder(engine) if isinstance(given, KaLMEmbeddings) else wrap_embedder(given)
-        return ChromaIndex(self._client, self._collection, engine, store, embedder, missing=self._missing)
+        embedder: Embedder | None = None
+        if isinstance(given, KaLMEmbeddings):
+            engine = self.home.lazy.engine()
+            embedder = given.embedder(engine) if engine.info.family != "pico" else None
+        else:
+            embedder = wrap_embedder(given)
+        return ChromaIndex(self.home, embedder, missing=self._missing)
 
     def add_texts(
         self,
@@ -309,12 +363,14 @@ class KaLMChroma(Chroma):
             self.index.delete(wanted)
 
     def delete_collection(self) -> None:
-        """Delete the collection, and forget its references if the states are open (else `gc` of a sibling does)."""
-        gone = str(self._collection.id)
-        super().delete_collection()
-        if self._parts is not None:
-            store = self._parts[1]
+        """Delete the collection and its references; unused states go with the `gc` of a sibling."""
+        home = self.home
+        gone, stores = home.collection_id, home.stores()
+        with self._database.writing():
+            super().delete_collection()
+        for store in stores:
             store.unreference(gone, [reference.record_id for reference in store.references(gone)])
+        self._home = None
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Get documents in the order asked for, each once; unknown ids and records without text are left out."""
@@ -328,8 +384,9 @@ class KaLMChroma(Chroma):
 
     def as_compressor(self, **settings: Any) -> KaLMDocumentCompressor:  # noqa: ANN401
         """Give a compressor over this store's states; `settings` are arguments of `KaLMDocumentCompressor`."""
-        engine, store = self._ready()
-        return KaLMDocumentCompressor(**{"reranker": engine, "store": store, "missing": self._missing, **settings})
+        engine, store = self.home.parts()
+        own = {"reranker": engine, "store": store, "missing": self._missing, "passage": str(self.home.rule)}
+        return KaLMDocumentCompressor(**{**own, **settings})
 
     def rerank(
         self,
@@ -389,18 +446,15 @@ class KaLMChroma(Chroma):
             **wanted,
         )
 
-    def references(self, documents: Sequence[Document]) -> list[Reference]:
-        """References of documents just read from this collection, so that `gc` keeps states encoded for them."""
-        collection_id = str(self._collection.id)
-        return [
-            Reference(collection_id=collection_id, record_id=d.id, key=passage_key(d.page_content))
-            for d in documents
-            if d.id is not None
-        ]
+    def owners(self, documents: Sequence[Document]) -> Owners:
+        """Records behind documents just read from this collection, so that states encoded for them are kept."""
+        home = self.home
+        self._check_embedder()
+        return Owners(collection_id=home.collection_id, record_ids=[d.id for d in documents], scope=home.scope)
 
     def verify(self) -> VerifyReport:
         """Compare every record with its states; see `ChromaIndex.verify`."""
-        return self.index.verify()
+        return self.home.verify()
 
     async def averify(self) -> VerifyReport:
         """Compare in a thread; see `verify`."""
@@ -408,26 +462,44 @@ class KaLMChroma(Chroma):
 
     def backfill(self) -> BackfillReport:
         """Encode what is missing, e.g. for a collection that somebody else filled; see `ChromaIndex.backfill`."""
-        return self.index.backfill()
+        return self.home.backfill()
 
     async def abackfill(self) -> BackfillReport:
         """Encode in a thread; see `backfill`."""
         return await run_in_executor(None, self.backfill)
 
-    def gc(self) -> GcReport:
+    def gc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
         """Drop states that no record uses; see `ChromaIndex.gc`."""
-        return self.index.gc()
+        return self.home.gc(younger_than=younger_than)
 
-    async def agc(self) -> GcReport:
+    async def agc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
         """Drop states in a thread; see `gc`."""
-        return await run_in_executor(None, self.gc)
+        return await run_in_executor(None, partial(self.gc, younger_than=younger_than))
 
     def close(self) -> None:
         """Close the state store if this object opened it. It is opened again when needed."""
         with self._lock:
-            parts, self._parts = self._parts, None
-        if parts is not None and self._settings["store"] is None:
-            parts[1].close()
+            if self._home is not None:
+                self._home.lazy.close()
+
+    def _check_embedder(self) -> None:
+        """Refuse another embedder than made the collection's vectors, once: a search would give nonsense silently.
+
+        An embedder of the app's may be a hosted one, so it is not asked when this is made. One app's embedder after
+        another is Chroma's own affair: adding again under the new one replaces the vectors.
+        """
+        if self._checked_embedder:
+            return
+        given = self._embedding_function
+        embedder = given if isinstance(given, KaLMEmbeddings) else wrap_embedder(given)
+        if BUNDLED in (embedder.name, CollectionNotes.read(self._collection.metadata).embedder):
+            check_vectors(self._collection, embedder, self.home.rule, "embedding_function=")
+        self._checked_embedder = True
+
+    def _follow(self) -> None:
+        """After the client was opened again: its collection, for LangChain's own methods."""
+        self._client = self._database.client
+        self._chroma_collection = require_collection(self._client, self._collection_name)
 
     def _upsert(self, ids: list[str], texts: list[str], metadatas: Sequence[Mapping[str, Any] | None]) -> None:
         try:
@@ -440,28 +512,6 @@ class KaLMChroma(Chroma):
             raise InputError(
                 f"{err}\nFilter such values with langchain_community.vectorstores.utils.filter_complex_metadata."
             ) from err
-
-    def _ready(self) -> tuple[Reranker, StateStore]:
-        """Engine and store, made on first use, once."""
-        with self._lock:
-            if self._parts is None or not is_open(self._parts[0]):  # `release_engines` closes what was loaded here
-                engine, store = self._settings["reranker"], self._settings["store"]
-                if engine is None:
-                    engine = self._chosen().engine()
-                if self._parts is not None and store is None:
-                    self._parts[1].close()
-                if store is None:
-                    store = open_states(
-                        self._client, self._collection_name, engine, codec=self._codec, ratio=self._spec.ratio
-                    )
-                self._parts = match_ratio(engine, store)
-            return self._parts
-
-    def _chosen(self) -> EngineSpec:
-        if self._settings["model"] is not None:
-            return self._spec
-        told = collection_model(self._client, self._collection_name)
-        return self._spec if told is None else EngineSpec(**{**vars(self._spec), "model": told})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Share client, engine and states: a copy of a chain or a retriever is over the same collection."""

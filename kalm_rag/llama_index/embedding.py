@@ -9,10 +9,10 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import ConfigDict, Field
 
 from kalm_rag.errors import InputError
-from kalm_rag.index.candidates import find_states
+from kalm_rag.index.candidates import Owners, load_states
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
 from kalm_rag.index.results import Timings
-from kalm_rag.index.upkeep import BATCH
+from kalm_rag.index.writer import BATCH
 from kalm_rag.llama_index.fields import EngineFields
 
 
@@ -74,8 +74,10 @@ class KaLMEmbedding(EngineFields, BaseEmbedding):
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         embedder = self._embedder()
         engine, store = self._parts.get()
-        looked = find_states(engine, store, texts, missing="encode", timings=Timings())
-        vectors = np.empty((0, 0)) if looked.states is None else embedder.from_states(looked.states)
+        loaded = load_states(
+            engine, store, texts, missing="encode", timings=Timings(), owners=Owners.nobody(len(texts))
+        )
+        vectors = np.empty((0, 0)) if loaded.states is None else embedder.from_states(loaded.states)
         return [[float(x) for x in vector] for vector in vectors]
 
     async def _aget_text_embedding(self, text: str) -> list[float]:

@@ -6,8 +6,6 @@ Fields survive ``to_dict``/``from_dict`` and pickling; the engine and an open st
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,90 +16,7 @@ from typing_extensions import Self
 from kalm_rag.checks import unknown_argument_hint
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
-from kalm_rag.index.lazy_engine import EngineSpec, match_ratio, shared_store, spec_of
-from kalm_rag.states import PassageStates, passage_key
-from kalm_rag.store import Reference, StateStore
-
-Opener = Callable[[Reranker], StateStore]
-
-
-class Parts:
-    """An engine and a store, made on first use and shared by the components that were given them.
-
-    Args:
-        spec: Which engine; equal specs share one in a process.
-        reranker: A ready engine instead, yours to close.
-        store: A store; its place (folder, file or ``":memory:"``), opened once in a process; the parts of another
-            component, to use its store; or None for the process's bounded cache.
-        opener: Opens a store of these parts' own, instead of `store`.
-        place: How that one is written down.
-    """
-
-    def __init__(
-        self,
-        spec: EngineSpec,
-        *,
-        reranker: Reranker | None = None,
-        store: StateStore | Parts | str | None = None,
-        opener: Opener | None = None,
-        place: str | dict[str, str] | None = None,
-    ) -> None:
-        self.spec, self.reranker = spec, reranker
-        self.place = place if opener is not None else describe_store(store)
-        self._given, self._opener = store, opener
-        self._opened: StateStore | None = None
-        self._opened_for: Reranker | None = None
-        self._lock = threading.Lock()
-
-    def get(self) -> tuple[Reranker, StateStore]:
-        """Give engine and store at one ratio, loading and opening what isn't there yet. Safe from many threads.
-
-        Raises:
-            ModelError: If the model can't be loaded.
-            StoreError: If the store can't be opened; StoreFormatError if it is damaged.
-            ClosedError: If a ready engine was closed.
-        """
-        engine = self.reranker if self.reranker is not None else self.spec.engine()
-        store = self._find_store(engine)
-        if store is None and self.spec.ratio is not None and engine.ratio != self.spec.ratio:
-            engine = engine.at(self.spec.ratio)
-        return match_ratio(engine, store)
-
-    def close(self) -> None:
-        """Close the store that these parts opened for themselves; it is opened again when needed."""
-        with self._lock:
-            if self._opener is not None and self._opened is not None:
-                self._opened.close()
-            self._opened = self._opened_for = None
-
-    def _find_store(self, engine: Reranker) -> StateStore | None:
-        if isinstance(self._given, Parts):
-            return self._given.get()[1]
-        if self._opener is None and not isinstance(self._given, str):
-            return self._given
-        with self._lock:
-            if self._opener is not None and self._opened is None:
-                self._opened = self._opener(engine)
-            elif isinstance(self._given, str) and self._opened_for is not engine:
-                self._opened = shared_store(self._given, engine)  # `release_engines` closes it, with the engine
-                self._opened_for = engine
-            return self._opened
-
-    def keep(self, texts: Sequence[str], references: Sequence[Reference] = ()) -> None:
-        """Encode the texts that have no states yet; keep them with the references, in one transaction.
-
-        Raises:
-            StoreError: If they can't be written.
-        """
-        engine, store = self.get()
-        keys = [passage_key(text) for text in texts]
-        absent = store.missing(keys)
-        todo = {key: text for key, text in zip(keys, texts, strict=True) if key in absent}
-        states: list[PassageStates] = engine.encode(list(todo.values()), show_progress=False)
-        store.put_many(states, references)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Parts:
-        return self  # a copy of a component shares model and store
+from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine, spec_of
 
 
 class EngineFields(BaseComponent):
@@ -132,7 +47,7 @@ class EngineFields(BaseComponent):
     reranker: Any = Field(
         default=None, frozen=True, exclude=True, repr=False, description="A ready engine instead of model."
     )
-    _parts: Parts = PrivateAttr()
+    _parts: LazyEngine = PrivateAttr()
 
     @model_validator(mode="before")
     @classmethod
@@ -160,13 +75,13 @@ class EngineFields(BaseComponent):
             if self.reranker is not None and (self.ratio is None or self.store is not None):
                 self.__dict__["state_ratio"] = self.reranker.ratio
             given = getattr(self.store, "parts", None)
-            if isinstance(given, Parts):
+            if isinstance(given, LazyEngine):
                 self._parts = self._share(given)
             else:
-                self._parts = Parts(self._spec(), reranker=self.reranker, store=self.store)
+                self._parts = LazyEngine(self._spec(), reranker=self.reranker, store=self.store)
         return self
 
-    def _share(self, given: Parts) -> Parts:
+    def _share(self, given: LazyEngine) -> LazyEngine:
         """Use the store of a `KaLMChromaVectorStore`, opened once for both, and its engine unless one was named.
 
         Where only the way it runs is another, it is another engine of the same model.
@@ -177,14 +92,14 @@ class EngineFields(BaseComponent):
             spec, reranker = replace(given.spec, **other), None if other else given.reranker
             self.__dict__.update({field: getattr(spec, field) for field in (*SPEC_FIELDS, *RUN_FIELDS)})
             self.__dict__["state_ratio"] = spec.ratio
-        return Parts(spec, reranker=reranker, store=given)
+        return LazyEngine(spec, reranker=reranker, store=given)
 
     @field_serializer("store")
     def _write_store(self, value: object) -> str | dict[str, str] | None:
         return self._written_store()
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> LazyEngine:
         """Engine and store, made on first use."""
         return self._parts
 
@@ -209,9 +124,13 @@ class EngineFields(BaseComponent):
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         return self.model_copy()  # a deep copy would copy the model
 
+    def place(self) -> str | dict[str, str] | None:
+        """Where the states are, for other components to write down: a file, or what kind of live store."""
+        return self._written_store()
+
     def _written_store(self) -> str | dict[str, str] | None:
         """What ``to_dict`` says of the store."""
-        return self._parts.place
+        return describe_store(self.store)
 
 
 SPEC_FIELDS = ("model", "revision", "device", "dtype")
@@ -228,7 +147,7 @@ def read_store(value: object) -> Any:  # noqa: ANN401 - a store, a component tha
     """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if value is None or isinstance(value, str) or isinstance(getattr(value, "parts", None), Parts):
+    if value is None or isinstance(value, str) or isinstance(getattr(value, "parts", None), LazyEngine):
         return value
     if isinstance(value, dict) and "live" in value:
         raise InputError(
@@ -247,8 +166,8 @@ def describe_store(store: object) -> str | dict[str, str] | None:
     """Write a store down: its file where it has one, else what kind it was."""
     if store is None or isinstance(store, str):
         return store
-    if isinstance(store, Parts):
-        return store.place
+    if isinstance(store, EngineFields):
+        return store.place()
     path = getattr(store, "path", None)
     return str(path) if path is not None else {"live": type(store).__name__}
 

@@ -9,6 +9,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, TextN
 from llama_index.core.vector_stores.utils import legacy_metadata_dict_to_node, metadata_dict_to_node
 
 from kalm_rag.checks import check_text
+from kalm_rag.index.passage_rule import PassageRule
 
 SCORE_KEY = "retrieval_score"
 """Metadata key of the score a node came with; the name that LlamaIndex's own rerankers use."""
@@ -22,6 +23,18 @@ def node_text(node: BaseNode, mode: MetadataMode) -> str | None:
     """
     text = check_text(node.get_content(metadata_mode=mode), f"text of node {node.node_id}")
     return text if text.strip() else None
+
+
+def read_node(node: BaseNode, rule: PassageRule) -> str | None:
+    """Text of a node that is read under a collection's passage rule; None for a node without any.
+
+    Raises:
+        InputError: If it holds a lone surrogate.
+    """
+    mode = rule.llama_mode
+    if mode is not None:
+        return node_text(node, MetadataMode[mode.upper()])
+    return rule.text(check_text(node.get_content(MetadataMode.NONE), f"text of node {node.node_id}"), node.metadata)
 
 
 def record_node(record_id: str, document: str | None, metadata: Mapping[str, Any] | None) -> BaseNode:

@@ -22,9 +22,10 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, check_missing
 from kalm_rag.index.lazy_engine import rank_candidates
+from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.llama_index.fields import EngineFields
-from kalm_rag.llama_index.nodes import node_text, with_score
+from kalm_rag.llama_index.nodes import read_node, with_score
 from kalm_rag.llama_index.steering import calling_engine, override, overriding
 
 logger = logging.getLogger(__name__)
@@ -209,7 +210,8 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
         check_missing(self.missing)
         if not nodes:
             return []
-        texts = [node_text(item.node, self.metadata_mode) for item in nodes]
+        rule = getattr(self.store, "rule", None) or PassageRule(f"llama_index:{self.metadata_mode.name.lower()}")
+        texts = [read_node(item.node, rule) for item in nodes]
         with self._announced(nodes, query) as ranked:
             engine, store = self._parts.get()
             placed = rank_candidates(

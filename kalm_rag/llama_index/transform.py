@@ -12,7 +12,9 @@ from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from typing_extensions import Self
 
 from kalm_rag.errors import InputError
-from kalm_rag.index.upkeep import BATCH
+from kalm_rag.index.candidates import keep_states
+from kalm_rag.index.results import Timings
+from kalm_rag.index.writer import BATCH
 from kalm_rag.llama_index.fields import EngineFields
 from kalm_rag.llama_index.nodes import node_text
 
@@ -75,8 +77,10 @@ class KaLMStateTransform(EngineFields, TransformComponent):
             StoreError: If states can't be written.
         """
         texts = [text for node in nodes if (text := node_text(node, self.metadata_mode)) is not None]
+        engine, store = self._parts.get()
         for start in range(0, len(texts), BATCH):
-            self._parts.keep(texts[start : start + BATCH])
+            kept = keep_states(engine, store, texts[start : start + BATCH], Timings())
+            store.put_many(list(kept.fresh.values()))
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: object) -> Sequence[BaseNode]:

@@ -7,11 +7,10 @@ state, which is encoded again on demand.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import chromadb
-from chromadb.api.client import Client
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_validator
 from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
@@ -20,18 +19,20 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.chroma.base import _to_chroma_filter
 from typing_extensions import Self
 
-from kalm_rag.engine.reranker import Reranker
+from kalm_rag.checks import check_text
 from kalm_rag.errors import InputError
-from kalm_rag.index import upkeep
-from kalm_rag.index.collection import MODEL_KEY, PAGE, live_collections, open_client, open_states, records
+from kalm_rag.index.clients import Database
+from kalm_rag.index.collection import PAGE, CollectionNotes, check_ids, check_metadata
+from kalm_rag.index.home import CollectionHome
+from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.results import BackfillReport, VerifyReport
+from kalm_rag.index.writer import CollectionWriter, Records
 from kalm_rag.llama_index.embedding import KaLMEmbedding
-from kalm_rag.llama_index.fields import EngineFields, Parts
-from kalm_rag.llama_index.nodes import node_text, record_node
+from kalm_rag.llama_index.fields import EngineFields, describe_store
 from kalm_rag.llama_index.postprocessor import KaLMNodePostprocessor
-from kalm_rag.states import Codec, passage_key
-from kalm_rag.store import GcReport, Reference, StateStore
-from kalm_rag.store.base import chunked
+from kalm_rag.states import Codec
+from kalm_rag.store import GcReport
+from kalm_rag.store.base import GRACE_SECONDS
 from kalm_rag.store.opening import store_file
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
     )
     tenant: str | None = Field(default=None, description="Tenant in the Chroma database; None: the default one.")
     database: str | None = Field(default=None, description="Database of the tenant; None: the default one.")
-    _given_client: Any = PrivateAttr(default=None)
+    _home: CollectionHome = PrivateAttr()
+    _writer: CollectionWriter = PrivateAttr()
 
     def __init__(
         self,
@@ -89,19 +91,53 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
     ) -> None:
         super(ChromaVectorStore, self).__init__(**fields)  # ChromaVectorStore's own drops what it doesn't know
         if chroma_collection is None:
-            client = client if client is not None else self._connect()
-            notes = {**(self.collection_kwargs.get("metadata") or {}), MODEL_KEY: self._model_name()}
-            chroma_collection = client.get_or_create_collection(
-                self.collection_name, **{**self.collection_kwargs, "metadata": notes}
-            )  # one that is there keeps its own notes
+            owner = Database(client) if client is not None else self._connect()
+            with owner.writing():
+                chroma_collection = owner.client.get_or_create_collection(
+                    cast("str", self.collection_name), **{**self.collection_kwargs, "metadata": self._new_notes()}
+                )  # one that is there keeps its own notes
+        else:
+            collection = _check_collection(chroma_collection)
+            owner = Database(client) if client is not None else Database.of_collection(collection)
         self._collection = _check_collection(chroma_collection)
-        self._given_client = client
         self._note_connection()
-        if self.store is None:
-            told = (self._collection.metadata or {}).get(MODEL_KEY)
-            if told is not None and self.reranker is None and "model" not in fields:
-                self.__dict__["model"] = str(told)  # the collection says whose states lie beside it
-            self._parts = Parts(self._spec(), reranker=self.reranker, opener=self._open_states, place=self._place())
+        told = CollectionNotes.read(self._collection.metadata).model
+        if told is not None and self.reranker is None and "model" not in fields:
+            self.__dict__["model"] = told  # the collection says whose states lie beside it
+        self._home = CollectionHome(
+            owner,
+            self._collection,
+            self._spec(),
+            CollectionNotes(
+                model=self.model if "model" in fields else None,
+                revision=self.revision,
+                passage=self._mode_rule() if "metadata_mode" in fields else None,
+            ),
+            reranker=self.reranker,
+            store=getattr(self.store, "parts", self.store),
+            codec=self.codec,
+            ratio=self.ratio,
+            default_passage=self._mode_rule(),
+        )
+        owner.watch(self._follow_home)
+        self._parts = self._home.lazy
+        self._writer = CollectionWriter(self._home)
+
+    def _follow_home(self) -> None:
+        self._collection = self._home.collection
+
+    def _mode_rule(self) -> str:
+        return f"llama_index:{self.metadata_mode.name.lower()}"
+
+    def _new_notes(self) -> dict[str, Any]:
+        model = self.reranker.info.name if self.reranker is not None else self.model
+        notes = CollectionNotes(model=model, revision=self.revision, passage=self._mode_rule())
+        return {**(self.collection_kwargs.get("metadata") or {}), **notes.metadata()}
+
+    @property
+    def rule(self) -> PassageRule:
+        """How nodes are read, as the collection notes it."""
+        return self._home.rule
 
     @field_validator("codec", mode="before")
     @classmethod
@@ -169,36 +205,53 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
             StoreError: If the states can't be written. Batches finished before stay.
         """
         distinct = list({node.node_id: node for node in nodes}.values())
-        for node in distinct:
-            node.get_embedding()
-        for batch in chunked(distinct, min(upkeep.BATCH, self._client().get_max_batch_size())):
-            self._write(batch)
+        metadatas = [
+            node_to_metadata_dict(node, remove_text=True, flat_metadata=self.flat_metadata) for node in distinct
+        ]
+        ids = check_ids(node.node_id for node in distinct)
+        self._writer.upsert(
+            Records(
+                ids=ids,
+                documents=[
+                    check_text(node.get_content(MetadataMode.NONE), f"node {node.node_id}") for node in distinct
+                ],
+                metadatas=[
+                    check_metadata({key: "" if value is None else value for key, value in one.items()}, i)
+                    for i, one in zip(ids, metadatas, strict=True)
+                ],
+                vectors=[node.get_embedding() for node in distinct],
+            ),
+            compare=False,
+        )
         return [node.node_id for node in nodes]
 
     def delete(self, ref_doc_id: str, **delete_kwargs: object) -> None:
         """Delete the nodes of a document, and their references."""
-        self._delete(self._collection.get(where={"document_id": ref_doc_id}, include=[])["ids"])
+        self._writer.delete(self._collection.get(where={"document_id": ref_doc_id}, include=[])["ids"])
 
     def delete_nodes(self, node_ids: list[str] | None = None, filters: Filters = None, **delete_kwargs: object) -> None:
         """Delete nodes by id, by filter, or those of the ids that the filter lets through; neither deletes nothing."""
         if isinstance(filters, list):
             filters = MetadataFilters(filters=[*filters])
         if filters is None or not filters.filters:
-            self._delete(node_ids if node_ids is not None else [])
+            self._writer.delete(node_ids if node_ids is not None else [])
             return
         found = self._collection.get(where=_to_chroma_filter(filters), include=[])["ids"]
-        self._delete(found if node_ids is None else [i for i in node_ids if i in set(found)])
+        matching = set(found)
+        self._writer.delete(found if node_ids is None else [i for i in node_ids if i in matching])
 
     def clear(self) -> None:
         """Delete all nodes, and all references of the collection."""
         while ids := self._collection.get(limit=PAGE, include=[])["ids"]:
-            self._collection.delete(ids=ids)
-        _, store = self._parts.get()
-        store.unreference(self._collection_id, [r.record_id for r in store.references(self._collection_id)])
+            self._writer.delete(ids)
+        for store in self._home.stores():
+            store.unreference(
+                self._home.collection_id, [r.record_id for r in store.references(self._home.collection_id)]
+            )
 
     def verify(self) -> VerifyReport:
         """Compare every node with its states, and every state with its checksum. Changes nothing."""
-        return upkeep.verify(self._parts.get()[1], self._collection_id, self._pages())
+        return self._home.verify()
 
     def backfill(self) -> BackfillReport:
         """Bring states up to the collection: encode what is missing or damaged, mend references.
@@ -208,14 +261,11 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         Raises:
             StoreError: If states can't be written.
         """
-        engine, store = self._parts.get()
-        return upkeep.backfill(engine, store, self._collection_id, self._pages())
+        return self._home.backfill()
 
-    def gc(self) -> GcReport:
+    def gc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
         """Drop references of nodes and collections that are gone, then states that nothing refers to."""
-        store = self._parts.get()[1]
-        live = live_collections(self._client(), store)
-        return upkeep.sweep(store, self._collection_id, records(self._collection, texts=False), live)
+        return self._home.gc(younger_than=younger_than)
 
     def close(self) -> None:
         """Close the state store that this opened (its postprocessors use it, too); it is opened again when needed."""
@@ -229,9 +279,9 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         """Run `backfill` in a thread."""
         return await asyncio.to_thread(self.backfill)
 
-    async def agc(self) -> GcReport:
+    async def agc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
         """Run `gc` in a thread."""
-        return await asyncio.to_thread(self.gc)
+        return await asyncio.to_thread(self.gc, younger_than=younger_than)
 
     async def async_add(self, nodes: Sequence[BaseNode], **add_kwargs: object) -> list[str]:
         """Run `add` in a thread."""
@@ -261,86 +311,19 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         """Run `query` in a thread."""
         return await asyncio.to_thread(self.query, query, **kwargs)
 
-    @property
-    def _collection_id(self) -> str:
-        return str(self._collection.id)
-
-    def _write(self, nodes: Sequence[BaseNode]) -> None:
-        """One batch: states and references in one transaction, then Chroma."""
-        ids = [node.node_id for node in nodes]
-        documents = [node.get_content(metadata_mode=MetadataMode.NONE) for node in nodes]
-        metadatas = [node_to_metadata_dict(node, remove_text=True, flat_metadata=self.flat_metadata) for node in nodes]
-        metadatas = [{key: "" if value is None else value for key, value in one.items()} for one in metadatas]
-        texts = self._texts(ids, documents, metadatas)
-        kept = {i: text for i, text in zip(ids, texts, strict=True) if text is not None}
-        self._parts.keep(
-            list(kept.values()),
-            [
-                Reference(collection_id=self._collection_id, record_id=i, key=passage_key(text))
-                for i, text in kept.items()
-            ],
-        )
-        there = self._collection.get(ids=ids, include=["metadatas"])
-        old = {i: metadata or {} for i, metadata in zip(there["ids"], there["metadatas"], strict=True)}
-        self._collection.upsert(
-            ids=ids,
-            embeddings=[node.get_embedding() for node in nodes],
-            documents=documents,
-            # an upsert merges metadata; keys set to None go, so that no filter finds a node by what it no longer says
-            metadatas=[
-                {**dict.fromkeys(old.get(i, {}).keys() - new.keys()), **new}
-                for i, new in zip(ids, metadatas, strict=True)
-            ],
-        )
-        emptied = [i for i in old if i not in kept]
-        if emptied:
-            self._parts.get()[1].unreference(self._collection_id, emptied)
-
-    def _delete(self, ids: Sequence[str]) -> None:
-        if not ids:
-            return
-        _, store = self._parts.get()
-        for page in chunked(dict.fromkeys(ids), PAGE):
-            self._collection.delete(ids=page)
-            store.unreference(self._collection_id, page)
-
-    def _texts(self, ids: Sequence[str], documents: Sequence[Any], metadatas: Sequence[Any]) -> list[str | None]:
-        """Texts as a query's nodes will have them: those of the nodes that LlamaIndex makes of Chroma's records."""
-        return [
-            node_text(record_node(i, document, metadata), self.metadata_mode)
-            for i, document, metadata in zip(ids, documents, metadatas, strict=True)
-        ]
-
-    def _pages(self) -> Iterator[tuple[list[str], list[str | None]]]:
-        offset = 0
-        while True:
-            page = self._collection.get(limit=PAGE, offset=offset, include=["documents", "metadatas"])
-            if not page["ids"]:
-                return
-            yield page["ids"], self._texts(page["ids"], page["documents"], page["metadatas"])
-            offset += len(page["ids"])
-
-    def _connect(self) -> ClientAPI:
+    def _connect(self) -> Database:
         within = {name: value for name in ("tenant", "database") if (value := getattr(self, name)) is not None}
         if self.collection_name and self.persist_dir is not None:
-            client: Any = open_client(self.persist_dir)
-            return Client.from_system(client._system, **within) if within else client
+            return Database.open(self.persist_dir, **within)
         if self.collection_name and self.host is not None:
             port = int(self.port) if self.port is not None else 8000
             headers = None if self.headers is None else dict(self.headers)  # Chroma adds its own to it
-            return chromadb.HttpClient(host=self.host, port=port, ssl=self.ssl, headers=headers, **within)
+            client = chromadb.HttpClient(host=self.host, port=port, ssl=self.ssl, headers=headers, **within)
+            return Database(client, owned=True)
         raise InputError(
             "no collection was given; wanted chroma_collection=, or collection_name= with persist_dir= or host= and "
             "port=."
         )
-
-    def _client(self) -> ClientAPI:
-        """The client the collection is from, or one over the same connection."""
-        if self._given_client is None:
-            one = self._collection
-            system = cast("Any", one._client)._system
-            self._given_client = Client.from_system(system, tenant=one.tenant, database=one.database)
-        return cast("ClientAPI", self._given_client)
 
     def _note_connection(self) -> None:
         """Fill the fields that lead back to the collection, so that serialisation doesn't lose it."""
@@ -357,20 +340,17 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
             found["persist_dir"] = settings.persist_directory
         self.__dict__.update(found)
 
-    def _model_name(self) -> str:
-        return self.reranker.info.name if self.reranker is not None else self.model
-
-    def _place(self) -> str | dict[str, str]:
+    def place(self) -> str | dict[str, str]:
+        """Where the states are, for the components that share them."""
+        if self.store is not None:
+            return cast("str | dict[str, str]", describe_store(self.store))
         if self.persist_dir is not None:
             return str(store_file(self.persist_dir))
         return {"live": "ChromaStore" if self.host is not None else "MemoryStore"}
 
-    def _open_states(self, engine: Reranker) -> StateStore:
-        return open_states(self._client(), self._collection.name, engine, codec=self.codec, ratio=self.ratio)
-
     def _written_store(self) -> str | dict[str, str] | None:
         """The default store is found again beside the collection, so it isn't written down."""
-        return None if self.store is None else self._parts.place
+        return None if self.store is None else describe_store(self.store)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.persist_dir is None and self.host is None:

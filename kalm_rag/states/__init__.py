@@ -14,7 +14,7 @@ from kalm_rag.states.codec import (
     unpack_batch,
 )
 from kalm_rag.states.dtypes import DTYPES, check_dtype, dtype_name
-from kalm_rag.states.passage import PassageStates, StateBatch, batch_states, merge_batches, passage_key
+from kalm_rag.states.passage import PassageStates, StateBatch, batch_states, merge_batches, passage_key, split_batch
 
 __all__ = [
     "DTYPES",
@@ -32,6 +32,7 @@ __all__ = [
     "pack_token_ids",
     "passage_key",
     "quantise",
+    "split_batch",
     "to_bytes",
     "unpack_batch",
 ]

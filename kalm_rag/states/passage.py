@@ -212,6 +212,27 @@ def batch_states(states: Sequence[PassageStates]) -> StateBatch:
     )
 
 
+def split_batch(batch: StateBatch, keys: Sequence[str]) -> list[PassageStates]:
+    """Take a batch apart into states of single passages; the inverse of `batch_states`. Not for int8.
+
+    Args:
+        batch: States as they are made, without scales.
+        keys: Content address of each row.
+    """
+    return [
+        PassageStates(
+            vectors=batch.vectors[row, : int(batch.lengths[row])].clone(),
+            tokens=int(batch.tokens[row]),
+            total_tokens=int(batch.total_tokens[row]),
+            ratio=batch.ratio,
+            fingerprint=batch.fingerprint,
+            key=key,
+            token_ids=None if batch.token_ids is None else batch.token_ids[row, : int(batch.tokens[row])].clone(),
+        )
+        for row, key in enumerate(keys)
+    ]
+
+
 def merge_batches(size: int, parts: Sequence[tuple[Sequence[int], StateBatch]]) -> StateBatch:
     """Put the rows of several batches of one layout where they belong in a single one.
 

@@ -24,7 +24,8 @@ from pydantic import ValidationError
 from kalm_rag import Instructions
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingStateError, StateMismatchError
-from kalm_rag.index.lazy_engine import CacheStore, match_ratio, release_engines
+from kalm_rag.index.lazy_engine import match_ratio, release_engines
+from kalm_rag.index.state_cache import CacheStore
 from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMEmbeddings
 
 

@@ -51,7 +51,7 @@ def test_writing_keeps_states_in_step(chroma: KaLMChroma) -> None:
     chroma.delete([])
     assert len(chroma.get()["ids"]) == 4
     assert chroma.verify().clean
-    assert chroma.gc().states == 3, "cats, rain and honey are used by no record any more"
+    assert chroma.gc(younger_than=0).states == 3, "cats, rain and honey are used by no record any more"
     assert chroma.store.stats().states == 4
 
 
@@ -109,7 +109,7 @@ def test_records_of_others(chroma: KaLMChroma, tiny: Reranker) -> None:
     assert [d.id for d in chroma.get_by_ids(["e", "bare", "a"])] == ["e", "a"]
     found = KaLMRetriever(vectorstore=chroma, k=5).invoke(QUERY)
     assert [d.page_content for d in found] == [TEXTS[r.index] for r in tiny.rank(QUERY, TEXTS)]
-    chroma.gc()
+    chroma.gc(younger_than=0)
     assert not chroma.verify().missing, "states encoded at query time are kept with their records"
     chroma.backfill()
     assert chroma.verify().clean
@@ -135,7 +135,7 @@ def test_indexing_api(chroma: KaLMChroma, cleanup: Any) -> None:
     changed = run(from_source("one", "four"))
     assert (changed["num_added"], changed["num_deleted"]) == (1, 2)
     assert chroma.verify().clean
-    assert chroma.gc().states == 2
+    assert chroma.gc(younger_than=0).states == 2
     assert chroma.store.stats().states == chroma.store.stats().references == 2
 
 
@@ -155,7 +155,8 @@ def test_collections_come_and_go(chroma: KaLMChroma) -> None:
     assert chroma.store.stats().references == 0
     chroma.add_texts(["again"])
     assert chroma.verify().clean
-    assert chroma.gc().states == 5
+    chroma.gc(younger_than=0)
+    assert chroma.store.stats().states == 1
 
 
 def test_constructors_and_persistence(tiny: Reranker, tiny_folder: Path, tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_upkeep_from_a_coroutine(chroma: KaLMChroma) -> None:
         await chroma.aadd_documents(documents())
         assert (await chroma.averify()).clean
         assert (await chroma.abackfill()).encoded == 0
-        assert (await chroma.agc()).states == 0
+        assert (await chroma.agc(younger_than=0)).states == 0
         assert await chroma.arerank(QUERY, top_n=2) == chroma.rerank(QUERY, k=2)
 
     asyncio.run(kept())

@@ -87,7 +87,7 @@ class TestEmbedding:
         embedding = vectors.as_embedding()
         (vector,) = embedding.get_text_embedding_batch([TEXTS[0]])
         assert vector == pytest.approx(BundledEmbedder(pico).passages([TEXTS[0]])[0].tolist(), abs=1e-5)
-        assert stored(vectors) == 1  # on the way, for the node that is about to be added
+        assert stored(vectors) == 0  # in memory, for the node that is about to be added
         assert embedding.get_query_embedding(QUERY) == pytest.approx(BundledEmbedder(pico).query(QUERY), abs=1e-5)
         assert asyncio.run(embedding.aget_text_embedding(TEXTS[0])) == pytest.approx(vector, abs=1e-5)
         assert embedding.get_text_embedding_batch([]) == []

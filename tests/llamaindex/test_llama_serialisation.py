@@ -148,7 +148,7 @@ def test_headers_are_secrets(tiny: Reranker, tmp_path: Path) -> None:
         with pytest.raises(ValidationError, match=r"headers had X-Token when this was written down.*Pass them again"):
             KaLMChromaVectorStore.from_dict(data)
         again = KaLMChromaVectorStore.from_dict(data, headers={"X-Token": "hunter2"})
-        assert again._client().get_settings().chroma_server_headers["X-Token"] == "hunter2"
+        assert again._home.database.client.get_settings().chroma_server_headers["X-Token"] == "hunter2"
         assert again.headers == vectors.headers
         with pytest.raises(InputError, match=r"headers of the Chroma server \(X-Token\) are secrets"):
             pickle.dumps(vectors)

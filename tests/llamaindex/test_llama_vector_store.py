@@ -66,12 +66,12 @@ class TestVectorStore:
         index = index_of(vectors, documents())
         index.delete_ref_doc("d1")
         assert vectors.verify().clean
-        assert vectors.gc().states == 1
+        assert vectors.gc(younger_than=0).states == 1
         changed = documents(["The Nile is long.", "Coffee too.", "The Amazon is wide.", "Rivers end in the sea."])
         index.refresh_ref_docs(changed)
         report = vectors.verify()
         assert report.clean
-        vectors.gc()
+        vectors.gc(younger_than=0)
         assert vectors.verify().records == stored(vectors) == vectors._collection.count()
 
     def test_pipeline_with_docstore_upserts_and_cache(self, vectors: KaLMChromaVectorStore) -> None:
@@ -86,10 +86,10 @@ class TestVectorStore:
         pipeline.run(documents=documents(["The Nile is longest.", *TEXTS[1:]]))
         assert vectors.verify().clean
         assert vectors._collection.count() == 4
-        vectors.gc()
+        vectors.gc(younger_than=0)
         assert stored(vectors) == 4
         vectors.clear()
-        assert vectors.gc().states == 4
+        assert vectors.gc(younger_than=0).states == 4
         again = IngestionPipeline(transformations=pipeline.transformations, vector_store=vectors, cache=pipeline.cache)
         again.run(documents=documents(["The Nile is longest.", *TEXTS[1:]]))  # every step from the cache
         assert vectors.verify().clean
@@ -115,11 +115,11 @@ class TestVectorStore:
         vectors.add(twins)
         assert stored(vectors) == 1
         vectors.delete_nodes(["a"])
-        vectors.gc()
+        vectors.gc(younger_than=0)
         assert stored(vectors) == 1
         assert vectors.as_postprocessor(missing="raise").postprocess_nodes(scored(twins), query_str=QUERY)
         vectors.delete_nodes(["b"])
-        assert vectors.gc().states == 1
+        assert vectors.gc(younger_than=0).states == 1
 
     def test_deleting_by_id_and_filter(self, vectors: KaLMChromaVectorStore) -> None:
         vectors.add(make_nodes())
@@ -132,7 +132,7 @@ class TestVectorStore:
         vectors.delete_nodes(filters=only)
         assert {n.node_id for n in vectors.get_nodes(None)} == {"n0", "n2"}
         assert vectors.verify().clean
-        vectors.gc()
+        vectors.gc(younger_than=0)
         assert stored(vectors) == 2
 
     def test_async_methods(self, vectors: KaLMChromaVectorStore) -> None:
@@ -156,7 +156,7 @@ class TestVectorStore:
             assert (await vectors.averify()).clean
             assert (await vectors.abackfill()).encoded == 0
             await vectors.aclear()
-            assert (await vectors.agc()).states == 4
+            assert (await vectors.agc(younger_than=0)).states == 4
 
         asyncio.run(run())
         assert main not in seen
@@ -221,7 +221,7 @@ class TestVectorStore:
     def test_six_thousand_nodes_in_one_call(self, vectors: KaLMChromaVectorStore) -> None:
         """Chroma takes 5,461 records a call, and its own wrapper sends 41,665."""
         nodes = make_nodes([f"River {i % 600}" for i in range(6000)])  # each text ten times: encoding is not the point
-        assert len(nodes) > vectors._client().get_max_batch_size()
+        assert len(nodes) > vectors._home.database.client.get_max_batch_size()
         assert vectors.add(nodes) == [n.node_id for n in nodes]
         assert vectors._collection.count() == 6000
         short = Instructions(system="Yes or no?", task="Rivers.", system_mode="replace")  # so that this takes seconds
@@ -270,7 +270,7 @@ class TestVectorStore:
             KaLMChromaVectorStore.from_dict(vectors.to_dict()),
             pickle.loads(pickle.dumps(vectors)),
             KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), reranker=tiny),
-            KaLMChromaVectorStore(vectors._collection, client=vectors._client(), reranker=tiny),
+            KaLMChromaVectorStore(vectors._collection, client=vectors._home.database.client, reranker=tiny),
         ):
             assert other.verify().clean
             assert other.verify().records == 4
@@ -311,7 +311,7 @@ class TestVectorStore:
             ):
                 vectors.add(make_nodes())
                 vectors.delete_nodes(["n0"])
-                vectors.gc()
+                vectors.gc(younger_than=0)
                 assert vectors.verify().clean
                 assert stored(vectors) == 3
 

@@ -1,0 +1,293 @@
+"""A door's hold on one Chroma database: its client, its write lock, and when what it sees is old.
+
+Chroma keeps a collection's vector index in memory, per process. A process that has it open doesn't see what another
+one adds, and when it writes, what the other wrote is lost or the collection is dead. So every door writes inside
+`Database.writing`: one writer at a time per folder, and a door whose view is old opens its client again first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import chromadb
+from chromadb.api.client import Client
+from chromadb.api.shared_system_client import SharedSystemClient
+from chromadb.config import Settings
+from filelock import FileLock, Timeout
+
+from kalm_rag.errors import ClosedError, InputError, StoreError
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".kalm_rag_write.lock"
+"""In the folder of a persistent Chroma database; held while a door writes. The system frees it when a process dies."""
+WRITER_FILE = ".kalm_rag_writer"
+"""Beside it: which process wrote last."""
+LOCK_SECONDS = 60.0
+"""How long a door waits for another process's write."""
+
+LOCKED_SECONDS = 10.0
+"""How long opening waits while another process has Chroma's file locked (Chroma itself waits for minutes)."""
+
+_folder_locks: dict[str, tuple[threading.RLock, FileLock]] = {}
+_folder_locks_guard = threading.Lock()
+_last_seen: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+_names: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+
+
+class Database:
+    """A Chroma client, whose it is, and where it keeps its data.
+
+    Args:
+        client: The client.
+        owned: Whether `close` closes it and `refresh` may open it again. A client of the app's stays as it is.
+    """
+
+    def __init__(self, client: ClientAPI, *, owned: bool = False) -> None:
+        settings: Any = client.get_settings()
+        self.owned = self._closes = owned
+        self.remote = settings.chroma_server_host is not None
+        persistent = not self.remote and bool(settings.is_persistent)
+        self.folder = Path(settings.persist_directory).resolve() if persistent else None
+        self.lock_seconds = LOCK_SECONDS
+        self._client: ClientAPI | None = client
+        self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []
+        if self.folder is not None:
+            _last_seen.setdefault(_server(client), _last_writer(self.folder))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] | None, *, create: bool = True, **client_fields: str) -> Database:
+        """Open a persistent Chroma database; one in memory for None.
+
+        A database that this process has open already keeps the settings it was opened with.
+
+        Args:
+            path: Its folder; a ``~`` is the home folder.
+            create: Make the folder if there is no database in it.
+            **client_fields: ``tenant`` and ``database`` of the client.
+
+        Raises:
+            InputError: If the path is a file, or no database under ``create=False``; nothing is made then.
+            StoreError: If Chroma can't open it.
+        """
+        if path is not None and not create and not (Path(path).expanduser() / "chroma.sqlite3").exists():
+            _check_folder(Path(path).expanduser())
+            raise InputError(f"no Chroma database in {path}. Index some text first, or name another folder.")
+        return cls(_open_client(path, **client_fields), owned=True)
+
+    @classmethod
+    def of_collection(cls, collection: Collection) -> Database:
+        """The database that an open collection of the app's is from, over the same connection."""
+        system = cast("Any", collection._client)._system
+        made = cls(Client.from_system(system, tenant=collection.tenant, database=collection.database))
+        made._closes = True
+        return made
+
+    @property
+    def client(self) -> ClientAPI:
+        """The client.
+
+        Raises:
+            ClosedError: After `close`.
+        """
+        if self._client is None:
+            raise ClosedError("this Chroma database was closed. Open it again.")
+        return self._client
+
+    @property
+    def scope(self) -> str:
+        """Names the database to a state store that several databases share; "" in memory.
+
+        A folder is one database here, whatever tenants are in it: they can all be listed.
+        """
+        if not self.remote:
+            return "" if self.folder is None else str(self.folder)
+        client: Any = self.client
+        settings = client.get_settings()
+        place = f"{settings.chroma_server_host}:{settings.chroma_server_http_port}"
+        return f"{place}|{client.tenant}|{client.database}"
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Call a method whenever the client was opened again, so that its owner gets its collection anew."""
+        self._watchers.append(cast("Any", weakref.WeakMethod(cast("Any", callback))))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only writer of the folder for the length of the block; wait for another one before.
+
+        Raises:
+            StoreError: If another process keeps writing for `lock_seconds`; or if one has written since a client of
+                the app's was opened: its view is old, and writing with it would lose vectors.
+        """
+        if self.folder is None:
+            yield
+            return
+        threads, lock = _folder_lock(self.folder)
+        with threads:
+            try:
+                lock.acquire(timeout=self.lock_seconds)
+            except Timeout as err:
+                raise StoreError(
+                    f"another process has been writing to the Chroma database {self.folder} for "
+                    f"{self.lock_seconds:.0f} s. Wait until it is done, or stop it; nothing of this call was written."
+                ) from err
+            except OSError as err:
+                raise StoreError(
+                    f"the Chroma database {self.folder} can't be locked for writing ({err}). Make the folder writable."
+                ) from err
+            try:
+                if _last_seen.get(_server(self.client), "") != _last_writer(self.folder):
+                    self._catch_up()
+                self._sign()
+                yield
+            finally:
+                lock.release()
+
+    def refresh(self) -> None:
+        """Open the client again, to see what other processes wrote since.
+
+        Raises:
+            InputError: If the client is the app's own: open another one, and the door over it.
+        """
+        client: Any = self.client
+        if self.folder is None:  # one memory, or one server: always up to date
+            return
+        if not self.owned:
+            raise InputError(
+                "this door was given its Chroma client, which can't be opened again from here. Make a new client "
+                "(after client.close()) and open the door over it, or open by path."
+            )
+        fields = {"tenant": client.tenant, "database": client.database}
+        identifier = client._identifier
+        current = SharedSystemClient._identifier_to_system.get(identifier)
+        alone = SharedSystemClient._identifier_to_refcount.get(identifier, 0) <= _HANDLES
+        if alone or current is not _system(client):
+            client.close()
+        else:  # others of this process go on with the system they have; a new client gets a new one
+            SharedSystemClient._identifier_to_system.pop(identifier, None)
+            for _ in range(_HANDLES):
+                SharedSystemClient._decrement_refcount(identifier)
+            client._closed = True
+        self._client = _open_client(self.folder, **fields)
+        _last_seen.setdefault(_server(self._client), _last_writer(self.folder))
+        for watcher in self._watchers:
+            callback = watcher()
+            if callback is not None:
+                callback()
+
+    def close(self) -> None:
+        """Close the client if it is ours. Closing twice is fine."""
+        client, self._client = self._client, None
+        if client is not None and self._closes:
+            with contextlib.suppress(Exception):  # Chroma may have been shut down before
+                client.close()
+
+    def _catch_up(self) -> None:
+        if not self.owned:
+            raise StoreError(
+                f"another process has written to the Chroma database {self.folder} since this client was opened; "
+                f"writing now would lose vectors. Close the client, open a new one, and open this door again."
+            )
+        logger.info("another process wrote to %s: opening it again", self.folder)
+        self.refresh()
+
+    def _sign(self) -> None:
+        """Say who writes, before anything is written: a writer that is killed was seen all the same."""
+        if self.folder is None:
+            return
+        server = _server(self.client)
+        name = _names.setdefault(server, uuid.uuid4().hex)
+        if _last_seen.get(server) != name or _last_writer(self.folder) != name:
+            (self.folder / WRITER_FILE).write_text(name, encoding="ascii")
+            _last_seen[server] = name
+
+
+_HANDLES = 2
+"""References that one client holds on Chroma's system: its own and its admin client's."""
+
+
+def _open_client(path: str | os.PathLike[str] | None, **fields: str) -> ClientAPI:
+    if path is None:
+        return chromadb.EphemeralClient(settings=_settings("ephemeral"), **fields)
+    folder = Path(path).expanduser()
+    _check_folder(folder)
+    _check_unlocked(folder)
+    try:
+        return chromadb.PersistentClient(str(folder), settings=_settings(str(folder)), **fields)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as err:  # Chroma's Rust part raises panics as BaseException
+        raise StoreError(
+            f"Chroma can't open the database {folder} ({type(err).__name__}: {str(err)[:200]}). Check that the folder "
+            f"can be read and written, and that tenant and database exist."
+        ) from err
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; wanted the folder of a Chroma database.")
+
+
+def _settings(identifier: str) -> Settings:
+    """Settings for a new client: those in use, or else Chroma's own defaults.
+
+    Chroma refuses to open a database twice in one process with different settings; with the defaults, a plain client
+    that the app opens later still can. (Chroma's product telemetry does nothing since 1.5.)
+    """
+    system = SharedSystemClient._identifier_to_system.get(identifier)
+    return Settings() if system is None else system.settings
+
+
+def _server(client: ClientAPI) -> object:
+    """What holds the vector index in memory; all clients over one Chroma system share it."""
+    return cast("Any", client)._server
+
+
+def _system(client: ClientAPI) -> object:
+    return cast("Any", _server(client))._system
+
+
+def _last_writer(folder: Path) -> str:
+    try:
+        return (folder / WRITER_FILE).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
+def _folder_lock(folder: Path) -> tuple[threading.RLock, FileLock]:
+    """One lock among threads and one among processes (a `FileLock` alone lets all threads of a process in)."""
+    with _folder_locks_guard:
+        made = threading.RLock(), FileLock(str(folder / LOCK_FILE), thread_local=False)
+        return _folder_locks.setdefault(str(folder), made)
+
+
+def _check_unlocked(folder: Path) -> None:
+    """Refuse by name what Chroma would wait for without a word and without an end."""
+    file = folder / "chroma.sqlite3"
+    if not file.exists():
+        return
+    with contextlib.closing(sqlite3.connect(file, timeout=LOCKED_SECONDS, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        except sqlite3.OperationalError as err:
+            if "locked" in str(err):
+                raise StoreError(
+                    f"the Chroma database {folder} has been locked by another process for {LOCKED_SECONDS:.0f} s. "
+                    f"Wait until it is done, or stop it, then open again."
+                ) from err
+        except sqlite3.DatabaseError as err:
+            raise StoreError(f"{file} is no Chroma database, or is damaged ({err}). Name another folder.") from err

@@ -1,0 +1,199 @@
+"""Making a broken Chroma collection again out of its own records, without encoding what has stored states.
+
+Chroma's vector index can break for good (a writer killed at the wrong moment, two writers at once), or leave out
+records, while ids, texts and metadata stay sound in its file. The new collection is filled beside the old one, and
+takes its name at the end: a rebuild that is broken off is begun again, or finished at the next opening.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from kalm_rag.errors import InputError, KalmRagError
+from kalm_rag.index.candidates import load_states
+from kalm_rag.index.collection import NOTE, PAGE, chroma_errors, find_collection
+from kalm_rag.index.embedders import BundledEmbedder, Embedder
+from kalm_rag.index.results import RebuildReport, Timings
+from kalm_rag.index.writer import Home
+from kalm_rag.states import passage_key
+from kalm_rag.store import Reference
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = "-kalm-rebuild"
+"""What the name of a collection ends in while it is being made again."""
+_COMPLETE = NOTE + "rebuilt"
+
+
+class _Count:
+    """What the rebuild did so far."""
+
+    def __init__(self) -> None:
+        self.records = self.kept = self.embedded = self.encoded = 0
+
+
+def rebuild(home: Home, embedder: Embedder | None, *, show_progress: bool = False) -> RebuildReport:
+    """Make the collection again: same records, notes and distance, a new vector index.
+
+    Vectors that can still be read are kept; others are made of the stored states (pico's bundled vectors) or by the
+    embedder.
+
+    Args:
+        home: The collection. Nobody else writes to its folder meanwhile.
+        embedder: What makes its vectors; None where only vectors that can be read can be kept.
+        show_progress: Whether to show a bar.
+
+    Raises:
+        InputError: If vectors can't be read and there is no embedder; the collection stays as it was.
+        StoreError: If Chroma fails, or records can't be read at all.
+    """
+    with home.database.writing():
+        old = _readable(home)
+        client = home.database.client
+        name = old.name
+        if find_collection(client, name + SUFFIX) is not None:  # of a rebuild that was broken off
+            client.delete_collection(name + SUFFIX)
+        with chroma_errors(f"collection {name!r}"):
+            new = client.create_collection(
+                name + SUFFIX, embedding_function=None, metadata=old.metadata or None, configuration=_same_space(old)
+            )
+        count = _Count()
+        offset, vectors_readable = 0, True
+        with tqdm(total=old.count(), desc="rebuild", unit="record", disable=not show_progress) as bar:
+            while True:
+                with chroma_errors(f"collection {name!r}"):
+                    page: Any = old.get(limit=PAGE, offset=offset, include=["documents", "metadatas"])
+                if not page["ids"]:
+                    break
+                vectors = _vectors(old, page["ids"]) if vectors_readable else None
+                vectors_readable = vectors is not None
+                _copy(home, new, page, vectors, embedder, count)
+                offset += len(page["ids"])
+                bar.update(len(page["ids"]))
+        with chroma_errors(f"collection {name!r}"):
+            metadata = {key: value for key, value in (new.metadata or {}).items() if not key.startswith("hnsw:")}
+            new.modify(metadata={**metadata, _COMPLETE: name})
+            client.delete_collection(name)
+            _take_name(new, name)
+        home.find_again()
+    return RebuildReport(records=count.records, kept=count.kept, embedded=count.embedded, encoded=count.encoded)
+
+
+def finish(client: ClientAPI, name: str) -> bool:
+    """Give a rebuilt collection its name if the process died before it could; tell whether it did."""
+    made = find_collection(client, name + SUFFIX)
+    if made is None or (made.metadata or {}).get(_COMPLETE) != name:
+        return False
+    with chroma_errors(f"collection {name!r}"):
+        _take_name(made, name)
+    return True
+
+
+def _take_name(collection: Collection, name: str) -> None:
+    metadata = {key: value for key, value in (collection.metadata or {}).items() if key != _COMPLETE}
+    collection.modify(name=name, metadata=metadata or None)
+
+
+def _same_space(old: Collection) -> Any:  # noqa: ANN401 - chromadb's own type
+    space = ((old.configuration_json or {}).get("hnsw") or {}).get("space")
+    legacy = any(key.startswith("hnsw:") for key in old.metadata or {})
+    return {"hnsw": {"space": space}} if space is not None and not legacy else None
+
+
+def _readable(home: Home) -> Collection:
+    """The collection, with its vector index put aside if not even texts can be read with it."""
+    try:
+        with chroma_errors(f"collection {home.collection.name!r}"):
+            home.collection.get(limit=1, include=["documents"])
+            home.collection.count()
+    except KalmRagError:
+        folder = home.database.folder
+        if folder is None or not home.database.owned:
+            raise
+        with closing(sqlite3.connect(folder / "chroma.sqlite3", timeout=10)) as connection:
+            where = "SELECT id FROM segments WHERE collection=? AND scope='VECTOR'"
+            segments = [row[0] for row in connection.execute(where, (str(home.collection.id),))]
+        for segment in segments:
+            with suppress(FileNotFoundError):
+                (folder / segment).rename(folder / f"{segment}.broken-{int(time.time())}")
+        logger.warning("the vector index of collection %r was put aside: it can't be read.", home.collection.name)
+        home.database.refresh()
+    return home.collection
+
+
+def _vectors(old: Collection, ids: Sequence[str]) -> dict[str, Any] | None:
+    """Stored vectors by id, or None where the index can't give them."""
+    try:
+        with chroma_errors(f"collection {old.name!r}"):
+            found: Any = old.get(ids=list(ids), include=["embeddings"])
+    except KalmRagError as err:
+        logger.info("vectors are made again: %s", err)
+        return None
+    return dict(zip(found["ids"], found["embeddings"], strict=True))
+
+
+def _copy(
+    home: Home,
+    new: Collection,
+    page: Any,  # noqa: ANN401 - chromadb's own type
+    vectors: dict[str, Any] | None,
+    embedder: Embedder | None,
+    count: _Count,
+) -> None:
+    """Write one page of the old collection into the new one, and refer to its states under the new one's id."""
+    ids, at_hand = page["ids"], vectors if vectors is not None else {}
+    texts = [home.rule.text(d, m, i) for i, d, m in zip(ids, page["documents"], page["metadatas"], strict=True)]
+    rows = [row for row, i in enumerate(ids) if i in at_hand or texts[row] is not None]
+    left = [row for row in rows if ids[row] not in at_hand]
+    made = dict(zip(left, _embed(home, [texts[row] or "" for row in left], embedder, count), strict=True))
+    for has_text in (True, False):
+        part = [row for row in rows if (page["documents"][row] is not None) is has_text]
+        if not part:
+            continue
+        with chroma_errors(f"collection {new.name!r}"):
+            new.add(
+                ids=[ids[row] for row in part],
+                embeddings=[made[row] if row in made else at_hand[ids[row]] for row in part],
+                documents=[page["documents"][row] for row in part] if has_text else None,
+                metadatas=[page["metadatas"][row] or None for row in part],
+            )
+    _, store = home.parts()
+    references = [
+        Reference(collection_id=str(new.id), record_id=ids[row], key=passage_key(text))
+        for row in rows
+        if (text := texts[row]) is not None
+    ]
+    store.put_many([], references, scope=home.scope)
+    count.records += len(rows)
+    count.kept += len(rows) - len(left)
+    if len(rows) < len(ids):
+        logger.warning("%d records have neither text nor a vector that can be read.", len(ids) - len(rows))
+
+
+def _embed(home: Home, texts: list[str], embedder: Embedder | None, count: _Count) -> np.ndarray | list[Any]:
+    if not texts:
+        return []
+    if embedder is None:
+        raise InputError(
+            f"the vectors of {home.collection.name!r} can't be read, and this door has no embedder to make them again. "
+            f"Open the collection with ChromaIndex.open(path, collection=..., embedder=...) and rebuild there."
+        )
+    count.embedded += len(texts)
+    engine, store = home.parts()
+    if not isinstance(embedder, BundledEmbedder) or engine.info.family != "pico":
+        return embedder.passages(texts)
+    loaded = load_states(engine, store, texts, missing="encode", timings=Timings())
+    count.encoded += loaded.encoded
+    return embedder.from_states(loaded.states) if loaded.states is not None else []
