@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -355,6 +356,11 @@ def test_any_iterable_is_read_once_and_a_string_is_none(opener: Opener) -> None:
         ):
             with pytest.raises(InputError, match=f"{name} is one string"):
                 call()
+        for call in (lambda: store.gc([uuid.uuid4()]), lambda: store.unreference("c", [["r1"]])):  # type: ignore[list-item]
+            with pytest.raises(InputError, match=r"wanted text. Use str\(collection.id\)"):
+                call()
+        with pytest.raises(InputError, match="references holds a tuple"):
+            store.put_many([], [("c", "r1", states[0].key)])  # type: ignore[list-item]
         assert store.collections() == {"c": 2}
 
 

@@ -23,7 +23,7 @@ from stores import make_layout, make_many, make_states, refer
 from kalm_rag.errors import InputError, KalmRagError, StateMismatchError, StoreError, StoreFormatError
 from kalm_rag.states import Codec, Layout, PassageStates, pack_states, passage_key
 from kalm_rag.store import Fetched, Reference, collection_layouts, open_store, stored_layout
-from kalm_rag.store.base import make_row
+from kalm_rag.store.rows import make_row
 from kalm_rag.store.sqlite import SqliteStore
 
 LAYOUT = make_layout()

@@ -35,8 +35,10 @@ from kalm_rag.index.results import BackfillReport, RebuildReport, VerifyReport
 from kalm_rag.models.devices import parse_devices, parse_dtype
 from kalm_rag.states import Codec, Layout
 from kalm_rag.store import GcReport, StateStore, collection_layouts, open_store, stored_layout
-from kalm_rag.store.base import GRACE_SECONDS, check_same_layout, chunked
+from kalm_rag.store.arguments import check_same_layout
+from kalm_rag.store.base import GRACE_SECONDS
 from kalm_rag.store.memory import MemoryStore
+from kalm_rag.store.rows import chunked
 
 if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection

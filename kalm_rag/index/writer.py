@@ -30,7 +30,7 @@ from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.results import AddReport, Timings
 from kalm_rag.states import PassageStates, passage_key
 from kalm_rag.store import Reference, StateStore
-from kalm_rag.store.base import chunked
+from kalm_rag.store.rows import chunked
 
 if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection

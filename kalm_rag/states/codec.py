@@ -26,7 +26,7 @@ FORMATS = {False: 1, True: 2}
 
 
 MOST_IDS = 1 << 16
-"""Token ids that a state can keep are below this."""
+"""Token ids that can be kept are below this: two bytes each."""
 
 
 class Codec(str, Enum):

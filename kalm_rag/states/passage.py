@@ -50,7 +50,7 @@ class PassageStates:
             )
         if self.token_ids is not None and self.token_ids.shape != (self.tokens,):
             raise StateShapeError(
-                f"token ids have shape {tuple(self.token_ids.shape)}; wanted ({self.tokens},), one id a token. Make "
+                f"token ids have shape {tuple(self.token_ids.shape)}; wanted ({self.tokens},), one id per token. Make "
                 f"states with Reranker.encode."
             )
 

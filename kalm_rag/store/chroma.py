@@ -17,27 +17,17 @@ from chromadb.errors import NotFoundError
 
 from kalm_rag.errors import ClosedError, InputError, StoreError
 from kalm_rag.states import Layout, PassageStates
-from kalm_rag.store.base import (
+from kalm_rag.store.arguments import (
     DAMAGED_ROW,
-    GRACE_SECONDS,
-    Closing,
-    Fetched,
-    GcReport,
-    Reference,
-    StoredRow,
-    StoreStats,
-    assemble,
     check_ids,
     check_keys,
     check_names,
     check_put,
     check_same_layout,
     check_sweep,
-    chunked,
-    damage,
     is_row_name,
-    make_row,
 )
+from kalm_rag.store.base import GRACE_SECONDS, Closing, Fetched, GcReport, Reference, StoreStats
 from kalm_rag.store.chroma_calls import (
     FoundRecord,
     companions,
@@ -62,6 +52,7 @@ from kalm_rag.store.companion import (
     state_record,
     write_marks,
 )
+from kalm_rag.store.rows import StoredRow, assemble, chunked, damage, make_row
 
 READ_IDS = 256  # payloads of one answer: 256 states of 19 kB are 7 MB
 PAGE_IDS = 5000  # ids or references of one answer; `get` fails above 32,766
@@ -75,7 +66,7 @@ class ChromaStore(Closing):
     unreferenced states, which `gc` takes, never a reference to states that were not written. `gc` and `put_many`
     at the same time can leave a reference whose state is gone; it is then missing, and encoded again on demand.
 
-    Chroma Cloud is not supported: it takes 4,096 bytes a metadata value, a tenth of a passage (`StoreError`).
+    Chroma Cloud is not supported: it takes 4,096 bytes per metadata value, a tenth of a passage (`StoreError`).
 
     Make one with `ChromaStore.open` or `open_store`.
     """

@@ -14,7 +14,8 @@ from typing import Any
 
 from kalm_rag.errors import StoreFormatError
 from kalm_rag.states import FORMATS, Codec, Layout
-from kalm_rag.store.base import Reference, StoredRow
+from kalm_rag.store.base import Reference
+from kalm_rag.store.rows import StoredRow
 
 SCHEMA_VERSION = 1
 BODY_BYTES = 8 << 20

@@ -71,6 +71,38 @@ def use_wal(connection: sqlite3.Connection, timeout: float) -> None:
             return
 
 
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection, wait: float | None = None) -> Iterator[None]:
+    """One write transaction, all or nothing. Do no computing inside: others wait for it.
+
+    Args:
+        connection: In autocommit.
+        wait: Seconds to wait for another writer; None takes the connection's own timeout.
+    """
+    with _busy_timeout(connection, wait):
+        connection.execute("BEGIN IMMEDIATE")  # a deferred one can fail at its first write without waiting
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # a full disk may have rolled back already
+            connection.execute("ROLLBACK")
+        raise
+
+
+@contextlib.contextmanager
+def _busy_timeout(connection: sqlite3.Connection, wait: float | None) -> Iterator[None]:
+    if wait is None:
+        yield
+        return
+    own = connection.execute("PRAGMA busy_timeout").fetchone()[0]
+    connection.execute(f"PRAGMA busy_timeout={int(1000 * wait)}")
+    try:
+        yield
+    finally:
+        connection.execute(f"PRAGMA busy_timeout={own}")
+
+
 SqliteErrors = (sqlite3.Error, UnicodeDecodeError)
 """What the driver raises; the second when it quotes a damaged table's text in an error of its own."""
 

@@ -8,23 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from kalm_rag.errors import ClosedError
 from kalm_rag.states import Layout, PassageStates
-from kalm_rag.store.base import (
-    GRACE_SECONDS,
-    Closing,
-    Fetched,
-    GcReport,
-    Reference,
-    StoredRow,
-    StoreStats,
-    assemble,
-    check_ids,
-    check_keys,
-    check_names,
-    check_put,
-    check_sweep,
-    damage,
-    make_row,
-)
+from kalm_rag.store.arguments import check_ids, check_keys, check_names, check_put, check_sweep
+from kalm_rag.store.base import GRACE_SECONDS, Closing, Fetched, GcReport, Reference, StoreStats
+from kalm_rag.store.rows import StoredRow, assemble, damage, make_row
 
 
 class MemoryStore(Closing):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Union
 from kalm_rag.errors import InputError, StoreError
 from kalm_rag.states import Layout
 from kalm_rag.store import sqlite
-from kalm_rag.store.base import GRACE_SECONDS, GcReport, StateStore, check_sweep
+from kalm_rag.store.arguments import check_sweep
+from kalm_rag.store.base import GRACE_SECONDS, GcReport, StateStore
 from kalm_rag.store.memory import MemoryStore
 from kalm_rag.store.sqlite import SqliteStore
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from kalm_rag.errors import InputError
 from kalm_rag.states import Layout
-from kalm_rag.store.base import DAMAGED_INDEX, DAMAGED_ROW, StoredRow, chunked, damage, is_row_name
+from kalm_rag.store.arguments import DAMAGED_INDEX, DAMAGED_ROW, is_row_name
+from kalm_rag.store.rows import StoredRow, chunked, damage
 from kalm_rag.store.schema import KEY_BYTES, STATES_BY_KEY, USES_BY_KEY, check_ascending, marks
 
 PAGE_ROWS = 64  # rows read at a time where all are read: memory stays flat

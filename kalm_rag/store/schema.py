@@ -1,4 +1,4 @@
-"""The SQLite file of a state store: its tables, how it is made, opened and recognised.
+"""The SQLite file of a state store: its tables, how it is made, opened, recognised and brought up to date.
 
 Knows SQLite and `Layout`; the work on rows is in `sqlite.py`.
 """
@@ -9,14 +9,22 @@ import contextlib
 import itertools
 import logging
 import sqlite3
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.errors import InputError, StoreError, StoreFormatError
-from kalm_rag.states import DTYPES, FORMATS, Codec, Layout
-from kalm_rag.store.connections import REBUILD, ConnectionPool, SqliteErrors, connect, translate, use_wal
+from kalm_rag.errors import StoreError, StoreFormatError
+from kalm_rag.states import Layout
+from kalm_rag.store.connections import (
+    REBUILD,
+    ConnectionPool,
+    SqliteErrors,
+    connect,
+    transaction,
+    translate,
+    use_wal,
+)
+from kalm_rag.store.namespaces import has_column, sign_namespaces, unsigned_namespaces
 
 LOGGER = logging.getLogger(__name__)
 APPLICATION_ID = 0x6B616C6D
@@ -28,17 +36,17 @@ SCHEMA_VERSION = 1
 TYPICAL_TOKENS = 100
 KEY_BYTES = 32
 READ_MODES = ("ro", "immutable")
-NAMESPACE_COLUMNS = "id, fingerprint, hidden_size, ratio, codec, state_dtype, format"
-"""What a namespace's checksum covers, in this order."""
 
-# `states` is a rowid table with the payload last: WITHOUT ROWID would put the blobs into the B-tree of the keys, and
-# finding what is missing would read them. `uses` is small and always looked up by its key, so it is its own index.
 STATES_BY_KEY = "CREATE UNIQUE INDEX states_by_key ON states (namespace, key)"
 USES_BY_KEY = "CREATE INDEX uses_by_key ON uses (namespace, key)"
 COLLECTIONS = (
     "CREATE TABLE collections (namespace INTEGER NOT NULL, collection_id TEXT NOT NULL, scope TEXT NOT NULL, "
     "written INTEGER NOT NULL, PRIMARY KEY (namespace, collection_id)) WITHOUT ROWID"
 )
+
+# `states` is a rowid table with the payload last: WITHOUT ROWID would put the blobs into the B-tree of the keys, and
+# finding what is missing would read them. `uses` (the references) is small and always looked up by its key, so it is
+# its own index. In `states`, `found` is `total_tokens`. `created` and `written` are unix seconds of the last put.
 TABLES = (
     "CREATE TABLE namespaces (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, hidden_size INTEGER NOT NULL, "
     "ratio INTEGER NOT NULL, codec TEXT NOT NULL, state_dtype TEXT NOT NULL, format INTEGER NOT NULL, "
@@ -64,11 +72,11 @@ ADDED = (
 
 
 def page_size(layout: Layout) -> int:
-    """Bytes a page, so that disk stays within 1.2 times the payload: the power of two that half a typical state fills.
+    """Bytes per page: the power of two that half a typical passage fills.
 
-    SQLite wastes up to a page a row. Measured, payload of 100 tokens -> disk / payload at 16384, 8192, 4096:
-    38 kB -> 1.08, 1.04, 1.02; 19 kB -> 1.15, 1.08, 1.04; 10 kB (int8) -> 1.42, 1.15, 1.09. Bigger pages read faster
-    when cold only (13, 17, 23 ms for 100 states of 19 kB).
+    SQLite wastes up to a page per row; so the file stays within 1.2 times the payload. Measured, payload of 100 tokens
+    -> disk / payload at 16384, 8192, 4096: 38 kB -> 1.08, 1.04, 1.02; 19 kB -> 1.15, 1.08, 1.04; 10 kB (int8) -> 1.42,
+    1.15, 1.09. Bigger pages read faster when cold only (13, 17, 23 ms for 100 passages of 19 kB).
     """
     half = layout.payload_bytes(TYPICAL_TOKENS) // 2
     return min(16384, max(4096, 1 << max(0, half.bit_length() - 1)))
@@ -159,140 +167,17 @@ def _create(connection: sqlite3.Connection, path: Path, mode: str, layout: Layou
                 connection.execute(statement)
 
 
-@contextlib.contextmanager
-def _busy_timeout(connection: sqlite3.Connection, wait: float | None) -> Iterator[None]:
-    if wait is None:
-        yield
-        return
-    own = connection.execute("PRAGMA busy_timeout").fetchone()[0]
-    connection.execute(f"PRAGMA busy_timeout={int(1000 * wait)}")
-    try:
-        yield
-    finally:
-        connection.execute(f"PRAGMA busy_timeout={own}")
-
-
 def _upgrade(connection: sqlite3.Connection) -> None:
     """Add what an earlier release's file lacks; takes the write lock only if something does."""
-    if _lacks(connection) or _unsigned(connection):
+    if _lacks(connection) or unsigned_namespaces(connection):
         with transaction(connection):
             for statement in _lacks(connection):  # asked again: another process may have been first
                 connection.execute(statement)
-            _sign(connection)
-
-
-def _sign(connection: sqlite3.Connection) -> None:
-    for row in _unsigned(connection):
-        connection.execute("UPDATE namespaces SET checksum=? WHERE id=?", (namespace_checksum(row), row[0]))
+            sign_namespaces(connection)
 
 
 def _lacks(connection: sqlite3.Connection) -> list[str]:
-    return [statement for table, column, statement in ADDED if not _has_column(connection, table, column)]
-
-
-def _has_column(connection: sqlite3.Connection, table: str, column: str) -> bool:
-    query = "SELECT 1 FROM pragma_table_info(?) WHERE name=?"
-    return connection.execute(query, (table, column)).fetchone() is not None
-
-
-def _unsigned(connection: sqlite3.Connection) -> list[tuple[object, ...]]:
-    """Namespace rows without a checksum: earlier releases write none."""
-    return connection.execute(f"SELECT {NAMESPACE_COLUMNS} FROM namespaces WHERE checksum IS NULL").fetchall()
-
-
-def namespace_checksum(row: Sequence[object]) -> int:
-    """CRC-32 over a namespace row (`NAMESPACE_COLUMNS`).
-
-    Each state's own checksum covers the fingerprint, not ratio, codec and dtype: one changed byte there would make
-    other states of the same payloads, and wrong scores, without an error.
-    """
-    return zlib.crc32(repr(tuple(row)).encode())
-
-
-@contextlib.contextmanager
-def transaction(connection: sqlite3.Connection, wait: float | None = None) -> Iterator[None]:
-    """One write transaction, all or nothing. Do no computing inside: others wait for it.
-
-    Args:
-        connection: In autocommit.
-        wait: Seconds to wait for another writer; None takes the connection's own timeout.
-    """
-    with _busy_timeout(connection, wait):
-        connection.execute("BEGIN IMMEDIATE")  # a deferred one can fail at its first write without waiting
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:  # a full disk may have rolled back already
-            connection.execute("ROLLBACK")
-        raise
-
-
-def read_namespace(connection: sqlite3.Connection, fingerprint: str, path: Path) -> tuple[int, Layout] | None:
-    """Look up a model's namespace: its number and layout, or None.
-
-    Raises:
-        StoreFormatError: If its row is damaged, or its states are in a byte format of a newer release.
-    """
-    found = read_namespaces(connection, path, "fingerprint=?", (fingerprint,))
-    return found[0] if found else None
-
-
-def read_namespaces(
-    connection: sqlite3.Connection, path: Path, where: str = "1", values: Sequence[object] = ()
-) -> list[tuple[int, Layout]]:
-    """Read namespaces, all or those of a condition: their numbers and layouts.
-
-    Raises:
-        StoreFormatError: If a row is damaged, or its states are in a byte format of a newer release.
-    """
-    checksum = "checksum" if _has_column(connection, "namespaces", "checksum") else "NULL"  # an old file, read-only
-    query = f"SELECT {checksum}, {NAMESPACE_COLUMNS} FROM namespaces WHERE {where}"
-    return [_read_row(row[1:], row[0], path) for row in connection.execute(query, values).fetchall()]
-
-
-def _read_row(row: tuple[Any, ...], checksum: object, path: Path) -> tuple[int, Layout]:
-    number, fingerprint, hidden_size, ratio, codec, state_dtype, version = row
-    if version not in FORMATS.values():
-        raise StoreFormatError(
-            f"{path} holds states in byte format {version}; this release reads {max(FORMATS.values())} at "
-            f"most. Upgrade kalm_rag, or index again in another folder."
-        )
-    if checksum is not None and checksum != namespace_checksum(row):
-        raise StoreFormatError(f"{path} is damaged: namespace row {row!r} doesn't match its checksum. {REBUILD}")
-    try:
-        layout = Layout(
-            fingerprint=fingerprint,
-            hidden_size=int(hidden_size),
-            ratio=int(ratio),
-            codec=Codec.parse(codec),
-            state_dtype=state_dtype,
-            keeps_token_ids=version == FORMATS[True],
-        )
-    except (InputError, ValueError, TypeError) as err:
-        raise StoreFormatError(f"{path} is damaged: namespace row {row!r}. {REBUILD}") from err
-    if state_dtype not in DTYPES or layout.ratio < 1 or layout.hidden_size < 1:
-        raise StoreFormatError(f"{path} is damaged: namespace row {row!r}. {REBUILD}")
-    return number, layout
-
-
-def make_namespace(connection: sqlite3.Connection, layout: Layout) -> None:
-    """Write a model's namespace, unless another process was first."""
-    values = (
-        layout.fingerprint,
-        layout.hidden_size,
-        layout.ratio,
-        layout.codec.value,
-        layout.state_dtype,
-        layout.format,
-    )
-    with transaction(connection):
-        connection.execute(
-            "INSERT OR IGNORE INTO namespaces (fingerprint, hidden_size, ratio, codec, state_dtype, format) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
-            values,
-        )
-        _sign(connection)
+    return [statement for table, column, statement in ADDED if not has_column(connection, table, column)]
 
 
 def check_ascending(values: Sequence[Any]) -> None:

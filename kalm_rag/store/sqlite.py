@@ -10,38 +10,16 @@ from pathlib import Path
 
 from kalm_rag.errors import StoreError
 from kalm_rag.states import Layout, PassageStates
-from kalm_rag.store.base import (
-    GRACE_SECONDS,
-    Closing,
-    Fetched,
-    GcReport,
-    Reference,
-    StoredRow,
-    StoreStats,
-    assemble,
-    check_ids,
-    check_keys,
-    check_names,
-    check_put,
-    check_same_layout,
-    check_sweep,
-    chunked,
-    make_row,
-)
-from kalm_rag.store.connections import ConnectionPool, translate
+from kalm_rag.store.arguments import check_ids, check_keys, check_names, check_put, check_same_layout, check_sweep
+from kalm_rag.store.base import GRACE_SECONDS, Closing, Fetched, GcReport, Reference, StoreStats
+from kalm_rag.store.connections import ConnectionPool, transaction, translate
+from kalm_rag.store.namespaces import make_namespace, read_namespace, read_namespaces
 from kalm_rag.store.repair import drop_damaged, find_damage
-from kalm_rag.store.schema import (
-    check_ascending,
-    make_namespace,
-    marks,
-    open_pool,
-    read_namespace,
-    read_namespaces,
-    transaction,
-)
+from kalm_rag.store.rows import StoredRow, assemble, chunked, make_row
+from kalm_rag.store.schema import check_ascending, marks, open_pool
 from kalm_rag.store.sweep import drop_unused, forget_collection, give_back_space
 
-CHUNK = 500  # SQLite's older limit is 999 variables a statement
+CHUNK = 500  # values in one statement; SQLite's older limit is 999
 
 
 class SqliteStore(Closing):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sqlite3
 
-from kalm_rag.store.base import GcReport, chunked
+from kalm_rag.store.base import GcReport
 from kalm_rag.store.repair import DROP_ROWS, Lender
+from kalm_rag.store.rows import chunked
 from kalm_rag.store.schema import marks
 
 FORGET_ROWS = 5000  # references dropped in one transaction
