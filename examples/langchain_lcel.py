@@ -10,14 +10,14 @@ from langchain_core.runnables import RunnablePassthrough
 
 from kalm_rag.langchain import KaLMChroma, KaLMRetriever
 
-PASSAGES = [
-    "In winter the bees form a cluster around the queen and warm it by moving their flight muscles.",
-    "Winter bees live for six months, summer bees for six weeks.",
-    "Bumblebees can fly at lower temperatures than honey bees because they shiver to warm up.",
-    "Worker bees do the waggle dance to tell the others how far away flowers are.",
-    "Beekeepers use smoke because it masks the alarm scent and makes the bees calm.",
-    "Honey keeps for years: it holds too little water for bacteria to grow.",
-]
+PASSAGES = {
+    "cluster": "In winter the bees form a cluster around the queen and warm it by moving their flight muscles.",
+    "lifetime": "Winter bees live for six months, summer bees for six weeks.",
+    "bumblebee": "Bumblebees can fly at lower temperatures than honey bees because they shiver to warm up.",
+    "dance": "Worker bees do the waggle dance to tell the others how far away flowers are.",
+    "smoke": "Beekeepers use smoke because it masks the alarm scent and makes the bees calm.",
+    "honey": "Honey keeps for years: it holds too little water for bacteria to grow.",
+}
 PROMPT = ChatPromptTemplate(
     [
         ("system", "You teach biology. Explain how animals behave.\n\n<context>\n{context}\n</context>"),
@@ -34,7 +34,7 @@ def numbered(documents: list[Document]) -> str:
 def main() -> None:
     """Index, ask, show what moved."""
     store = KaLMChroma("lcel-example")  # persist_directory="db" keeps passages and their states
-    store.add_texts(PASSAGES)
+    store.add_texts(list(PASSAGES.values()), ids=list(PASSAGES))  # the same ids again replace, and don't double
     # The retriever reads its instructions out of the app's prompt: documents, question and labels are left out.
     retriever = KaLMRetriever(vectorstore=store, k=3, instructions=PROMPT, keep_retrieval_score=True)
     model = FakeListChatModel(responses=["They huddle around the queen and shiver [1]."])

@@ -7,11 +7,11 @@ traced as a chain run with the candidates as its input, and its start always has
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun, Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
 from langchain_core.runnables import ConfigurableFieldSpec, RunnableConfig, RunnableSerializable
 from langchain_core.runnables.config import (
     ensure_config,
@@ -19,7 +19,7 @@ from langchain_core.runnables.config import (
     get_callback_manager_for_config,
     run_in_executor,
 )
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, StrictInt, field_validator, model_validator
 from typing_extensions import Self
 
 from kalm_rag.checks import check_cut
@@ -28,11 +28,8 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, Owners, RankedCandidate
 from kalm_rag.index.lazy_engine import (
-    EngineSpec,
     is_blank,
     rank_candidates,
-    shared_store,
-    spec_of,
     unscored_candidates,
 )
 from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
@@ -45,7 +42,7 @@ from kalm_rag.langchain.inputs import (
     configured_instructions,
     read_input,
 )
-from kalm_rag.store import StateStore
+from kalm_rag.langchain.settings import EngineSettings, place_of
 
 SCORE = "relevance_score"
 """Metadata key of P(yes) in [0, 1]: the key that LangChain's rerankers use."""
@@ -55,11 +52,9 @@ RETRIEVAL_SCORE = "retrieval_score"
 """Metadata key of the score a document came with, with ``keep_retrieval_score``."""
 RETRIEVAL_RANK = "retrieval_rank"
 """Metadata key of the place a document came at, from 1, with ``keep_retrieval_score``."""
-_ENGINE_FIELDS = {field.name for field in fields(EngineSpec)} - {"ratio"}
-"""Fields that say which engine; `ratio` is the store's too."""
 
 
-class KaLMDocumentCompressor(BaseDocumentCompressor):
+class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
     """Reranks documents: states are looked up, or encoded once where missing; only the decoder runs per query.
 
     Nothing is loaded before the first call; equal settings share one engine in a process (`release_engines` frees
@@ -71,7 +66,8 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         device: ``cpu``, ``cuda``, ``cuda:1``, or several as ``"cuda:0,cuda:1"``; None takes CUDA where there is one.
         dtype: ``bf16`` or ``fp32``; None takes bf16 on CUDA, fp32 on the CPU.
         ratio: Tokens a state stands for. With a store: a multiple of what is stored; None takes the stored one.
-            Without a store: None is 4.
+            Without a store: None is `state_ratio`.
+        state_ratio: Tokens a state stands for where states are made; None is `ratio`, or else 4.
         batch_size: Most passages in one pass.
         decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU, a little less exactly; None as they are.
         compiled: Whether a KaLM checkpoint's decoder is compiled, which takes a minute at the first query.
@@ -83,8 +79,8 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         passage: How a document becomes the text that is read: ``"document"``, or a template over its text and metadata
             such as ``"{title}: {text}"``; see `kalm_rag.index.passage_rule.PassageRule`.
         instructions: `Instructions`, a task as a string, or the app's prompt or chain (`Instructions.from_prompt`).
-        store: Where states are: a `StateStore`, a folder or a ``.sqlite3`` file. None keeps the latest 256 MiB of
-            states in memory, shared by the process.
+        store: Where states are: a `StateStore`, a folder or a ``.sqlite3`` file, or a `KaLMChroma`, whose engine is
+            then used, too. None keeps the latest 256 MiB of states in memory, shared by the process.
         reranker: A ready engine, in place of `model` and its settings. Stays yours to close.
         keep_score: Give ``relevance_score`` = P(yes) in the metadata. False leaves it out, for what compares whole
             documents afterwards (see `KaLMRetriever`).
@@ -101,74 +97,30 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         'Paris is the capital of France.'
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
-    model: str = "pico"
-    revision: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    ratio: StrictInt | None = None
-    batch_size: StrictInt = 64
-    decoder_weights: str | None = None
-    compiled: bool = False
-    prefix_cache_bytes: StrictInt | None = None
     top_n: StrictInt | None = 3
     threshold: float | None = None
     missing: Missing = "encode"
     passage: str = DOCUMENT
     instructions: AnyInstructions = None
-    store: Any = None
-    reranker: Reranker | None = Field(default=None, exclude=True, repr=False)
     keep_score: bool = True
     keep_retrieval_score: bool = False
     keep_margin: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _hint_at_names(cls, values: object) -> object:
-        check_names(values if isinstance(values, Mapping) else (), cls.model_fields, cls.__name__)
-        return values
 
     @field_validator("passage")
     @classmethod
     def _check_passage(cls, value: str) -> str:
         return str(PassageRule(value))
 
-    @field_validator("device", "dtype", mode="before")
-    @classmethod
-    def _name_torch_type(cls, value: object) -> object:
-        return value if value is None or isinstance(value, str) else str(value).removeprefix("torch.")
-
     @field_validator("instructions", mode="before")
     @classmethod
     def _read_instructions(cls, value: object) -> Instructions | None:
         return as_instructions(value)
 
-    @field_validator("store", mode="before")
-    @classmethod
-    def _check_store(cls, value: object) -> object:
-        if value is None or hasattr(value, "get_many"):
-            return value
-        if isinstance(value, str) or hasattr(value, "__fspath__"):
-            return str(value)
-        raise InputError(f"store is {type(value).__name__}; wanted a StateStore, a folder, a .sqlite3 file, or None.")
-
-    @field_serializer("store")
-    def _store_place(self, store: object) -> str | None:
-        """A path where there is one; states in memory or in a companion collection stay behind."""
-        return store if store is None or isinstance(store, str) else _path_of(store)
-
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        if self.reranker is not None:
-            given = _ENGINE_FIELDS & self.model_fields_set
-            if given:
-                raise InputError(f"reranker and {', '.join(sorted(given))} were both given; wanted one of them.")
-            self.__dict__.update(spec_of(self.reranker))  # so that what is written down makes the same engine
         check_cut(self.top_n, self.threshold)
         if self.keep_margin and not self.keep_score:
             raise InputError("keep_margin=True needs keep_score=True: a margin is a score.")
-        self._spec()
         return self
 
     def compress_documents(
@@ -214,7 +166,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
 
     def engine(self) -> Reranker:
         """Give the engine, loading it if need be."""
-        return self.reranker if self.reranker is not None else self._spec().engine()
+        return self.lazy.engine()
 
     def preview(self, query: str) -> str:
         """Show the exact text that the decoder reads for a query, instructions included."""
@@ -272,10 +224,7 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
         if blank:
             placed = unscored_candidates(len(documents), top_n=self.top_n, threshold=self.threshold)
             return [self._scored(documents[one.index], one) for one in placed]
-        engine = self.engine()
-        store = shared_store(self.store, engine) if isinstance(self.store, str) else self.store
-        if store is None and self.ratio is not None and engine.ratio != self.ratio:
-            engine = engine.at(self.ratio)
+        engine, store = self.lazy.get()
         told, rule = configured_instructions(config), PassageRule(self.passage)
         placed = rank_candidates(
             engine,
@@ -303,21 +252,8 @@ class KaLMDocumentCompressor(BaseDocumentCompressor):
             metadata[MARGIN] = placed.margin
         return document.model_copy(update={"metadata": metadata})
 
-    def _spec(self) -> EngineSpec:
-        return EngineSpec(**{field: getattr(self, field) for field in _ENGINE_FIELDS}, ratio=self.ratio)
-
     def _run_name(self, config: RunnableConfig) -> str:
         return config.get("run_name") or type(self).__name__
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """Settings without the model or an open store."""
-        state = super().__getstate__()
-        fields = {**state["__dict__"], "reranker": None, "store": self._store_place(self.store)}
-        return {**state, "__dict__": fields}
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Copy the settings; model and open store are shared, as locks and files can't be copied."""
-        return self.model_copy()
 
 
 class KaLMRerank(RunnableSerializable[Any, list[Document]]):
@@ -360,6 +296,21 @@ class KaLMRerank(RunnableSerializable[Any, list[Document]]):
             check_names(settings, KaLMDocumentCompressor.model_fields, type(self).__name__)
             compressor = KaLMDocumentCompressor(**settings)
         super().__init__(compressor=compressor, name=name)  # type: ignore[call-arg]
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Let LangChain's ``dumpd`` write the step down; see `to_json`."""
+        return True
+
+    def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
+        """Write down the settings, for ``load(..., allowed_objects=[KaLMRerank], valid_namespaces=["kalm_rag"])``.
+
+        States that are in memory or on a server can't be written down; neither can a compressor of another class.
+        """
+        if type(self.compressor) is not KaLMDocumentCompressor or isinstance(place_of(self.compressor.store), dict):
+            return self.to_json_not_implemented()
+        settings = self.compressor.model_dump(exclude_defaults=True)
+        return {"lc": 1, "type": "constructor", "id": self.lc_id(), "kwargs": {**settings, "name": self.name}}
 
     @property
     def config_specs(self) -> list[ConfigurableFieldSpec]:
@@ -415,8 +366,3 @@ def _config(callbacks: Callbacks | None) -> RunnableConfig:
 
 def _shown(documents: object, query: object) -> dict[str, Any]:
     return {"query": query, "documents": list(documents) if isinstance(documents, Sequence) else documents}
-
-
-def _path_of(store: StateStore | object) -> str | None:
-    path = getattr(store, "path", None)
-    return None if path is None else str(path)

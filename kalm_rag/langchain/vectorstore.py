@@ -6,48 +6,36 @@ searching is LangChain's own, unchanged.
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import chromadb
-import chromadb.config
 from langchain_chroma import Chroma
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 
 from kalm_rag.checks import check_passages
-from kalm_rag.engine.reranker import Reranker
-from kalm_rag.errors import InputError
-from kalm_rag.index import ChromaIndex
-from kalm_rag.index.candidates import Missing, Owners, check_missing
-from kalm_rag.index.clients import Database
-from kalm_rag.index.collection import PAGE, CollectionNotes, check_vectors, require_collection
-from kalm_rag.index.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
-from kalm_rag.index.home import CollectionHome
-from kalm_rag.index.lazy_engine import EngineSpec
-from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
+from kalm_rag.errors import InputError, StoreError
+from kalm_rag.index.candidates import Owners
+from kalm_rag.index.collection import PAGE, all_collection_ids, chroma_errors
+from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.index.results import BackfillReport, VerifyReport
 from kalm_rag.langchain.compressor import KaLMDocumentCompressor
-from kalm_rag.langchain.embeddings import KaLMEmbeddings
+from kalm_rag.langchain.connection import ChromaWithStates
 from kalm_rag.langchain.inputs import check_names
 from kalm_rag.langchain.retriever import KaLMRetriever
-from kalm_rag.states import Codec
-from kalm_rag.store import GcReport, StateStore
+from kalm_rag.store import GcReport, sweep_folder
 from kalm_rag.store.base import GRACE_SECONDS
+from kalm_rag.store.chroma import drop_companions
 
 if TYPE_CHECKING:
-    from chromadb.api import CreateCollectionConfiguration
     from typing_extensions import Self
 
-_REMOTE_OR_FOLDER = ("persist_directory", "host", "chroma_cloud_api_key")
 
-
-class KaLMChroma(Chroma):
+class KaLMChroma(ChromaWithStates):
     """`langchain_chroma.Chroma` whose passages are encoded once, when they are added, for `KaLMRetriever`.
 
     Takes everything Chroma takes, and searches as Chroma does. What is different: writing keeps states; any number
@@ -56,143 +44,55 @@ class KaLMChroma(Chroma):
     The engine is loaded when states are first needed. Safe to use from many threads.
 
     Args:
-        collection_name: As Chroma; the other arguments up to `ssl`, too.
+        collection_name: Name of the collection.
         embedding_function: What makes the vectors. None takes the bundled all-MiniLM-L6-v2, which costs nothing
             extra with pico (a new collection is then made for cosine).
-        persist_directory: As Chroma; states go into a SQLite file in the same folder.
-        host: As Chroma; for a remote server states go into a companion collection.
-        port: As Chroma.
-        headers: As Chroma.
-        chroma_cloud_api_key: As Chroma.
-        tenant: As Chroma.
-        database: As Chroma.
-        client_settings: As Chroma.
-        collection_metadata: As Chroma.
-        collection_configuration: As Chroma.
-        client: As Chroma.
-        relevance_score_fn: As Chroma.
-        create_collection_if_not_exists: As Chroma.
-        ssl: As Chroma.
-        model: Name or folder for `Reranker.from_pretrained`. None takes what the collection was made with, or pico.
-        revision: As `Reranker.from_pretrained`.
-        device: As `Reranker.from_pretrained`.
-        dtype: As `Reranker.from_pretrained`.
+        persist_directory: Folder of a local Chroma database; states go into a SQLite file in it.
+        host: Where a Chroma server is; states go into a companion collection there.
+        port: The server's port; None is 8000.
+        headers: HTTP headers for the server. Never written down.
+        chroma_cloud_api_key: Key of Chroma Cloud, in place of `host`. Never written down.
+        tenant: Tenant in the Chroma database; None is the default one.
+        database: Database of the tenant; None is the default one.
+        client_settings: Settings of the Chroma client; None takes Chroma's defaults.
+        collection_metadata: Metadata of a new collection, beside our notes of what made it.
+        collection_configuration: Configuration of a new collection, such as its distance.
+        client: An open Chroma client, in place of all these. Stays yours to close.
+        relevance_score_fn: Makes a score in [0, 1] of a distance, for ``similarity_search_with_relevance_scores``.
+        create_collection_if_not_exists: Whether an absent collection is made, or an error.
+        ssl: Whether the server is asked over HTTPS.
+        model: ``pico`` (bundled), ``nano``, ``small``, ``large``, a repository id or a folder. None takes what the
+            collection was made with, or else pico.
+        revision: Commit, tag or branch of a repository; None takes the collection's, or else the pinned one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or several as ``"cuda:0,cuda:1"``; None takes CUDA where there is one.
+        dtype: ``bf16`` or ``fp32``; None takes what the collection's states were made in, or what fits the device.
         batch_size: Most passages in one pass.
-        decoder_weights: As `Reranker.from_pretrained`: ``int8`` scores KaLM checkpoints faster on the CPU.
-        compiled: As `Reranker.from_pretrained`.
-        prefix_cache_bytes: As `Reranker.from_pretrained`.
-        reranker: A ready engine in place of these; stays yours to close.
-        store: Where states go. None: SQLite beside `persist_directory`, in memory for an ephemeral client, a companion
-            collection for a remote one.
+        decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU, a little less exactly; None as they are.
+        compiled: Whether a KaLM checkpoint's decoder is compiled, which takes a minute at the first query.
+        prefix_cache_bytes: Most bytes of decoder work that a KaLM checkpoint keeps between queries; None leaves it.
+        reranker: A ready engine in place of these. Stays yours to close.
+        store: Where states go: a `StateStore` (yours to close), a folder or a ``.sqlite3`` file. None: SQLite beside
+            `persist_directory`, in memory for an ephemeral client, a companion collection for a remote one.
         ratio: Tokens a state stands for when the store is made; None takes what is stored, or the engine's (4).
-        codec: ``exact``, ``bf16`` or ``int8``; None takes what is stored, or exact.
-        missing: Policy of `rerank` and `as_compressor` for documents without states.
-        passage: How a document becomes the text that is read, see `kalm_rag.index.passage_rule.PassageRule`:
-            ``"document"``, or a template such as ``"{title}: {text}"``. None takes the collection's own rule, or else
-            ``"document"``.
+        codec: How states are stored: ``exact``, ``bf16`` or ``int8``; None takes what is stored, or else exact.
+        missing: What `rerank` and compressors do with documents without states: ``"encode"`` and keep them,
+            ``"raise"``, or ``"skip"`` (unscored, behind the others).
+        passage: How a document becomes the text that is read: ``"document"``, or a template over its text and
+            metadata such as ``"{title}: {text}"`` (`kalm_rag.index.passage_rule.PassageRule`). None takes the
+            collection's own rule, or else ``"document"``.
 
     Raises:
         InputError: If arguments don't go together, or vectors in the collection were made by another embedder than
             the bundled one that would be used.
-    """
+        StateMismatchError: When states are first needed, if the collection was made with another model or rule.
 
-    def __init__(
-        self,
-        collection_name: str = Chroma._LANGCHAIN_DEFAULT_COLLECTION_NAME,
-        embedding_function: Embeddings | None = None,
-        persist_directory: str | None = None,
-        host: str | None = None,
-        port: int | None = None,
-        headers: dict[str, str] | None = None,
-        chroma_cloud_api_key: str | None = None,
-        tenant: str | None = None,
-        database: str | None = None,
-        client_settings: chromadb.config.Settings | None = None,
-        collection_metadata: dict[str, Any] | None = None,
-        collection_configuration: CreateCollectionConfiguration | None = None,
-        client: chromadb.ClientAPI | None = None,
-        relevance_score_fn: Callable[[float], float] | None = None,
-        create_collection_if_not_exists: bool | None = True,
-        *,
-        ssl: bool = False,
-        model: str | None = None,
-        revision: str | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        batch_size: int = 64,
-        decoder_weights: str | None = None,
-        compiled: bool = False,
-        prefix_cache_bytes: int | None = None,
-        reranker: Reranker | None = None,
-        store: StateStore | None = None,
-        ratio: int | None = None,
-        codec: str | Codec | None = None,
-        missing: Missing = "encode",
-        passage: str | None = None,
-    ) -> None:
-        self._settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        named = model, revision, device, dtype, decoder_weights, compiled or None, prefix_cache_bytes
-        if reranker is not None and any(value is not None for value in named):
-            raise InputError("reranker and model settings were both given; wanted one of them.")
-        self._missing = check_missing(missing)
-        self._spec = EngineSpec(
-            model=model if model is not None else "pico",
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            ratio=ratio,
-            batch_size=batch_size,
-            decoder_weights=decoder_weights,
-            compiled=compiled,
-            prefix_cache_bytes=prefix_cache_bytes,
-        )
-        self._codec = None if codec is None else Codec.parse(codec)
-        self._lock = threading.RLock()
-        self._given = CollectionNotes(
-            model=reranker.info.name if reranker is not None else model,
-            revision=revision,
-            passage=None if passage is None else str(PassageRule(passage)),
-        )
-        bundled = _bundled(device, reranker) if embedding_function is None else None
-        if bundled is not None and collection_configuration is None and "hnsw:space" not in (collection_metadata or {}):
-            collection_configuration = {"hnsw": {"space": "cosine"}}
-        notes = CollectionNotes(
-            model=self._given.model if self._given.model is not None else self._spec.model,
-            revision=revision,
-            embedder=BUNDLED if bundled is not None else type(embedding_function).__name__,
-            passage=self._given.passage if self._given.passage is not None else DOCUMENT,
-        )
-        if client is None and client_settings is None and persist_directory is not None:
-            within: dict[str, Any] = {
-                name: value for name, value in (("tenant", tenant), ("database", database)) if value is not None
-            }
-            self._database = Database.open(persist_directory, **within)
-            client = self._database.client
-        super().__init__(
-            collection_name,
-            bundled if bundled is not None else embedding_function,
-            persist_directory,
-            host,
-            port,
-            headers,
-            chroma_cloud_api_key,
-            tenant,
-            database,
-            client_settings,
-            {**notes.metadata(), **(collection_metadata or {})},
-            collection_configuration,
-            client,
-            relevance_score_fn,
-            create_collection_if_not_exists,
-            ssl=ssl,
-        )
-        if not hasattr(self, "_database"):
-            self._database = Database(self._client, owned=self._settings["client"] is None)
-        self._home: CollectionHome | None = None
-        self._database.watch(self._follow)
-        self._checked_embedder = False
-        if bundled is not None and self._chroma_collection is not None:
-            self._check_embedder()
+    Example:
+        >>> store = KaLMChroma("example")  # persist_directory="my-db" keeps it
+        >>> texts = ["I like tea.", "Paris is the capital of France.", "France borders Spain."]
+        >>> ids = store.add_texts(texts, ids=["tea", "paris", "spain"])
+        >>> [document.id for document in store.rerank("What is the capital of France?", k=2)]
+        ['paris', 'spain']
+    """
 
     @classmethod
     def from_texts(  # type: ignore[override]
@@ -222,51 +122,6 @@ class KaLMChroma(Chroma):
         made = cls(collection_name, embedding, **settings)
         made.add_documents(documents, **({} if ids is None else {"ids": ids}))
         return made
-
-    @property
-    def reranker(self) -> Reranker:
-        """The engine at the store's ratio; loaded on first use."""
-        return self.home.parts()[0]
-
-    @property
-    def store(self) -> StateStore:
-        """The states that belong to this collection; opened on first use."""
-        return self.home.parts()[1]
-
-    @property
-    def home(self) -> CollectionHome:
-        """The collection with its engine and states, both made on first use."""
-        with self._lock:
-            if self._home is None or self._home.collection_id != str(self._collection.id):  # reset_collection
-                noted = CollectionNotes.read(self._collection.metadata)
-                reranker = self._settings["reranker"]
-                spec = self._spec
-                if self._given.model is None and noted.model is not None:
-                    spec = replace(spec, model=noted.model)
-                self._home = CollectionHome(
-                    self._database,
-                    self._collection,
-                    spec,
-                    self._given,
-                    reranker=reranker,
-                    store=self._settings["store"],
-                    codec=self._codec,
-                    ratio=self._spec.ratio,
-                )
-            return self._home
-
-    @property
-    def index(self) -> ChromaIndex:
-        """The same collection and states as a `ChromaIndex`."""
-        self._check_embedder()
-        given = self._embedding_function
-        embedder: Embedder | None = None
-        if isinstance(given, KaLMEmbeddings):
-            engine = self.home.lazy.engine()
-            embedder = given.embedder(engine) if engine.info.family != "pico" else None
-        else:
-            embedder = wrap_embedder(given)
-        return ChromaIndex(self.home, embedder, missing=self._missing)
 
     def add_texts(
         self,
@@ -319,7 +174,7 @@ class KaLMChroma(Chroma):
         Raises:
             InputError: If an id is unknown (nothing is written then), or occurs twice, or lengths differ.
         """
-        wanted = check_passages(ids)
+        wanted = check_passages(ids, "ids")
         known = {document.id for document in self.get_by_ids(wanted)} if wanted else set()
         unknown = [i for i in wanted if i not in known]
         if unknown:
@@ -350,7 +205,7 @@ class KaLMChroma(Chroma):
         _refuse(kwargs, "delete")
         if ids is None and where is None and where_document is None:
             raise InputError("delete got neither ids nor a filter. Use reset_collection() to delete everything.")
-        wanted = [] if ids is None else check_passages(ids)
+        wanted = [] if ids is None else check_passages(ids, "ids")
         if (where is not None or where_document is not None) and (ids is None or wanted):
             found = self._collection.get(
                 ids=wanted or None,
@@ -363,14 +218,33 @@ class KaLMChroma(Chroma):
             self.index.delete(wanted)
 
     def delete_collection(self) -> None:
-        """Delete the collection and its references; unused states go with the `gc` of a sibling."""
-        home = self.home
+        """Delete the collection and its references; unused states go with the next `gc`, those on a server at once."""
+        home, collection = self.home, self._collection
         gone, stores = home.collection_id, home.stores()
         with self._database.writing():
+            # lists in the metadata of a collection that is dropped whole turn up in new records (Chroma 1.5)
+            with contextlib.suppress(StoreError), chroma_errors("delete"):
+                while ids := collection.get(limit=PAGE, include=[])["ids"]:
+                    collection.delete(ids=ids)
             super().delete_collection()
         for store in stores:
             store.unreference(gone, [reference.record_id for reference in store.references(gone)])
+        if self._database.remote and self._settings["store"] is None:
+            home.lazy.close()
+            drop_companions(self._database.client, self._collection_name)
         self._home = None
+
+    def reset_collection(self) -> None:
+        """Delete the collection with its references, and make it anew."""
+        with self._database.writing():
+            super().reset_collection()
+
+    def add_images(
+        self, uris: list[str], metadatas: list[dict[str, Any]] | None = None, ids: list[str] | None = None
+    ) -> list[str]:
+        """Add images, as `langchain_chroma.Chroma` does: without states, so that they come back unscored."""
+        with self._database.writing():
+            return super().add_images(uris, metadatas, ids)
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Get documents in the order asked for, each once; unknown ids and records without text are left out."""
@@ -384,8 +258,7 @@ class KaLMChroma(Chroma):
 
     def as_compressor(self, **settings: Any) -> KaLMDocumentCompressor:  # noqa: ANN401
         """Give a compressor over this store's states; `settings` are arguments of `KaLMDocumentCompressor`."""
-        engine, store = self.home.parts()
-        own = {"reranker": engine, "store": store, "missing": self._missing, "passage": str(self.home.rule)}
+        own = {"store": self, "missing": self._missing, "passage": str(self.home.rule)}
         return KaLMDocumentCompressor(**{**own, **settings})
 
     def rerank(
@@ -469,37 +342,16 @@ class KaLMChroma(Chroma):
         return await run_in_executor(None, self.backfill)
 
     def gc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
-        """Drop states that no record uses; see `ChromaIndex.gc`."""
+        """Drop states that no record uses; see `ChromaIndex.gc`. Of a folder also after `delete_collection`."""
+        folder = self._database.folder
+        if self._chroma_collection is None and folder is not None and self._settings["store"] is None:
+            scopes = ("", self._database.scope)
+            return sweep_folder(folder, all_collection_ids(folder), scopes=scopes, younger_than=younger_than)
         return self.home.gc(younger_than=younger_than)
 
     async def agc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
         """Drop states in a thread; see `gc`."""
         return await run_in_executor(None, partial(self.gc, younger_than=younger_than))
-
-    def close(self) -> None:
-        """Close the state store if this object opened it. It is opened again when needed."""
-        with self._lock:
-            if self._home is not None:
-                self._home.lazy.close()
-
-    def _check_embedder(self) -> None:
-        """Refuse another embedder than made the collection's vectors, once: a search would give nonsense silently.
-
-        An embedder of the app's may be a hosted one, so it is not asked when this is made. One app's embedder after
-        another is Chroma's own affair: adding again under the new one replaces the vectors.
-        """
-        if self._checked_embedder:
-            return
-        given = self._embedding_function
-        embedder = given if isinstance(given, KaLMEmbeddings) else wrap_embedder(given)
-        if BUNDLED in (embedder.name, CollectionNotes.read(self._collection.metadata).embedder):
-            check_vectors(self._collection, embedder, self.home.rule, "embedding_function=")
-        self._checked_embedder = True
-
-    def _follow(self) -> None:
-        """After the client was opened again: its collection, for LangChain's own methods."""
-        self._client = self._database.client
-        self._chroma_collection = require_collection(self._client, self._collection_name)
 
     def _upsert(self, ids: list[str], texts: list[str], metadatas: Sequence[Mapping[str, Any] | None]) -> None:
         try:
@@ -512,27 +364,6 @@ class KaLMChroma(Chroma):
             raise InputError(
                 f"{err}\nFilter such values with langchain_community.vectorstores.utils.filter_complex_metadata."
             ) from err
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Share client, engine and states: a copy of a chain or a retriever is over the same collection."""
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as settings: the copy opens the same database. Only what lies on disk or a server can be copied."""
-        if all(self._settings[name] is None for name in _REMOTE_OR_FOLDER) or self._settings["client"] is not None:
-            raise InputError("only a KaLMChroma made with persist_directory, host or an API key can be pickled.")
-        return _reopen, (type(self), {**self._settings, "reranker": None, "store": None})
-
-
-def _bundled(device: str | None, reranker: Reranker | None) -> KaLMEmbeddings:
-    """The default vectors, from the engine at hand if it is pico."""
-    return KaLMEmbeddings(device, reranker if reranker is not None and reranker.info.family == "pico" else None)
-
-
-def _reopen(kind: type[KaLMChroma], settings: dict[str, Any]) -> KaLMChroma:
-    return kind(**settings)
 
 
 def _refuse(kwargs: Mapping[str, object], where: str, allowed: Sequence[str] = ()) -> None:

@@ -38,6 +38,7 @@ def chroma(tiny: Reranker) -> Iterator[KaLMChroma]:
     from kalm_rag.langchain import KaLMChroma
 
     store = KaLMChroma(f"test-{uuid.uuid4()}", VECTORS, reranker=tiny)
+    store.store.gc([], younger_than=0)  # collections in one process's memory share their states
     yield store
     if store._chroma_collection is not None:
         store.delete_collection()

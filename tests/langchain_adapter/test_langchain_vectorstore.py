@@ -6,12 +6,16 @@ import asyncio
 import copy
 import importlib
 import pickle
+import shutil
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
+import chromadb
 import pytest
+from chromadb.api.shared_system_client import SharedSystemClient
+from filelock import FileLock
 
 pytest.importorskip("langchain_chroma", reason="langchain-chroma is not installed (extra 'langchain')")
 
@@ -22,10 +26,12 @@ from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_documents import QUERY, TEXTS, VECTORS, documents
 
+from kalm_rag import ChromaIndex
 from kalm_rag.engine.reranker import Reranker
-from kalm_rag.errors import InputError, MissingDependencyError
+from kalm_rag.errors import InputError, MissingDependencyError, StateMismatchError, StoreError
+from kalm_rag.index.clients import LOCK_FILE
 from kalm_rag.index.lazy_engine import release_engines
-from kalm_rag.langchain import KaLMChroma, KaLMEmbeddings, KaLMRetriever
+from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMEmbeddings, KaLMRetriever
 from kalm_rag.store import FILE_NAME
 
 
@@ -269,3 +275,127 @@ def test_upkeep_from_a_coroutine(chroma: KaLMChroma) -> None:
         assert await chroma.arerank(QUERY, top_n=2) == chroma.rerank(QUERY, k=2)
 
     asyncio.run(kept())
+
+
+@pytest.mark.parametrize("how", [release_engines, KaLMChroma.close])
+def test_a_compressor_goes_on_after_a_release(tiny_folder: Path, tmp_path: Path, how: Any) -> None:
+    """One taken from a store stayed dead after ``release_engines()`` or the store's ``close()``."""
+    store = KaLMChroma("docs", VECTORS, str(tmp_path), model=str(tiny_folder), device="cpu")
+    store.add_documents(documents())
+    compressor = store.as_compressor(top_n=2)
+    step, retriever = compressor.as_runnable(), KaLMRetriever(vectorstore=store, compressor=compressor)
+    given = {"query": QUERY, "documents": documents()}
+    wanted, found = step.invoke(given), retriever.invoke(QUERY)
+    how(*[store] if how is KaLMChroma.close else [])
+    assert step.invoke(given) == wanted
+    assert retriever.invoke(QUERY) == found
+    assert store.verify().clean
+    store.close()
+    release_engines()
+
+
+def test_close_closes_the_client_it_made(tiny: Reranker, tmp_path: Path) -> None:
+    """It was left open: a folder that was deleted and made again in one process could not be used."""
+    folder = tmp_path / "db"
+    for text in ("first", "second"):
+        store = KaLMChroma("docs", VECTORS, str(folder), reranker=tiny)
+        store.add_texts([text], ids=["x"])
+        store.close()
+        assert str(folder) not in SharedSystemClient._identifier_to_system
+        assert store.get_by_ids(["x"])[0].page_content == text, "opened again"
+        store.close()
+        shutil.rmtree(folder)
+    client = chromadb.PersistentClient(str(folder))
+    given = KaLMChroma("docs", VECTORS, client=client, reranker=tiny)
+    given.add_texts(["x"])
+    given.close()
+    assert client.get_collection("docs").count() == 1, "the app's own client stays open"
+    assert len(given.get()["ids"]) == 1
+    memory = KaLMChroma(f"kept-{uuid.uuid4()}", VECTORS, reranker=tiny)
+    memory.add_texts(["x"])
+    memory.close()
+    assert len(memory.get()["ids"]) == 1, "what is in memory has no other place"
+    assert memory.verify().clean
+    given.close()
+    client.close()
+
+
+def test_a_second_writer_waits_or_fails_by_name(tiny: Reranker, tmp_path: Path) -> None:
+    store = KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny)
+    store.add_texts(["one"], ids=["1"])
+    store._database.lock_seconds = 0.05
+    writes = (
+        lambda: store.add_texts(["two"], ids=["2"]),
+        lambda: store.update_documents(["1"], [Document("changed")]),
+        lambda: store.delete(["1"]),
+        store.delete_collection,
+        store.reset_collection,
+    )
+    with FileLock(tmp_path / LOCK_FILE):
+        for write in writes:
+            with pytest.raises(StoreError, match="another process has been writing to the Chroma database"):
+                write()
+        assert [d.page_content for d in store.rerank("one?")] == ["one"], "readers are not held up"
+        assert len(KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny).get()["ids"]) == 1
+    store.add_texts(["two"], ids=["2"])
+    assert store.verify().clean
+    store.close()
+
+
+def test_metadata_in_the_text_that_is_read(tiny: Reranker, tmp_path: Path) -> None:
+    """The rule is the collection's: every door and every later opening reads by it."""
+    store = KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny, passage="{title}: {text}")
+    given = [Document("Boil it.", id="tea", metadata={"title": "Tea"}), Document("Bake it.", id="bread")]
+    store.add_documents(given)
+    again = KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny, missing="raise")
+    expected = tiny.rank(QUERY, ["Tea: Boil it.", ": Bake it."])
+    for found in (
+        again.rerank(QUERY),
+        again.as_compressor().compress_documents(given, QUERY),
+        KaLMDocumentCompressor(reranker=tiny, passage="{title}: {text}").compress_documents(given, QUERY),
+    ):
+        assert [d.page_content for d in found] == [given[r.index].page_content for r in expected]
+        assert [d.metadata["relevance_score"] for d in found] == [
+            pytest.approx(r.probability, abs=1e-6) for r in expected
+        ]
+    with ChromaIndex.open(tmp_path, collection="docs", model=tiny, embedder=VECTORS) as index:
+        assert index.verify().clean
+    with pytest.raises(StateMismatchError, match=r"was made with passage '\{title\}: \{text\}'; asked for 'document'"):
+        KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny, passage="document").rerank(QUERY)
+    with pytest.raises(InputError, match=r"passage is '\{title\}'"):
+        KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny, passage="{title}")
+    for opened in (store, again):
+        opened.close()
+
+
+def test_states_of_llama_index_are_found(tiny: Reranker, tmp_path: Path) -> None:
+    """A collection filled through LlamaIndex has states of its nodes' text; they were encoded again, and swept."""
+    llama = pytest.importorskip("kalm_rag.llama_index", reason="llama-index-core is not installed")
+    schema = pytest.importorskip("llama_index.core.schema")
+    theirs = llama.KaLMChromaVectorStore(collection_name="docs", persist_dir=str(tmp_path), reranker=tiny)
+    nodes = [
+        schema.TextNode(id_=f"n{i}", text=t, metadata={"topic": f"t{i}"}, embedding=VECTORS.embed_query(t))
+        for i, t in enumerate(TEXTS)
+    ]
+    theirs.add(nodes)
+    ours = KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny, missing="raise")
+    assert len(ours.rerank(QUERY, k=5)) == 5
+    assert ours.verify().clean
+    assert ours.gc(younger_than=0).states == 0
+    assert ours.backfill().encoded == 0
+    ours.close()
+
+
+def test_a_deleted_collection_leaves_nothing(tiny: Reranker, tmp_path: Path) -> None:
+    """Its states stayed for good, and lists in its metadata turned up in records that were added later."""
+    store = KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny)
+    store.add_documents(documents())
+    states = store.store
+    store.delete_collection()
+    assert store.gc(younger_than=0).states == 5, "swept though no collection is left"
+    assert states.stats().states == states.stats().references == 0
+    other = KaLMChroma("others", VECTORS, str(tmp_path), reranker=tiny)
+    other.add_texts(TEXTS, [{"n": i} for i in range(5)], ids=list("abcde"))
+    assert [d.metadata for d in other.get_by_ids(list("abcde"))] == [{"n": i} for i in range(5)]
+    for opened in (store, other):
+        opened.close()
