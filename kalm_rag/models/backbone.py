@@ -42,7 +42,7 @@ class BackboneInfo:
         family: ``"t5gemma2"`` or ``"pico"``.
         name: Checkpoint as asked for: a name, repository id or folder.
         revision: Commit, release or ``"local"``.
-        weights: Digest of whatever weights change a state (hex).
+        weights: Digest of the files that change a state (hex), or repository and commit.
         template: Passage template of the encoder input.
         hidden_size: H, width of a state in elements.
         max_passage_tokens: Where passages are cut, template included.

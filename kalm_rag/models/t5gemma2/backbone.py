@@ -7,7 +7,6 @@ Letters: B passages, T passage tokens, N pooled states, Q prompt tokens, H width
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 from collections.abc import Sequence
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Decoder
 
-from kalm_rag.errors import InputError, ModelError
+from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, index_tensor
 from kalm_rag.models.t5gemma2.checkpoint import digest_checkpoint, load_model, read_config, read_tokenizer
 from kalm_rag.models.t5gemma2.compiled import CompiledDecoder
-from kalm_rag.models.t5gemma2.decoder import DecoderInput, Kept, LeanDecoder, unknown_parts
-from kalm_rag.models.t5gemma2.int8 import Int8Projection, check_weights
+from kalm_rag.models.t5gemma2.decoder import DecoderInput, LeanDecoder, PrefixKV
+from kalm_rag.models.t5gemma2.int8 import check_weights
 from kalm_rag.models.t5gemma2.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
 from kalm_rag.models.t5gemma2.protocol import (
     HEAD_TEMPLATE,
@@ -39,6 +38,7 @@ from kalm_rag.models.t5gemma2.protocol import (
     TextTokens,
 )
 from kalm_rag.models.t5gemma2.text_model import T5Gemma2TextReranker
+from kalm_rag.models.t5gemma2.variants import eager_twin, keep_freed_memory, make_decoder
 from kalm_rag.states import check_dtype, dtype_name
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ class T5Gemma2Backbone:
         self._lock = threading.Lock()
         self._tokens = tokens
         self.decoder_weights, self.compiled = decoder_weights, compiled
-        self._lean = _lean_decoder(self._model.model.decoder, decoder_weights, compiled)
+        self._lean = make_decoder(self._model.model.decoder, decoder_weights, compiled)
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self.prefix_cache = PrefixCache(CPU_CACHE_BYTES if self.device.type == "cpu" else 0)
         self._softcap = model.config.decoder.final_logit_softcapping
         self._answer_ids = torch.tensor([tokens.yes_id, tokens.no_id], device=model.device)
@@ -177,7 +177,7 @@ class T5Gemma2Backbone:
         head = HEAD_TEMPLATE.format(system=system, task=task)
         # tokens may merge across the seam to the query, so only what the whole prompt begins with counts
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self._tokens.head_ids(head), ids, strict=False))
-        return Prompt(index_tensor(ids, self.device), tuple(one for one, _ in same))
+        return Prompt(index_tensor(ids, self.device), tuple(token for token, _ in same))
 
     @torch.inference_mode()
     def decode(
@@ -229,28 +229,32 @@ class T5Gemma2Backbone:
         at_last = torch.empty(len(prompts), states.shape[2], dtype=states.dtype, device=states.device)
         for prefix in dict.fromkeys(p.prefix for p in prompts):
             rows = [row for row, prompt in enumerate(prompts) if prompt.prefix == prefix]
-            past = self._past(lean, prefix, states[rows], real[rows]) if prefix else None
+            past = self._prefix_kv(lean, prefix, states[rows], real[rows]) if prefix else None
             at_last[rows] = lean(self._batch([prompts[row] for row in rows], states[rows], real[rows], past))
         return at_last
 
-    def _past(self, lean: LeanDecoder | CompiledDecoder, prefix: tuple[int, ...], states: Tensor, real: Tensor) -> Kept:
+    def _prefix_kv(
+        self, lean: LeanDecoder | CompiledDecoder, prefix: tuple[int, ...], states: Tensor, real: Tensor
+    ) -> PrefixKV:
         """Keys and values of one prefix and of passages' states, from the cache or made now."""
         lengths = real.sum(1).tolist()
         keys = entry_keys(prefix, states, lengths)
         found = {key: self.prefix_cache.get(key) for key in dict.fromkeys(keys)}
         rows = [keys.index(key) for key, entry in found.items() if entry is None]
         if rows:
-            made = lean.keep(self._batch([self._beginning(prefix)] * len(rows), states[rows], real[rows]))
+            made = lean.compute_prefix_kv(self._batch([self._beginning(prefix)] * len(rows), states[rows], real[rows]))
             for place, row in enumerate(rows):
                 entry = made[:, :, place, : len(prefix) + lengths[row]].clone()
                 found[keys[row]] = entry
                 self.prefix_cache.put(keys[row], entry)
-        return Kept(entries=[cast("Tensor", found[key]) for key in keys], width=len(prefix) + states.shape[1])
+        return PrefixKV(entries=[cast("Tensor", found[key]) for key in keys], width=len(prefix) + states.shape[1])
 
     def _beginning(self, prefix: tuple[int, ...]) -> Prompt:
         return Prompt(index_tensor(prefix, self.device))
 
-    def _batch(self, prompts: Sequence[Prompt], states: Tensor, real: Tensor, past: Kept | None = None) -> DecoderInput:
+    def _batch(
+        self, prompts: Sequence[Prompt], states: Tensor, real: Tensor, past: PrefixKV | None = None
+    ) -> DecoderInput:
         """Lay out prompts for the decoder, each distinct one once; behind their prefix where `past` holds it."""
         distinct = {id(prompt): prompt for prompt in prompts}
         place = {name: row for row, name in enumerate(distinct)}
@@ -269,14 +273,14 @@ class T5Gemma2Backbone:
     def attend(self, prompt: Prompt, states: Tensor, counts: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Attention of the scoring position over the states, meaned over layers and heads; see `Backbone.attend`."""
         batch = states.shape[0]
-        seen = self._eager_decoder()(
+        attention = self._eager_decoder()(
             input_ids=prompt.ids.expand(batch, -1),
             encoder_hidden_states=states.to(self._model.dtype),
             encoder_attention_mask=(counts > 0).long(),
             use_cache=False,
             output_attentions=True,
         ).cross_attentions  # per layer (B, K, Q, N): the passage's part of the merged softmax
-        weights = torch.stack([layer[:, :, -1].float().mean(1) for layer in seen]).mean(0)  # (B, N)
+        weights = torch.stack([layer[:, :, -1].float().mean(1) for layer in attention]).mean(0)  # (B, N)
         return weights / weights.sum(-1, keepdim=True)
 
     def offsets(self, passage: str) -> list[tuple[int, int]]:
@@ -286,19 +290,9 @@ class T5Gemma2Backbone:
         return [(max(start - prefix, 0), max(end - prefix, 0)) for start, end in found]
 
     def _eager_decoder(self) -> T5Gemma2Decoder:
-        """A twin of the decoder over the same tensors whose attention gives its weights (SDPA's can't)."""
         with self._lock:
             if self._eager is None:
-                ours = self._model.model.decoder
-                config = copy.deepcopy(ours.config)
-                with torch.device("meta"):
-                    twin = T5Gemma2Decoder._from_config(
-                        config, attn_implementation="eager", eoi_token_index=ours.embed_tokens.eoi_token_index
-                    )
-                for name, tensor in [*ours.named_parameters(), *ours.named_buffers()]:
-                    home, _, leaf = name.rpartition(".")
-                    setattr(twin.get_submodule(home), leaf, tensor)
-                self._eager = twin.eval()
+                self._eager = eager_twin(self._model.model.decoder)
             return self._eager
 
     def preview(self, query: str, instructions: Instructions) -> str:
@@ -328,27 +322,3 @@ class T5Gemma2Backbone:
         lengths = torch.tensor([len(row) for row in ids], device=self.device)
         mask = torch.arange(width, device=self.device) < lengths[:, None]  # (B, T)
         return torch.tensor(padded, device=self.device), mask
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors (at most 62 MB): fresh pages cost up to a tenth of a query.
-
-    It gives blocks over a threshold back at once. The threshold grows to the largest such block freed so far, up to
-    32 MB; with another C library this does nothing.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def _lean_decoder(
-    decoder: T5Gemma2Decoder, weights: str | None, compiled: bool
-) -> LeanDecoder | CompiledDecoder | None:
-    """Our own forward over the decoder, or None where it is of a kind that only transformers knows."""
-    unknown = unknown_parts(decoder)
-    if unknown is None:
-        lean = LeanDecoder(decoder) if weights is None else LeanDecoder(decoder, Int8Projection)
-        return CompiledDecoder(lean) if compiled else lean
-    if weights is not None or compiled:
-        asked = "compiled=True" if compiled else f"decoder_weights={weights!r}"
-        raise ModelError(f"{asked} can't be had for a decoder with {unknown}. Leave it out.")
-    logger.warning("this checkpoint's decoder has %s; it runs in transformers' own code, more slowly.", unknown)
-    return None

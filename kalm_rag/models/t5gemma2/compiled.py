@@ -21,20 +21,20 @@ TOKENS = 16
 class CompiledDecoder:
     """Stands in for a `LeanDecoder`; compiles at the first pass, which takes a minute or more.
 
-    Passes that go on from kept keys and values run uncompiled: they are short, and padding would copy all that is kept.
+    Passes that go on from a prefix (`PrefixKV`) run uncompiled: they are short, and padding would copy all of it.
     """
 
     def __init__(self, lean: LeanDecoder) -> None:
         self._lean = lean
         self._run = torch.compile(lean.__call__, dynamic=True)
-        self.keep = lean.keep
+        self.compute_prefix_kv = lean.compute_prefix_kv
 
     def __call__(self, batch: DecoderInput) -> Tensor:
         """See `LeanDecoder`."""
         if batch.past is not None:
             return self._lean(batch)
-        found: Tensor = self._run(round_up(batch))
-        return found[: len(batch.rows)]
+        hidden: Tensor = self._run(round_up(batch))  # (B, H), B rounded up
+        return hidden[: len(batch.rows)]
 
 
 def round_up(batch: DecoderInput) -> DecoderInput:

@@ -2,21 +2,23 @@
 
 The same tensors as transformers' `T5Gemma2Decoder`, and the same results; inference only. What it leaves out: repeated
 key heads, the first layer's projections of one prompt for every passage, and in the last layer everything but the
-scoring position. Keys and values of a prompt's beginning can be kept and handed in again (`DecoderInput.past`).
-Letters: B passages, U distinct prompts, Q prompt tokens, P kept prompt tokens, N pooled states, S = P + N kept keys,
-H width, L layers, K key heads, G query heads a key head, D width of a head.
+scoring position. Keys and values of a prompt's beginning can be computed once and handed in (`DecoderInput.past`).
+
+Letters: B passages, U distinct prompts, Q prompt tokens, P prompt tokens in the prefix, N pooled states, S = P + N keys
+of the prefix, H width, L layers, K key heads, G query heads per key head, D width of a head, R rows of queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers.activations import GELUTanh
+
+from kalm_rag.models.t5gemma2.projection import Projection, by_onednn, project_plainly
 
 _LAYER = {
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
@@ -30,24 +32,13 @@ _LAYER = {
 """What a decoder layer is made of, as far as this module knows it."""
 
 
-class Projection(Protocol):
-    """Linear maps of one input, computed together."""
-
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """Map ``(..., in)`` to one ``(..., out)`` per linear layer."""
-        ...
-
-    def gated(self, x: Tensor, activation: Any) -> Tensor:  # noqa: ANN401 - transformers' classes are untyped
-        """``activation(first(x)) * second(x)`` of two linear layers."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Kept:
-    """Keys and values of a prompt's first P tokens and of the states behind them, to go on from.
+class PrefixKV:
+    """Keys and values of a prompt's first P tokens and of the states behind them: where a decoder pass goes on from.
 
     Attributes:
-        entries: One a passage, ``(L, 2, P + n, K * D)``: cut from what `LeanDecoder.keep` gives to its own n states.
+        entries: One per passage, ``(L, 2, P + n, K * D)``: what `LeanDecoder.compute_prefix_kv` gives, cut to the
+            passage's own n states.
         width: P + N, longest of them.
     """
 
@@ -55,21 +46,21 @@ class Kept:
     width: int
 
     def layer(self, index: int, keys: Tensor, values: Tensor) -> Tensor:
-        """Keys and values of one layer, ``(2, B, P + N + Q, K * D)``: kept ones, zero on padding, and new ones behind.
+        """Keys and values of a layer ``(2, B, P + N + Q, K * D)``: those of the prefix, zero on padding, then new ones.
 
         Put together when asked for: all layers at once take memory that is never in the processor's cache.
         """
-        rows = [entry[index] for entry in self.entries]
-        out = keys.new_empty(2, len(rows), self.width + keys.shape[1], keys.shape[2])
-        older = out[:, :, : self.width]
+        rows = [entry[index] for entry in self.entries]  # (2, P + n, K * D) each
+        joined = keys.new_empty(2, len(rows), self.width + keys.shape[1], keys.shape[2])  # (2, B, P + N + Q, K * D)
+        older = joined[:, :, : self.width]
         if all(row.shape[1] == self.width for row in rows):
             torch.stack(rows, 1, out=older)
         else:
             older.zero_()
             for place, row in enumerate(rows):
                 older[:, place, : row.shape[1]] = row
-        out[0, :, self.width :], out[1, :, self.width :] = keys, values
-        return out
+        joined[0, :, self.width :], joined[1, :, self.width :] = keys, values
+        return joined
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,12 +68,12 @@ class DecoderInput:
     """One batch for the decoder.
 
     Attributes:
-        ids: Distinct prompts, right-padded, int64 ``(U, Q)``; of a prompt whose beginning is kept, only the rest.
+        ids: Distinct prompts, right-padded, int64 ``(U, Q)``; behind a prefix, only the rest of each prompt.
         rows: Which prompt each passage goes with, int64 ``(B,)``.
         last: Index of each passage's last prompt token, int64 ``(B,)``.
         states: Pooled states in the computing dtype, ``(B, N, H)``. Not read where `past` is given.
         real: Which states are no padding, bool ``(B, N)``.
-        past: Keys and values kept of the first P prompt tokens and of the states.
+        past: Keys and values of the first P prompt tokens and of the states, if they were computed before.
     """
 
     ids: Tensor
@@ -90,51 +81,12 @@ class DecoderInput:
     last: Tensor
     states: Tensor
     real: Tensor
-    past: Kept | None = None
+    past: PrefixKV | None = None
 
     @property
     def start(self) -> int:
         """P, position of the first token of `ids`."""
         return 0 if self.past is None else self.past.width - int(self.real.shape[1])
-
-
-class PlainProjection:
-    """Linear layers in their own dtype, over their own tensors."""
-
-    def __init__(self, *layers: nn.Linear) -> None:
-        self._layers = layers
-
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        """See `Projection`."""
-        return [linear(x, layer.weight, layer.bias) for layer in self._layers]
-
-    def gated(self, x: Tensor, activation: Any) -> Tensor:  # noqa: ANN401
-        """See `Projection`. On a CPU by oneDNN, which applies both to what it has just computed."""
-        gate, up = self._layers
-        if not (_by_onednn(x) and isinstance(activation, GELUTanh)):
-            return cast("Tensor", activation(linear(x, gate.weight, gate.bias))).mul_(linear(x, up.weight, up.bias))
-        opened = torch.ops.mkldnn._linear_pointwise(x, gate.weight, gate.bias, "gelu", [], "tanh")
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, opened, up.weight, up.bias, "mul")
-        return out
-
-
-def _by_onednn(x: Tensor) -> bool:
-    """Whether linear layers of an input are left to oneDNN: on a CPU that has it; torch's compiler picks by itself."""
-    # asking for oneDNN cuts the compiled graph, but on a CPU only: whole, that one takes minutes to compile
-    return x.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``; in fp32 on a CPU by oneDNN, 1.1 to 1.4 times as fast as MKL on 2 AMD cores."""
-    if x.dtype is torch.float32 and _by_onednn(x):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return out
-    return functional.linear(x, weight, bias)
-
-
-def project_plainly(*layers: nn.Linear) -> Projection:
-    """Make a `PlainProjection`."""
-    return PlainProjection(*layers)
 
 
 class _Layer:
@@ -168,8 +120,8 @@ class _Layer:
         k = keys.shape[1]
         folded = queries.unflatten(2, (k, -1)).transpose(1, 2).reshape(b, k, -1, d)  # (B, K, Q * G, D)
         mask = mask.flatten(1, 2)[:, None]  # (B, 1, Q * G, T)
-        found = _attention(folded, keys, values, mask, self.scaling)
-        return found.view(b, k, q, -1, d).transpose(1, 2).reshape(b, q, -1)
+        attended = _attention(folded, keys, values, mask, self.scaling)
+        return attended.view(b, k, q, -1, d).transpose(1, 2).reshape(b, q, -1)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection, feed-forward and both residuals: ``(B, Q, H)``."""
@@ -200,24 +152,24 @@ class LeanDecoder:
             mask = masks[layer.kind]
             if index == len(self._layers) - 1:  # nothing but the scoring position is read of what it gives
                 x, queries, mask = (_at(t, batch.last) for t in (x, queries, mask))
-            x = layer.finish(x, layer.attend(queries, *self._seen(index, batch, keys, values), mask))
+            x = layer.finish(x, layer.attend(queries, *self._keys_values(index, batch, keys, values), mask))
         return _norm(x[:, 0], self._decoder.norm)
 
-    def keep(self, batch: DecoderInput) -> Tensor:
-        """Keys and values of prompts without padding and of the states behind them, to go on from.
+    def compute_prefix_kv(self, batch: DecoderInput) -> Tensor:
+        """Compute keys and values of prompts without padding and of the states behind them, for `DecoderInput.past`.
 
         Returns:
-            ``(L, 2, B, Q + N, K * D)``; `Kept` takes it row by row.
+            ``(L, 2, B, Q + N, K * D)``; `PrefixKV` takes it row by row.
         """
         x, masks, ropes = self._start(batch)
         made = []
         for index, layer in enumerate(self._layers):
             x, queries, keys, values = self._project(index, x, batch, ropes[layer.kind])
-            seen = self._seen(index, batch, keys, values)
-            made.append(torch.stack(seen).roll(len(batch.ids[0]), 2))  # kept with the prompt's own first
+            both = self._keys_values(index, batch, keys, values)
+            made.append(torch.stack(both).roll(len(batch.ids[0]), 2))  # the prompt's own come first here
             if index < len(self._layers) - 1:
-                x = layer.finish(x, layer.attend(queries, *seen, masks[layer.kind]))
-        return torch.stack(made)
+                x = layer.finish(x, layer.attend(queries, *both, masks[layer.kind]))
+        return torch.stack(made)  # (L, 2, B, Q + N, K * D)
 
     def _start(self, batch: DecoderInput) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Embedded prompts ``(U, Q, H)``, and each kind of layer's mask and rotary table."""
@@ -238,30 +190,30 @@ class LeanDecoder:
             x, queries, keys, values = (t[batch.rows] for t in (x, queries, keys, values))
         return x, queries, keys, values
 
-    def _seen(self, index: int, batch: DecoderInput, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the states or kept ones, and the prompt's own behind them: ``(B, S + Q, K * D)`` each."""
+    def _keys_values(self, index: int, batch: DecoderInput, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the states or of the prefix, the prompt's own behind them: ``(B, S + Q, K * D)`` each."""
         if batch.past is not None:
-            seen = batch.past.layer(index, keys, values)
-            return seen[0], seen[1]
+            both = batch.past.layer(index, keys, values)
+            return both[0], both[1]
         layer = self._layers[index]
         state_keys, state_values = layer.kv(batch.states)
         return torch.cat([layer.keys(state_keys, None), keys], 1), torch.cat([state_values, values], 1)
 
     def _mask(self, batch: DecoderInput, positions: Tensor, kind: str) -> Tensor:
-        """What each prompt token sees in a kind of layer, additive, a row a query head: ``(B, Q, G, S + Q)``.
+        """Additive attention mask of a kind of layer, a row per query head: ``(B, Q, G, S + Q)``.
 
         Prompt padding needs no mask: it stands behind the last real token, where no real token looks.
         """
         config = self._decoder.config
         ends = batch.start, batch.start + len(positions)
-        seen = []
+        own = []
         for others in (torch.arange(ends[0], device=positions.device), positions):
             allowed = others[None, :] <= positions[:, None]
             if kind == "sliding_attention":
                 allowed = allowed & (others[None, :] > positions[:, None] - config.sliding_window)
-            seen.append(allowed.expand(len(batch.real), -1, -1))
+            own.append(allowed.expand(len(batch.real), -1, -1))
         states = batch.real[:, None, :].expand(-1, len(positions), -1)
-        allowed = torch.cat([seen[0], states, seen[1]], 2)  # (B, Q, S + Q)
+        allowed = torch.cat([own[0], states, own[1]], 2)  # (B, Q, S + Q)
         dtype = self._decoder.dtype
         mask = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
         heads = config.num_attention_heads // config.num_key_value_heads
@@ -289,7 +241,7 @@ def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scal
 
     Scores are rounded to bf16 and the softmax is in fp32 there, as in transformers' eager attention.
     """
-    if queries.dtype is not torch.bfloat16 or not _by_onednn(queries):
+    if queries.dtype is not torch.bfloat16 or not by_onednn(queries):
         return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     b, k, r, d = queries.shape
     mask = mask.expand(b, k, r, -1).flatten(0, 1)

@@ -1,7 +1,7 @@
 """Decoder weights as int8 on a CPU: linear layers as integer products over tokens rounded once.
 
-Weights are rounded once, a scale per output; inputs as they come, a scale per token, so that no passage's score depends
-on the batch it is in (torch's own `quantize_dynamic` has one scale a batch). The product is oneDNN's, through the
+Weights are rounded once, one scale per output; inputs as they come, one per token, so that no passage's score depends
+on the batch it is in (torch's own `quantize_dynamic` has one scale per batch). The product is oneDNN's, through the
 operator that torch's compiler lowers to, and comes with the weights' scales applied.
 """
 
@@ -18,7 +18,7 @@ from kalm_rag.errors import InputError
 
 
 class Int8Projection:
-    """Linear layers of one input, which is rounded once; see `kalm_rag.models.t5gemma2.decoder.Projection`.
+    """Linear layers of one input, which is rounded once; see `kalm_rag.models.t5gemma2.projection.Projection`.
 
     Args:
         layers: Their weights are copied as int8, an eighth to a quarter of what they take as they are.

@@ -120,7 +120,7 @@ def entry_keys(prefix: Sequence[int], states: Tensor, lengths: Sequence[int]) ->
     Args:
         prefix: Token ids whose keys and values are kept.
         states: Shape ``(B, N, H)``, right-padded, on any device (a GPU's are copied to the CPU for it).
-        lengths: Real states a passage.
+        lengths: Real states per passage.
     """
     beginning = hashlib.sha256(to_bytes(torch.tensor(list(prefix), dtype=torch.long)))
     keys = []
