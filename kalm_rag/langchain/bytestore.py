@@ -64,8 +64,8 @@ class StateByteStore(BaseStore[str, bytes]):
         pairs = check_items(key_value_pairs, "key_value_pairs", "a list of (record id, bytes)")
         states = [_read(record, value, self._store.layout) for record, value in pairs]
         references = [
-            Reference(collection_id=self._collection_id, record_id=record, key=one.key)
-            for (record, _), one in zip(pairs, states, strict=True)
+            Reference(collection_id=self._collection_id, record_id=record, key=passage.key)
+            for (record, _), passage in zip(pairs, states, strict=True)
         ]
         self._store.put_many(states, references)
 

@@ -23,14 +23,17 @@ class PassageStates:
     """The reusable half of scoring one passage: its encoder states, pooled, with no query in them.
 
     Attributes:
-        vectors: Pooled states on the CPU, shape ``(N, H)``, N = ceil(tokens / ratio), in the model's state dtype.
-        tokens: Tokens that were read, after the cut at the model's limit.
-        total_tokens: Tokens the whole passage has; more than `tokens` when it was cut.
-        ratio: Tokens a state stands for (the last may stand for fewer).
-        fingerprint: Digest of the model they belong to.
-        key: Content address: sha256 of the passage text, hex.
+        vectors: Pooled states on the CPU, shape ``(N, H)``, N = ceil(tokens / ratio), in the dtype the model makes.
+        tokens: Tokens that were read, >= 1; after the cut at the model's limit.
+        total_tokens: Tokens of the whole passage; more than `tokens` when it was cut.
+        ratio: Tokens per state, >= 1 (the last state may stand for fewer).
+        fingerprint: Hex digest of all that changes a state (`BackboneInfo.fingerprint`).
+        key: Content address of the text that was read: `passage_key`.
         token_ids: Ids of the tokens that were read, int ``(tokens,)`` below 65,536, where the model's decoder compares
             them with the query's (`BackboneInfo.keeps_token_ids`); else None.
+
+    Raises:
+        StateShapeError: If `vectors` or `token_ids` don't have the shape that `tokens` and `ratio` give.
     """
 
     vectors: Tensor
@@ -71,12 +74,12 @@ class StateBatch:
     """States of several passages in one padded block, as a store hands them out and a decoder wants them.
 
     Attributes:
-        vectors: Shape ``(B, N, H)``, right-padded, in the stored element type.
+        vectors: Shape ``(B, N, H)``, right-padded, in the stored dtype.
         scales: For int8, float32 ``(B, N)``: element * scale is the state. Else None.
-        tokens: Tokens read per passage, int64 ``(B,)``.
-        total_tokens: Tokens each whole passage has, int64 ``(B,)``.
-        ratio: Tokens a state stands for.
-        fingerprint: Digest of the model they belong to.
+        tokens: Tokens that were read per passage, int64 ``(B,)``.
+        total_tokens: Tokens of each whole passage, int64 ``(B,)``.
+        ratio: Tokens per state, >= 1.
+        fingerprint: Hex digest of all that changes a state.
         token_ids: Ids of the tokens, int32 ``(B, T)``, right-padded with 0, where the model keeps them. Else None.
     """
 
@@ -167,7 +170,11 @@ def _rows(block: Tensor, index: Tensor, pin: bool) -> Tensor:
 
 
 def passage_key(text: str) -> str:
-    """Content address of a passage: sha256 of its UTF-8 bytes, hex. The template is in the fingerprint."""
+    """Content address of a passage: sha256 of its UTF-8 bytes, 64 hex digits. The template is in the fingerprint.
+
+    Raises:
+        UnicodeEncodeError: If the text holds a lone surrogate; doors check it before.
+    """
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -177,7 +184,10 @@ def _kind(states: PassageStates) -> tuple[object, ...]:
 
 
 def batch_states(states: Sequence[PassageStates]) -> StateBatch:
-    """Pad states made just now into one batch, in their own dtype.
+    """Pad states made just now into one batch, in their own dtype; `split_batch` undoes it.
+
+    Args:
+        states: One per passage, in the order of the rows.
 
     Raises:
         StateMismatchError: If they differ in model, width, dtype or ratio, or only some come with token ids.
@@ -191,16 +201,16 @@ def batch_states(states: Sequence[PassageStates]) -> StateBatch:
     token_ids = (
         None if first.token_ids is None else torch.zeros(len(states), max(s.tokens for s in states), dtype=torch.int32)
     )
-    for row, one in enumerate(states):
-        if _kind(one) != _kind(first):
+    for row, passage in enumerate(states):
+        if _kind(passage) != _kind(first):
             raise StateMismatchError(
-                f"states {row} (model {one.fingerprint}, ratio {one.ratio}, width {one.vectors.shape[1]}) don't "
-                f"go with states 0 (model {first.fingerprint}, ratio {first.ratio}, width {first.vectors.shape[1]}). "
-                f"Encode all passages with one model and ratio."
+                f"states {row} (model {passage.fingerprint}, ratio {passage.ratio}, width {passage.vectors.shape[1]}) "
+                f"don't go with states 0 (model {first.fingerprint}, ratio {first.ratio}, width "
+                f"{first.vectors.shape[1]}). Encode all passages with one model and ratio."
             )
-        vectors[row, : one.vectors.shape[0]] = one.vectors
-        if token_ids is not None and one.token_ids is not None:
-            token_ids[row, : one.tokens] = one.token_ids
+        vectors[row, : passage.vectors.shape[0]] = passage.vectors
+        if token_ids is not None and passage.token_ids is not None:
+            token_ids[row, : passage.tokens] = passage.token_ids
     return StateBatch(
         vectors=vectors,
         scales=None,
@@ -238,7 +248,10 @@ def merge_batches(size: int, parts: Sequence[tuple[Sequence[int], StateBatch]]) 
 
     Args:
         size: B of the result; every row from 0 to B-1 must be named once.
-        parts: Target rows and the batch that fills them, in that order.
+        parts: Target rows and the batch that fills them, in that order. At least one.
+
+    Returns:
+        The batch, its rows padded to the longest of all parts; the part itself where it is the only one, in order.
     """
     batches = [batch for _, batch in parts]
     if len(batches) == 1 and list(parts[0][0]) == list(range(size)):

@@ -139,7 +139,7 @@ class ChromaStore(Closing):
         """
         references = check_put(references, scope, wait)
         rows: dict[str, StoredRow] = {}  # Chroma refuses an id that comes twice in a call
-        for row in (make_row(one, self.layout) for one in states):
+        for row in (make_row(passage, self.layout) for passage in states):
             rows.setdefault(row.key, row)
         absent, now = self.missing(list(rows)), int(time.time())
         self._write("add", [state_record(rows[key], now) for key in rows if key in absent])  # add leaves what is there

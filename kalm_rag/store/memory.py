@@ -52,7 +52,7 @@ class MemoryStore(Closing):
         wait: float | None = None,
     ) -> None:
         """Keep states and references; see `StateStore.put_many`. Never waits for longer than a moment."""
-        rows = [make_row(one, self.layout) for one in states]
+        rows = [make_row(passage, self.layout) for passage in states]
         references = check_put(references, scope, wait)
         with self._lock:
             self._check_open()

@@ -119,7 +119,7 @@ class SqliteStore(Closing):
         A key that is there is left alone even if its row is damaged: finding out would mean reading all of it on each
         write. `verify` and `discard` are for that.
         """
-        rows = [make_row(one, self.layout) for one in states]
+        rows = [make_row(passage, self.layout) for passage in states]
         references = check_put(references, scope, wait)
         here = self._namespace
         values = [(here, bytes.fromhex(r.key), r.tokens, r.total_tokens, r.checksum, r.payload) for r in rows]
