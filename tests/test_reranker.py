@@ -397,28 +397,27 @@ def counted(engine: Reranker) -> Iterator[list[int]]:
         yield passes
 
 
-@pytest.mark.parametrize("count", [1, 100])
-def test_a_search_hands_on_what_it_read(pico: Reranker, count: int) -> None:
+def test_a_search_hands_on_what_it_read(pico: Reranker) -> None:
     """As soon as more than 32 searches ran at a time, each read its query twice: for its vector, then to score."""
     states, embedder = pico.encode(PASSAGES[:2]), BundledEmbedder(pico)
-    queries = [f"What of river number {i}?" for i in range(count)]
+    queries = [f"What of river number {i}?" for i in range(36)]
     pico.backbone.prompts.cache.resize(0)  # type: ignore[attr-defined] # no help from memory
     try:
         with counted(pico) as passes:
             asked = [pico.prepare(query) for query in queries]
             vectors = [embedder.query(one) for one in asked]
-            scored = [pico.score(one, states) for one in asked]
-        assert passes == [1] * count
+            scored = [pico.score(one, states[:1]) for one in asked]
+        assert passes == [1] * len(queries)
     finally:
         pico.backbone.prompts.cache.resize(CACHE_BYTES)  # type: ignore[attr-defined]
     assert vectors[-1] == embedder.query(queries[-1])
-    assert margins(scored[-1]) == margins(pico.score(queries[-1], states))
+    assert margins(scored[-1]) == margins(pico.score(queries[-1], states[:1]))
 
 
 def test_searches_at_a_time_read_each_query_once(pico: Reranker) -> None:
     """A framework asks its store and its reranker apart, and hands nothing on: all searches, then all scores."""
     states, embedder = pico.encode(PASSAGES[:2]), BundledEmbedder(pico)
-    queries = [f"What of mountain number {i}?" for i in range(100)]
+    queries = [f"What of mountain number {i}?" for i in range(36)]
     with counted(pico) as passes:
         for query in queries:
             embedder.query(query)
