@@ -6,6 +6,8 @@ import json
 import logging
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import chromadb
@@ -222,6 +224,19 @@ def test_ctrl_c_says_what_is_kept_and_what_to_do(folder: Path, tmp_path: Path, m
     monkeypatch.setattr("kalm_rag.index.folder.sync", interrupted)
     said = " ".join(call("index", str(folder), "--db", str(tmp_path / "db"), code=130).split())
     assert "stopped. What was finished is kept; run the same command again" in said
+
+
+def test_no_bars_into_a_pipe() -> None:
+    """Whatever the work below draws bars with (eval, curve, train), a log gets none: tqdm is told before its import."""
+    code = (
+        "import sys; from kalm_rag.cli import app; assert not {'tqdm', 'torch', 'chromadb'} & set(sys.modules)\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "from tqdm.auto import tqdm; list(tqdm(range(3), desc='work'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Exit codes" in run.stdout
+    assert run.stderr == ""
 
 
 def test_system_errors_are_messages() -> None:
