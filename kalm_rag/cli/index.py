@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalm_rag.cli.opening import GOES_ON, Database, Name, has_index, open_index
+from kalm_rag.cli.opening import (
+    GOES_ON,
+    Codec,
+    Database,
+    Embedder,
+    Name,
+    Passage,
+    Ratio,
+    has_index,
+    open_index,
+    plain_passage,
+)
 from kalm_rag.cli.terminal import DAILY, AsJson, Model, err, errors, out, print_json, progress, shown, stages, working
 from kalm_rag.errors import InputError
 
@@ -34,10 +45,10 @@ def index(
     db: Database,
     collection: Name = "passages",
     model: Model = None,
-    ratio: Annotated[int | None, typer.Option(help="Tokens per state.", show_default="as stored, or 4")] = None,
-    codec: Annotated[
-        str | None, typer.Option(help="How states are kept: exact, bf16 or int8.", show_default="as stored, or exact")
-    ] = None,
+    embedder: Embedder = None,
+    passage: Passage = None,
+    ratio: Ratio = None,
+    codec: Codec = None,
     as_json: AsJson = False,
 ) -> None:
     """Index a folder; run again, it touches only what changed and removes what is gone."""
@@ -49,7 +60,8 @@ def index(
         found = bool(listing.documents or listing.unreadable)
         if not found and not has_index(db):
             raise InputError(_NOTHING.format(folder))
-        with open_index(db, collection, create=found, model=model, ratio=ratio, codec=codec) as opened:
+        options = {"model": model, "embedder": embedder, "ratio": ratio, "codec": codec}
+        with open_index(db, collection, create=found, passage=plain_passage(passage), **options) as opened:
             report = sync_documents(
                 opened, listing.documents, folder_scope(folder), folder_origin(folder), listing.unreadable
             )

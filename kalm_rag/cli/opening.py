@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,32 +14,109 @@ from kalm_rag.errors import InputError
 
 if TYPE_CHECKING:  # torch and Chroma take seconds to import; --help must not
     from kalm_rag.index import ChromaIndex
+    from kalm_rag.index.home import CollectionHome
 
 Database = Annotated[Path, typer.Option("--db", help="Folder of the Chroma database.")]
 Name = Annotated[str, typer.Option("--collection", help="Name of the collection.")]
 TopN = Annotated[int, typer.Option("--top-n", help="Hits to show.")]
 FetchK = Annotated[int, typer.Option("--fetch-k", help="Candidates the vector search gives.")]
+Ratio = Annotated[int | None, typer.Option(help="Tokens per state.", show_default="as stored, or 4")]
+Codec = Annotated[
+    str | None, typer.Option(help="How states are kept: exact, bf16 or int8.", show_default="as stored, or exact")
+]
+Passage = Annotated[
+    str | None,
+    typer.Option(
+        help=r"What is read of a record: document, or a template over its text and metadata such as '{title}\n{text}'.",
+        show_default="the collection's, or document",
+    ),
+]
+Embedder = Annotated[
+    str | None,
+    typer.Option(
+        help="Sentence-transformers model that makes the vectors.", show_default="the bundled all-MiniLM-L6-v2"
+    ),
+]
 GOES_ON = "What was finished is kept; run the same command again, and it goes on from there."
 
 
 def has_index(db: Path) -> bool:
     """Whether a folder holds a Chroma database."""
-    return (db / "chroma.sqlite3").is_file()
+    return (db.expanduser() / "chroma.sqlite3").is_file()
 
 
 def open_index(db: Path, collection: str, *, create: bool = True, **options: Any) -> ChromaIndex:  # noqa: ANN401
-    """Open a collection; `options` are `ChromaIndex.open`'s.
+    """Open a collection to search or fill it; `options` are `ChromaIndex.open`'s.
 
     Raises:
         InputError: If there is no database under ``create=False``; nothing is made then.
     """
-    if not create and not has_index(db):
-        made = f"Make one with: {command_line('kalm-rag', 'index', 'FOLDER', '--db', db)}"
-        raise InputError(f"no database at {db}. {made}")
+    if not create:
+        _require_index(db)
     with working("opening the index ..."):
-        from transformers.utils import logging as transformers_logging
-
+        _quiet()
         from kalm_rag.index import ChromaIndex
 
-        transformers_logging.disable_progress_bar()
         return ChromaIndex.open(db, collection=collection, create=create, **options)
+
+
+@contextmanager
+def open_home(
+    db: Path,
+    collection: str,
+    *,
+    model: str | None = None,
+    passage: str | None = None,
+    ratio: int | None = None,
+    codec: str | None = None,
+) -> Iterator[CollectionHome]:
+    """Open a collection to look after its states: whatever made its vectors, and without a model until one is needed.
+
+    Raises:
+        InputError: If there is no such collection; nothing is made then.
+    """
+    _require_index(db)
+    with working("opening the index ..."):
+        _quiet()
+        from kalm_rag.index.clients import Database as Chroma
+        from kalm_rag.index.collection import CollectionNotes, require_collection
+        from kalm_rag.index.home import CollectionHome
+        from kalm_rag.index.lazy_engine import EngineSpec
+
+        given = CollectionNotes(model=model, passage=plain_passage(passage))
+        database = Chroma.open(db, create=False)
+        try:
+            found = require_collection(database.client, collection)
+            noted = CollectionNotes.read(found.metadata).model
+            spec = EngineSpec(model=model or noted or "pico", ratio=ratio)
+            home = CollectionHome(database, found, spec, given, ratio=ratio, codec=codec, own_engine=True)
+        except BaseException:
+            database.close()
+            raise
+    try:
+        yield home
+    finally:
+        home.close()
+
+
+def plain_passage(passage: str | None) -> str | None:
+    r"""A passage rule as it is typed in a shell: ``\n`` is a new line.
+
+    Raises:
+        InputError: If it is no rule.
+    """
+    from kalm_rag.index.passage_rule import PassageRule
+
+    return None if passage is None else str(PassageRule(passage.replace("\\n", "\n")))
+
+
+def _require_index(db: Path) -> None:
+    if not has_index(db):
+        made = f"Make one with: {command_line('kalm-rag', 'index', 'FOLDER', '--db', db)}"
+        raise InputError(f"no database at {db}. {made}")
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

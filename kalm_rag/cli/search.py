@@ -11,7 +11,7 @@ import typer
 from rich.padding import Padding
 
 from kalm_rag.checks import check_count, check_cut, check_query
-from kalm_rag.cli.opening import Database, FetchK, Name, TopN, open_index
+from kalm_rag.cli.opening import Database, Embedder, FetchK, Name, TopN, open_index
 from kalm_rag.cli.terminal import (
     DAILY,
     AsJson,
@@ -48,6 +48,7 @@ def query(
     db: Database,
     collection: Name = "passages",
     model: Model = None,
+    embedder: Embedder = None,
     system: System = None,
     task: Task = None,
     top_n: TopN = 5,
@@ -64,7 +65,7 @@ def query(
         check_query(text)
         check_cut(top_n, threshold)
         check_count(fetch_k, "fetch_k")
-        with open_index(db, collection, model=model, create=False) as index:
+        with open_index(db, collection, model=model, embedder=embedder, create=False) as index:
             steer = Instructions(system=system, task=task)
             result = index.query(
                 text, top_n=None, fetch_k=fetch_k, instructions=steer, ratio=ratio, threshold=threshold

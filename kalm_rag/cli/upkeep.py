@@ -1,43 +1,67 @@
-"""The commands that keep an index sound: backfill, verify, gc. Thin; all work is done by the library."""
+"""The commands that keep an index sound: backfill, verify, repair, gc. Thin; all work is done by the library."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalm_rag.cli.opening import GOES_ON, Database, Name, open_index
-from kalm_rag.cli.terminal import DAILY, AsJson, Model, errors, out, print_json, shown, working
+from kalm_rag.cli.opening import (
+    GOES_ON,
+    Codec,
+    Database,
+    Embedder,
+    Name,
+    Passage,
+    Ratio,
+    open_home,
+    open_index,
+)
+from kalm_rag.cli.terminal import DAILY, AsJson, Model, command_line, errors, out, print_json, shown, working
 
 if TYPE_CHECKING:  # torch and Chroma take seconds to import; --help must not
-    from kalm_rag.index.results import BackfillReport
+    from kalm_rag.index.home import CollectionHome
+    from kalm_rag.index.results import BackfillReport, VerifyReport
 
 app = typer.Typer()
 
+_FAULTS = {
+    "missing": "records whose text has no states",
+    "stale": "records whose states are of an older text",
+    "unreferenced": "records whose states may be swept",
+    "orphans": "states of records that are gone",
+    "damaged": "states that fail their checksum",
+    "unfindable": "records that no search finds",
+}
+
 
 @app.command(rich_help_panel=DAILY)
-def backfill(db: Database, collection: Name = "passages", model: Model = None, as_json: AsJson = False) -> None:
+def backfill(
+    db: Database,
+    collection: Name = "passages",
+    model: Model = None,
+    passage: Passage = None,
+    ratio: Ratio = None,
+    codec: Codec = None,
+    as_json: AsJson = False,
+) -> None:
     """Make the states that a collection lacks, e.g. one that your app filled; its records are left as they are."""
-    with errors(stopped=GOES_ON), open_index(db, collection, model=model, create=False) as opened:
-        with working("encoding what has no states; Ctrl-C is safe ..."):
-            mended = opened.backfill()
-        stats = opened.store.stats()
+    with (
+        errors(stopped=GOES_ON),
+        open_home(db, collection, model=model, passage=passage, ratio=ratio, codec=codec) as home,
+    ):
+        mended = home.backfill(show_progress=sys.stderr.isatty())
+        stats, records = home.store().stats(), home.collection.count()
         if as_json:
-            print_json(asdict(mended) | {"records": len(opened), "states": stats.states})
+            print_json(asdict(mended) | {"records": records, "states": stats.states})
             return
         out.print(_mended(mended))
         out.print(
-            f"{len(opened)} records, {stats.states} states of ratio {opened.store.layout.ratio}, "
+            f"{records} records, {stats.states} states of ratio {home.store().layout.ratio}, "
             f"{stats.payload_bytes / 1e6:.1f} MB ({stats.disk_bytes / 1e6:.1f} MB on disk)"
         )
-
-
-def _mended(report: BackfillReport) -> str:
-    return (
-        f"{report.encoded} passages encoded, {report.referenced} references mended, {report.dropped} dropped, "
-        f"{report.discarded} damaged states discarded"
-    )
 
 
 @app.command(rich_help_panel=DAILY)
@@ -45,39 +69,95 @@ def verify(
     db: Database,
     collection: Name = "passages",
     model: Model = None,
-    repair: Annotated[bool, typer.Option(help="Encode what is missing or damaged, mend references.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Encode what is missing or damaged, mend references.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare every record with its states; exit 1 if they don't agree."""
-    with errors(stopped=GOES_ON), open_index(db, collection, model=model, create=False) as opened:
-        mended = opened.backfill() if repair else None
-        report = opened.verify()
-        faults = {name: getattr(report, name) for name in ("missing", "stale", "unreferenced", "orphans", "damaged")}
+    """Compare every record with its states, and look for each; exit 1 if something is wrong."""
+    with errors(stopped=GOES_ON), open_home(db, collection, model=model) as home:
+        mended = home.backfill(show_progress=sys.stderr.isatty()) if repair else None
+        report = _verify(home)
         if as_json:
-            print_json(
-                {"records": report.records, "clean": report.clean, "without_text": report.without_text, **faults}
-            )
+            print_json(asdict(report) | {"clean": report.clean})
         else:
             if mended is not None:
                 out.print(f"repaired: {_mended(mended)}")
-            out.print(f"{report.records} records, {len(report.without_text)} without text")
-            for name, ids in faults.items():
-                out.print(f"  {name:13} {len(ids)}" + (f"  first: {shown(ids[0])}" if ids else ""))
-            out.print("clean" if report.clean else "[red]not clean[/red]: run again with --repair")
+            _print_verify(report, command_line("kalm-rag", "repair", "--db", db, "--collection", collection))
         if not report.clean:
             raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=DAILY)
-def gc(db: Database, collection: Name = "passages", model: Model = None, as_json: AsJson = False) -> None:
-    """Throw away states that no record uses any more."""
-    with errors(), open_index(db, collection, model=model, create=False) as opened:
-        swept = opened.gc()
-        stats = opened.store.stats()
+def repair(
+    db: Database,
+    collection: Name = "passages",
+    model: Model = None,
+    embedder: Embedder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a collection again whose search is broken, out of its own records; nothing is encoded that has states."""
+    with (
+        errors(stopped="The collection is as it was, or new; run the same command again."),
+        open_index(db, collection, model=model, embedder=embedder, create=False) as index,
+    ):
+        rebuilt = index.rebuild(show_progress=sys.stderr.isatty())
+        report = _verify(index.home)
         if as_json:
-            print_json({"states": swept.states, "payload_bytes": swept.payload_bytes, "left": stats.states})
+            print_json(asdict(rebuilt) | {"clean": report.clean})
         else:
             out.print(
-                f"removed {swept.states} states ({swept.payload_bytes / 1e6:.1f} MB); {stats.states} are left "
-                f"({stats.payload_bytes / 1e6:.1f} MB of payload, {stats.disk_bytes / 1e6:.1f} MB on disk)"
+                f"{rebuilt.records} records in the new collection: {rebuilt.kept} vectors kept, "
+                f"{rebuilt.embedded} made again; {rebuilt.encoded} passages encoded"
             )
+            _print_verify(report, command_line("kalm-rag", "repair", "--db", db, "--collection", collection))
+        if not report.clean:
+            raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=DAILY)
+def gc(
+    db: Database,
+    collection: Name = "passages",
+    younger_than: Annotated[
+        float, typer.Option(help="Seconds; what was written since stays, as its writer may not be done.")
+    ] = 600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Throw away states that no record uses any more."""
+    with errors(), open_home(db, collection) as home:
+        swept = home.gc(younger_than=younger_than)
+        left = [store.stats() for store in home.stores()]
+        states, payload = sum(s.states for s in left), sum(s.payload_bytes for s in left)
+        if as_json:
+            print_json(asdict(swept) | {"left": states})
+        else:
+            out.print(
+                f"removed {swept.states} states ({swept.payload_bytes / 1e6:.1f} MB); {states} are left "
+                f"({payload / 1e6:.1f} MB of payload, {sum(s.disk_bytes for s in left) / 1e6:.1f} MB on disk)"
+            )
+
+
+def _verify(home: CollectionHome) -> VerifyReport:
+    with working("looking at every record ..."):
+        return home.verify()
+
+
+def _print_verify(report: VerifyReport, remedy: str) -> None:
+    out.print(f"{report.records} records, {len(report.without_text)} without text")
+    for name, meaning in _FAULTS.items():
+        ids = getattr(report, name)
+        out.print(f"  {len(ids)} {meaning}" + (f"; first: {shown(ids[0])}" if ids else ""), soft_wrap=True)
+    if report.clean:
+        out.print("clean")
+    elif report.unfindable:
+        out.print(f"[red]not clean[/red]: make the collection again with: {shown(remedy)}", soft_wrap=True)
+    else:
+        out.print("[red]not clean[/red]: run kalm-rag verify with --repair")
+
+
+def _mended(report: BackfillReport) -> str:
+    return (
+        f"{report.encoded} passages encoded, {report.referenced} references mended, {report.dropped} dropped, "
+        f"{report.discarded} damaged states discarded"
+    )

@@ -282,17 +282,19 @@ def _check_origin(found: str, wanted: str, scope: str) -> None:
 
 def _records(index: ChromaIndex, document: Document, read: DocumentText, origin: str) -> list[Record]:
     """Passages of a document, each with where it stands and what it is a part of."""
+    shared: dict[str, Any] = {"title": read.title or Path(document.name).stem, "origin": origin}
+    shared |= {"source": document.name, "digest": document.digest}
     pieces = split_text(read.text)
     if pieces:
-        pieces = fit_passages(pieces, partial(_tokens, index))
-    shared: dict[str, Any] = {"title": read.title or Path(document.name).stem, "origin": origin}
-    shared |= {"source": document.name, "digest": document.digest, "chunks": len(pieces)}
+        pieces = fit_passages(pieces, partial(_tokens, index, shared))
+    shared["chunks"] = len(pieces)
     return [
         (f"{document.name}#{number}", text, {"start": start, "chunk": number, **shared})
         for number, (start, text) in enumerate(pieces)
     ]
 
 
-def _tokens(index: ChromaIndex, texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Tokens that the model reads of each text, and those the text has."""
-    return [(len(row.ids), row.total_tokens) for row in index.engine.backbone.tokenize(texts)]
+def _tokens(index: ChromaIndex, metadata: Mapping[str, Any], texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Tokens that the model reads of each record, and those the record has."""
+    read = [index.home.rule.text(text, metadata) or "" for text in texts]
+    return [(len(row.ids), row.total_tokens) for row in index.engine.backbone.tokenize(read)]
