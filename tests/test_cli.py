@@ -317,6 +317,7 @@ def test_only_our_log_lines_below_a_warning_are_shown(capsys: pytest.CaptureFixt
         with errors():
             noisy.debug("stray")
             noisy.warning("told")
+            logging.getLogger("pypdf._reader").warning("stray: no file is named")
     finally:
         root.handlers[:] = before
     said = capsys.readouterr().err

@@ -20,7 +20,11 @@ pytest.importorskip("langchain_text_splitters", reason="extra 'files' is not ins
 GERMAN = "Käse aus Zürich, Grüße an die Börse. Öfen für Übung.\nUnd noch eine Zeile, über Äpfel."
 FRENCH = "Le café est près de l'hôtel, ça va être génial."
 POLISH = "Zażółć gęślą jaźń. Proszę państwa, to jest łatwe zdanie."
-RUSSIAN = "Привет, как дела? Это проверка кодировки текста."
+RUSSIAN = (
+    "Привет, как дела? Это проверка кодировки текста. "
+    + "Москва является столицей России и самым большим городом. " * 3
+    + "Конец."
+)
 JAPANESE = "これは文字コードの検査です。日本語の文章。"
 
 
@@ -77,6 +81,13 @@ def test_html_lines_end_at_blocks_only(tmp_path: Path) -> None:
         *("A title", "One bold word, a link, and H2O.", "first", "second", "a", "b", "left right"),
         *(" def f():", "     return 1"),
     ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_xhtml_is_read_without_a_word(tmp_path: Path) -> None:
+    page = b"<?xml version='1.0' encoding='utf-8'?><html xmlns='http://www.w3.org/1999/xhtml'><p>A page.</p></html>"
+    assert read(tmp_path, "page.html", page).text == "A page."
+    assert read(tmp_path, "short.html", b"other.html").text == "other.html"
 
 
 def test_titles(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def errors(stopped: str = "") -> Iterator[None]:
         stopped: What Ctrl-C leaves behind, and what to do next; the exit code is then 130.
     """
     handler = RichHandler(console=err, show_path=False, show_time=False)
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("kalm_rag"))
+    handler.addFilter(_is_for_users)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         yield
@@ -144,6 +144,12 @@ def errors(stopped: str = "") -> Iterator[None]:
     except KeyboardInterrupt as error:
         err.print(f"\nstopped. {stopped}".rstrip())
         raise typer.Exit(130) from error
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Our lines, and others' warnings; pypdf's name no file, and what it can't read is told with its name."""
+    least = logging.ERROR if record.name.startswith("pypdf") else logging.WARNING
+    return record.levelno >= least or record.name.startswith("kalm_rag")
 
 
 def progress(items: Iterable[Item], description: str, unit: str) -> Iterable[Item]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -170,7 +171,9 @@ def _read_html(raw: bytes) -> DocumentText:
     detector = _extra("bs4.dammit").EncodingDetector
     if (decoded := decode(raw, detector.find_declared_encoding(raw, is_html=True))) is None:
         return DocumentText(text="", binary=True)
-    soup = bs4.BeautifulSoup(decoded[0], "html.parser")
+    with warnings.catch_warnings():  # that it is XHTML, or short: both are read as they are
+        warnings.simplefilter("ignore")
+        soup = bs4.BeautifulSoup(decoded[0], "html.parser")
     for tag in soup(["script", "style", "nav", "template"]):
         tag.decompose()
     title = " ".join(soup.title.get_text().split()) if soup.title is not None else ""
