@@ -28,6 +28,7 @@ from kalm_rag.index.embedders import BUNDLED, Embedder, wrap_embedder
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine, spec_of
 from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
+from kalm_rag.index.results import RebuildReport
 from kalm_rag.langchain.embeddings import KaLMEmbeddings
 from kalm_rag.langchain.settings import HasStates, Place, place_of, read_store
 from kalm_rag.states import Codec
@@ -120,7 +121,8 @@ class ChromaWithStates(Chroma, HasStates):
         opened = None
         if client is None and held["client_settings"] is None and held["persist_directory"] is not None:
             within = {name: held[name] for name in ("tenant", "database") if held[name] is not None}
-            opened = Database.open(held["persist_directory"], **within)
+            create = bool(held["create_collection_if_not_exists"])
+            opened = Database.open(held["persist_directory"], create=create, **within)
             client = opened.client
         embeddings, metadata = held["embedding_function"], held["collection_metadata"] or {}
         configuration = held["collection_configuration"]
@@ -237,6 +239,16 @@ class ChromaWithStates(Chroma, HasStates):
         self._collection  # noqa: B018 - opened again, if it was closed
         self._database.refresh()
 
+    def rebuild(self) -> RebuildReport:
+        """Make the collection again out of its own records, when its vector index is broken; see `ChromaIndex.rebuild`.
+
+        Raises:
+            StoreError: If Chroma fails, or records can't be read at all.
+        """
+        report = self.index.rebuild()
+        self._follow()
+        return report
+
     def _is_there(self, client: chromadb.ClientAPI) -> bool:
         return find_collection(client, self._settings["collection_name"]) is not None
 
@@ -271,7 +283,7 @@ class ChromaWithStates(Chroma, HasStates):
         """
         held = self._settings
         if all(held[name] is None for name in _REMOTE_OR_FOLDER) or held["client"] is not None:
-            raise InputError("only a KaLMChroma made with persist_directory, host or an API key can be pickled.")
+            raise InputError("only a KaLMChroma made with persist_directory or host can be pickled.")
         signed = held["client_settings"] is not None and held["client_settings"].chroma_client_auth_credentials
         secrets = [name for name in ("headers", "chroma_cloud_api_key") if held[name]]
         if secrets or signed:

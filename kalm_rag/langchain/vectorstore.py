@@ -23,6 +23,7 @@ from kalm_rag.index.candidates import Owners
 from kalm_rag.index.collection import PAGE, all_collection_ids, chroma_errors
 from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.index.results import BackfillReport, VerifyReport
+from kalm_rag.index.writer import CollectionWriter
 from kalm_rag.langchain.compressor import KaLMDocumentCompressor
 from kalm_rag.langchain.connection import ChromaWithStates
 from kalm_rag.langchain.inputs import check_names
@@ -215,7 +216,7 @@ class KaLMChroma(ChromaWithStates):
             )
             wanted = found["ids"]
         if wanted:
-            self.index.delete(wanted)
+            CollectionWriter(self.home).delete(wanted)  # needs no model
 
     def delete_collection(self) -> None:
         """Delete the collection and its references; unused states go with the next `gc`, those on a server at once."""

@@ -30,7 +30,7 @@ from kalm_rag import ChromaIndex
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingDependencyError, StateMismatchError, StoreError
 from kalm_rag.index.clients import LOCK_FILE
-from kalm_rag.index.lazy_engine import release_engines
+from kalm_rag.index.lazy_engine import EngineSpec, release_engines
 from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMEmbeddings, KaLMRetriever
 from kalm_rag.store import FILE_NAME
 
@@ -199,7 +199,7 @@ def test_constructors_and_persistence(tiny: Reranker, tiny_folder: Path, tmp_pat
 
 
 def test_bad_stores(chroma: KaLMChroma, tiny: Reranker) -> None:
-    with pytest.raises(InputError, match="only a KaLMChroma made with persist_directory"):
+    with pytest.raises(InputError, match="only a KaLMChroma made with persist_directory or host"):
         pickle.dumps(chroma)
     with pytest.raises(InputError, match="reranker and model settings were both given"):
         KaLMChroma(reranker=tiny, model="nano")
@@ -318,6 +318,38 @@ def test_close_closes_the_client_it_made(tiny: Reranker, tmp_path: Path) -> None
     assert memory.verify().clean
     given.close()
     client.close()
+
+
+def test_deleting_and_upkeep_load_no_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = KaLMChroma("docs", VECTORS, str(tmp_path), model=str(tiny_folder), device="cpu")
+    filled.add_documents(documents())
+    filled.close()
+    release_engines()
+    monkeypatch.setattr(EngineSpec, "engine", lambda spec: pytest.fail("a model was loaded"))
+    store = KaLMChroma("docs", VECTORS, str(tmp_path))
+    store.delete(["id-0", "unknown"])
+    assert store.verify().clean
+    assert store.gc(younger_than=0).states == 1
+    assert len(store.get()["ids"]) == 4
+    store.close()
+
+
+def test_a_collection_made_again_is_followed(tiny: Reranker, tmp_path: Path) -> None:
+    store = KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny)
+    store.add_documents(documents())
+    wanted, compressor = store.rerank(QUERY), store.as_compressor()
+    for change in (store.refresh, store.rebuild):
+        change()
+        assert store.rerank(QUERY) == wanted
+        assert KaLMRetriever(vectorstore=store, compressor=compressor).invoke(QUERY) == wanted
+        assert store.verify().clean
+    store.close()
+
+
+def test_nothing_is_made_for_a_collection_that_is_not_there(tiny: Reranker, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no Chroma database in"):
+        KaLMChroma("docs", VECTORS, str(tmp_path / "db"), reranker=tiny, create_collection_if_not_exists=False)
+    assert not (tmp_path / "db").exists()
 
 
 def test_a_second_writer_waits_or_fails_by_name(tiny: Reranker, tmp_path: Path) -> None:
