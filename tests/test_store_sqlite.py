@@ -322,7 +322,11 @@ def test_newer_versions(path: Path, filled: list[PassageStates], where: str) -> 
         SqliteStore.open(path, LAYOUT)
 
 
-@pytest.mark.parametrize("change", ["codec='zip'", "state_dtype='complex'", "ratio=0", "hidden_size='wide'"])
+@pytest.mark.parametrize(
+    "change",
+    ["codec='zip'", "state_dtype='complex'", "ratio=0", "hidden_size='wide'", "ratio=5", "ratio=6", "codec='bf16'",
+     "codec='int8'", "state_dtype='bfloat16'", "hidden_size=6", "format=2", "id=2"],
+)  # fmt: skip
 def test_damaged_namespace(path: Path, filled: list[PassageStates], change: str) -> None:
     edit(path, f"UPDATE namespaces SET {change}")
     with pytest.raises(StoreFormatError, match="damaged: namespace row"):

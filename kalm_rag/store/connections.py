@@ -23,7 +23,7 @@ KEEP_IDLE = 8
 FORK_WAIT = 5.0
 WAL_LIMIT = 4 << 20
 
-REBUILD = "Move the file away and run `kalm-rag verify` or backfill: states are rebuilt from the texts."
+REBUILD = "Move the file away and run `kalm-rag verify --repair` or backfill(): states are rebuilt from the texts."
 
 
 def connect(path: Path, mode: str, timeout: float) -> sqlite3.Connection:
