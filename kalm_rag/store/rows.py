@@ -72,8 +72,8 @@ def assemble(keys: Sequence[str], rows: Mapping[str, StoredRow], layout: Layout,
         wrong = damage(row, layout)
         if wrong is not None:
             raise StoreFormatError(
-                f"{where} holds damaged states for passage {row.key[:12]}...: {wrong}. Run `kalm-rag verify --repair` or "
-                f"backfill(): damaged states are dropped and rebuilt from the texts."
+                f"{where} holds damaged states for passage {row.key[:12]}...: {wrong}. Run `kalm-rag verify "
+                f"--repair` or backfill(): damaged states are dropped and rebuilt from the texts."
             )
     found = [position for position, key in enumerate(keys) if key in rows]
     missing = [position for position, key in enumerate(keys) if key not in rows]
