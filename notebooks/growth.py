@@ -9,11 +9,13 @@ departs from it is told. Takes up to a quarter of an hour; Nano's shape has rand
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,13 @@ from kalm_rag.bench.nano import open_nano
 from kalm_rag.bench.pico import WORDS
 from kalm_rag.bench.query import Query
 from kalm_rag.bench.serving import FETCH_K, Filled
+<<<<<<< HEAD
 from kalm_rag.models.devices import parse_device
 from kalm_rag.states import PassageStates, batch_states
+=======
+from kalm_rag.models.registry import parse_device
+from kalm_rag.states import PassageStates, batch_states, passage_key
+>>>>>>> 6b1b434 (Benchmark pictures by one function, memory of loading beside Nano's shape; functions under 60 lines; the model card says what the code does)
 
 Points = list[tuple[float, float]]
 """Pairs of what grows and median seconds."""
@@ -150,7 +157,7 @@ class Growth:
             try:
                 for size in sorted(self.values.index):
                     filled.grow(size, print)
-                    for name, run in filled.parts().items():
+                    for name, run in parts(filled).items():
                         series.setdefault(name, []).append((size, self.seconds(run)))
             finally:
                 filled.close()
@@ -189,6 +196,19 @@ class Growth:
         with tempfile.TemporaryDirectory() as home, open_store(home, engine.layout()) as store:
             store.put_many(stretch_states(few, texts))
             return [(n, self.seconds(Query(engine, store, texts[:n], prompt))) for n in self.values.candidates]
+
+
+def parts(filled: Filled) -> dict[str, Callable[[], object]]:
+    """A vector search, a fetch and a whole query over an index, each of another question at every call."""
+    index, questions = filled.index, filled.queries(32)
+    asked, vectors = cycle(questions), cycle([index.embedder.query(text) for text in questions])
+    draws, count = random.Random(0), min(FETCH_K, len(index))
+    keys = [passage_key(random_text(filled.words, seed)) for seed in range(len(index))]
+    return {
+        "search": lambda: index.collection.query(query_embeddings=[next(vectors)], n_results=count),
+        "fetch": lambda: index.store.get_many(draws.sample(keys, count)),
+        "total": lambda: index.query(next(asked), fetch_k=FETCH_K),
+    }
 
 
 def draw(path: Path, laws: Sequence[Law]) -> None:

@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 
 from kalm_rag.bench import plots, suite
 from kalm_rag.bench.checkpoint import Reference, passage_of, prompt_of, save_checkpoint, word_tokenizer
-from kalm_rag.bench.loading import bench_loading
 from kalm_rag.bench.measuring import Spread, machine, measure, measure_stages, random_text, stretch_states
-from kalm_rag.bench.nano import NanoCase, bench_nano
+from kalm_rag.bench.nano import NanoCase, bench_loading, bench_nano
 from kalm_rag.bench.report import Check, Report, Row, compare, tables
 from kalm_rag.cli import app
 from kalm_rag.engine.reranker import Reranker

@@ -79,7 +79,7 @@ def save_checkpoint(folder: Path, text: Mapping[str, Any] = NANO, vision: Mappin
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, for the words of `random_text` and of the protocol's templates; Gemma's turn markers."""
+    """One token per word, for the words of `random_text` and of the protocol's templates; Gemma's turn markers."""
     templates = " ".join((PASSAGE_TEMPLATE, PROMPT_TEMPLATE, USER_TEMPLATE, Instructions().system_text)).split()
     words = dict.fromkeys([*_SPECIALS, "yes", "no", *words_used(), *templates])
     tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="<unk>"))

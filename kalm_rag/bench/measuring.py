@@ -42,7 +42,7 @@ class Spread:
     """Wall-clock of several runs of one thing.
 
     Attributes:
-        seconds: Wall-clock, one entry a run, in order.
+        seconds: Wall-clock, one entry per run, in order.
         cpu: CPU seconds of all threads of this process likewise, which other jobs on the machine disturb far less;
             empty where they were not taken.
         peak_bytes: Most memory held meanwhile: of the CUDA device, else resident in this process, the loaded model

@@ -1,10 +1,12 @@
-"""KaLM-Reranker-V1-Nano's shape: queries over stored states against the published one-phase protocol.
+"""KaLM-Reranker-V1-Nano's shape: queries over stored states against the published protocol, memory after loading.
 
 Random weights, so only time, memory and equality of scores mean anything here.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from kalm_rag.bench.measuring import Spread, measure, stretch_states
 from kalm_rag.bench.query import Query, query_rows
 from kalm_rag.bench.report import Check, Row, row_of
 from kalm_rag.engine.reranker import Reranker
+from kalm_rag.errors import KalmRagError
 from kalm_rag.models.devices import parse_dtype
 from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
 from kalm_rag.models.t5gemma2.prefix_cache import CPU_CACHE_BYTES
@@ -30,6 +33,20 @@ ALLOWED = {"fp32": 1e-5, "bf16": 1e-2}
 
 LEAST_CORRELATION = 0.97
 """Spearman's correlation that int8 weights keep with the published protocol's scores, at least."""
+
+
+_LOADERS = {
+    "whole": "from transformers import T5Gemma2ForConditionalGeneration as model\n"
+    "held = model.from_pretrained(folder, dtype=dtype)",
+    "text": "from kalm_rag import Reranker\nheld = Reranker.from_pretrained(folder, device='cpu', dtype=dtype)",
+}
+_REPORT = (
+    "import sys\n"
+    "from kalm_rag.bench.measuring import peak_resident_bytes, resident_bytes\n"
+    "folder, dtype = sys.argv[1:]\n"
+    "{load}\n"
+    "sys.stdout.write(f'{{resident_bytes()}} {{peak_resident_bytes()}}')\n"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +74,7 @@ class NanoCase:
 
     Attributes:
         candidates: Passages of a query.
-        tokens: Tokens a passage.
+        tokens: Tokens per passage.
         prompt: Tokens of the prompt.
         ratio: Tokens a state stands for.
         batch: Passages that the published protocol takes at a time.
@@ -129,6 +146,43 @@ def bench_nano(folder: Path, dtype: str, device: torch.device, case: NanoCase) -
                     rows += _way(query, way, dtype, case, layout.payload_bytes(made[0].tokens))
                     checks.append(_check(query.probabilities()[: len(wanted)], wanted, way, dtype))
     return rows, checks
+
+
+def bench_loading(folder: Path, dtype: str) -> list[Row]:
+    """Memory of a fresh process once the checkpoint is loaded: whole by transformers, and its text part by us.
+
+    Args:
+        folder: The checkpoint.
+        dtype: ``"fp32"`` or ``"bf16"``.
+
+    Raises:
+        KalmRagError: If a process fails; its last words are in the message.
+    """
+    rows = []
+    mapped = "; weights of the file's own dtype are mapped, and count once they are used" if dtype == "bf16" else ""
+    long = str(parse_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
+    for way, what in (("whole", "whole, by transformers"), ("text", "text, by Reranker")):
+        code = _REPORT.format(load=_LOADERS[way])
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(folder), long], capture_output=True, text=True, check=False
+        )
+        if run.returncode:
+            raise KalmRagError(f"loading the checkpoint in a process of its own failed: {run.stderr.strip()[-500:]}")
+        held, peak = run.stdout.split()
+        if held == "None":  # only Linux tells
+            return []
+        rows.append(
+            Row(
+                key=f"nano.load.{dtype}.{way}",
+                group=f"KaLM-Nano's shape, {dtype}: memory resident in a fresh process that loaded it",
+                what=what,
+                stage="load",
+                peak_bytes=int(held),
+                baseline=f"nano.load.{dtype}.whole" if way == "text" else None,
+                note=f"at most {int(peak) / 1e6:,.0f} MB while loading{mapped}",
+            )
+        )
+    return rows
 
 
 def _encode(engine: Reranker, case: NanoCase) -> tuple[Spread, list[PassageStates]]:

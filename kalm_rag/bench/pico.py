@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from kalm_rag.models.pico.encoder import find_encoder
 from kalm_rag.store import open_store
 
 WORDS = 143
-"""Words a passage: about 145 tokens, so that a cross-encoder reads pairs of about 170."""
+"""Words per passage: about 145 tokens, so that a cross-encoder reads pairs of about 170."""
 TASK = Instructions(task="Find advice for people who work outdoors.")
 
 
@@ -63,7 +62,8 @@ def bench_indexing(device: torch.device, *, passages: int = 100) -> list[Row]:
     """
     draw = random.Random(0)
     texts = [random_text(draw.randint(20, 240), 10**6 + row) for row in range(passages)]
-    baseline = _sentence_transformer(device)
+    module = require("sentence_transformers", "pico", "the indexing baseline")
+    baseline = module.SentenceTransformer(str(find_encoder()), device=str(device))
     encode = measure(
         lambda: baseline.encode(texts, batch_size=32, show_progress_bar=False),
         1,
@@ -103,8 +103,3 @@ def _cross_encoder(device: torch.device, group: str, pairs: int, tokens: int) ->
         spread = measure(lambda: [model(ids[at : at + 32]).logits for at in range(0, pairs, 32)], 2, device)
     note = f"MiniLM-L6 shape, pairs of {tokens} tokens; its tokenising is not counted"
     return row_of("pico.cross_encoder", group, "cross-encoder", "end to end", spread, passages=pairs, note=note)
-
-
-def _sentence_transformer(device: torch.device) -> Any:  # noqa: ANN401 - its class is imported here only
-    module = require("sentence_transformers", "pico", "the indexing baseline")
-    return module.SentenceTransformer(str(find_encoder()), device=str(device))

@@ -57,7 +57,7 @@ def query_rows(key: str, group: str, what: str, query: Query, repeats: int, size
         what: The way, for people.
         query: What is asked.
         repeats: Timed queries.
-        size: Bytes stored for a passage.
+        size: Bytes stored per passage.
         baseline: Key that the whole is compared with.
     """
     device, count = query.engine.backbone.device, len(query.texts)

@@ -61,7 +61,7 @@ class Row:
 
     @property
     def per_second(self) -> float | None:
-        """Passages a second, at the median."""
+        """Passages per second, at the median."""
         return self.passages / self.p50 if self.p50 and self.passages else None
 
 
@@ -137,7 +137,7 @@ class Report:
 
 
 def compare(rows: Sequence[Row], clock: str = "wall") -> list[Row]:
-    """Fill in `Row.times` wherever the baseline is there: seconds a passage, or bytes for rows without seconds.
+    """Fill in `Row.times` wherever the baseline is there: seconds per passage, or bytes for rows without seconds.
 
     Args:
         rows: Rows of one run.

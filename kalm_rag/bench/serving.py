@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from kalm_rag.bench.measuring import Spread, Tell, measure_stages, random_text, 
 from kalm_rag.bench.pico import WORDS
 from kalm_rag.bench.report import Row, row_of
 from kalm_rag.index import ChromaIndex
-from kalm_rag.states import PassageStates, passage_key
+from kalm_rag.states import PassageStates
 from kalm_rag.store import Reference
 
 FETCH_K = 50
@@ -34,7 +32,7 @@ class Filled:
     Args:
         folder: Where the database goes.
         device: As `ChromaIndex.open`.
-        words: Words a passage.
+        words: Words per passage.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, words: int = WORDS) -> None:
@@ -66,18 +64,6 @@ class Filled:
     def queries(self, count: int) -> list[str]:
         """Questions, all different."""
         return [random_text(8, 10**7 + seed) for seed in range(count)]
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        """A vector search, a fetch and a whole query, each of another question at every call."""
-        asked = cycle(self.queries(_SEEDS))
-        vectors = cycle([self.index.embedder.query(text) for text in self.queries(_SEEDS)])
-        draw, count = random.Random(0), min(FETCH_K, len(self.index))
-        keys = [passage_key(random_text(self.words, seed)) for seed in range(len(self.index))]
-        return {
-            "search": lambda: self.index.collection.query(query_embeddings=[next(vectors)], n_results=count),
-            "fetch": lambda: self.index.store.get_many(draw.sample(keys, count)),
-            "total": lambda: self.index.query(next(asked), fetch_k=FETCH_K),
-        }
 
     def ask(self, queries: Sequence[str]) -> dict[str, Spread]:
         """Stages of asking each query once, after one to warm up."""

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from kalm_rag.bench.checkpoint import passage_of, prompt_of, save_checkpoint
-from kalm_rag.bench.loading import bench_loading
 from kalm_rag.bench.measuring import QUERY, Tell, machine, random_text
-from kalm_rag.bench.nano import ALLOWED, NanoCase, bench_nano, open_nano
+from kalm_rag.bench.nano import ALLOWED, NanoCase, bench_loading, bench_nano, open_nano
 from kalm_rag.bench.pico import WORDS, bench_indexing, bench_pico
 from kalm_rag.bench.query import candidate_rows
 from kalm_rag.bench.report import Check, Report, Row, compare
 from kalm_rag.bench.serving import bench_serving
+from kalm_rag.checks import check_count
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
@@ -63,11 +63,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("candidates", "passages", "repeats", "clients"):
-            if (value := getattr(self, name)) < 1:
-                raise InputError(f"{name} is {value}; wanted a whole number >= 1.")
+            check_count(getattr(self, name), name)
         if self.dtype not in (None, *ALLOWED):
             raise InputError(f"dtype is {self.dtype!r}; wanted one of {', '.join(ALLOWED)}.")
-
         if self.clock not in ("wall", "cpu"):
             raise InputError(f"clock is {self.clock!r}; wanted wall or cpu.")
 

@@ -62,7 +62,7 @@ def train(
 ) -> None:
     """Train pico's decoder from scratch (half an hour on 2 cores, 9 GB), or adapt a T5Gemma 2 with --base.
 
-    A checkpoint such as KaLM-Reranker-V1-Nano as --base learns from your own labelled queries, in stages; each gives a
+    A checkpoint as --base (KaLM-Reranker-V1-Nano, say) learns from your own labelled queries in stages. Each gives a
     whole checkpoint, which the next one takes as --base:
 
     general: labels over candidates of all retrieval ranks.
@@ -90,10 +90,14 @@ def train(
             reports = _adapt(base, data[0], to, settings | {"seed": seed}, minutes=minutes)
         _print_reports(reports)
         if plot is not None:
-            from kalm_rag.training.plot import draw_losses
+            _draw(reports, plot)
 
-            draw_losses({report.stage: report.losses for report in reports}, plot)
-            out.print(f"losses drawn in {shown(str(plot))}", soft_wrap=True)
+
+def _draw(reports: Sequence[TrainReport], plot: Path) -> None:
+    from kalm_rag.training.plot import draw_losses
+
+    draw_losses({report.stage: report.losses for report in reports}, plot)
+    out.print(f"losses drawn in {shown(str(plot))}", soft_wrap=True)
 
 
 def _adapt(base: str, data: Path, to: Path, settings: dict[str, Any], *, minutes: float | None) -> list[TrainReport]:

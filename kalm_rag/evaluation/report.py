@@ -12,7 +12,7 @@ from kalm_rag.evaluation.metrics import Calibration, Change, change_of, mean
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRow:
-    """One ranking of one set: metrics meaned over queries (all are better when higher), and what it gains.
+    """One ranking of one set: mean metrics over queries (all are better when higher), and what it gains.
 
     Attributes:
         ranking: ``"retrieval"`` (cosine), ``"bm25"``, ``"fusion"`` (of both) or ``"reranked"``, all over the same
@@ -27,7 +27,7 @@ class EvalRow:
         over_fusion: nDCG@10 above fusion's; None for fusion, and for what it is made of.
         over_first: nDCG@10 above the first model's at the same ratio; None but for further models.
         calibration: How good its probabilities are; None where there are none.
-        milliseconds: Median time a query's candidates take to be scored from stored states; 0 but for models.
+        milliseconds: Median time of a query's candidates, from stored states to an order; 0 but for models.
         values: nDCG@10 of each query, in the order of the judgements. Left out of `to_dict`.
     """
 

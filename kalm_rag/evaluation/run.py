@@ -14,7 +14,14 @@ from torch import Tensor
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation.beir import EvalSet
-from kalm_rag.evaluation.candidates import Candidates, as_retriever, check_ratios, find_candidates, stored
+from kalm_rag.evaluation.candidates import (
+    Candidates,
+    StoredEngine,
+    as_retriever,
+    check_ratios,
+    find_candidates,
+    stored,
+)
 from kalm_rag.evaluation.fusion import Bm25, fuse
 from kalm_rag.evaluation.metrics import (
     best_first,
@@ -67,9 +74,6 @@ def evaluate(
         cache: Folder for passage states, so that a second run with the same model and corpus encodes nothing; None
             keeps them in a temporary folder.
 
-    Returns:
-        Metrics, gains with intervals and p values, calibration and times.
-
     Raises:
         InputError: If the folder or split is missing, an argument is out of range, two models have one name, or no
             retriever is at hand.
@@ -89,19 +93,7 @@ def evaluate(
             rankings = baselines(candidates)
         for name, one in engines.items():
             with stored(one, ratios[0], folder) as reader:
-                for ratio in ratios:
-                    with timings.stage("rerank"):
-                        scored = reader.score(candidates, steer, ratio=ratio)
-                    _move(timings.seconds, "rerank", "encode", scored.encoding)
-                    rankings.append(
-                        RankedSet(
-                            ranking="reranked",
-                            scores=scored.margins,
-                            model=name,
-                            ratio=ratio,
-                            milliseconds=scored.milliseconds,
-                        )
-                    )
+                rankings += _rerank(reader, name, candidates, ratios, steer, timings)
     return EvalReport(
         name=what.name,
         data=str(what.folder),
@@ -126,9 +118,26 @@ def baselines(candidates: Candidates) -> list[RankedSet]:
     return [RankedSet(ranking=name, scores=scores) for name, scores in named.items()]
 
 
-def _move(seconds: dict[str, float], source: str, target: str, amount: float) -> None:
-    seconds[source] -= amount
-    seconds[target] = seconds.get(target, 0.0) + amount
+def _rerank(
+    reader: StoredEngine,
+    name: str,
+    candidates: Candidates,
+    ratios: Sequence[int],
+    steer: Instructions,
+    timings: Timings,
+) -> list[RankedSet]:
+    """What one model makes of the candidates at each ratio."""
+    rankings = []
+    for ratio in ratios:
+        with timings.stage("rerank"):
+            scored = reader.score(candidates, steer, ratio=ratio)
+        timings.seconds["rerank"] -= scored.encoding  # what was met without states is a stage of its own
+        timings.seconds["encode"] = timings.seconds.get("encode", 0.0) + scored.encoding
+        spent = scored.milliseconds
+        rankings.append(
+            RankedSet(ranking="reranked", scores=scored.margins, model=name, ratio=ratio, milliseconds=spent)
+        )
+    return rankings
 
 
 def _by_name(engines: Sequence[Reranker]) -> dict[str, Reranker]:

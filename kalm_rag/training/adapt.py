@@ -8,7 +8,6 @@ in an average of checkpoints and gives a whole checkpoint, which the next stage 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -28,13 +27,13 @@ from kalm_rag.models.registry import PICO, find_checkpoint
 from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
 from kalm_rag.models.t5gemma2.checkpoint import read_config
 from kalm_rag.training.batches import Mined
-from kalm_rag.training.checkpoint import REPORT, check_out, save_checkpoint, stored_dtypes, whole_folder
+from kalm_rag.training.checkpoint import check_out, save_checkpoint, stored_dtypes
 from kalm_rag.training.config import FUSION, OWN, AdaptConfig, Stage
 from kalm_rag.training.learner import Learner
 from kalm_rag.training.lists import CandidateLists, bundled_retriever, load_lists
 from kalm_rag.training.losses import calibrate
 from kalm_rag.training.mining import margins_of, mine
-from kalm_rag.training.report import DevRow, TrainReport, measure, peak_memory
+from kalm_rag.training.report import DevRow, TrainReport, measure, peak_memory, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -82,19 +81,8 @@ def adapt(
     folder = find_checkpoint(str(base))[0]
     read_config(folder)  # a bad base fails before the data is read
     timings = Timings()
-    with timings.stage("read"), ExitStack() as stack:
-        if (dense := bundled_retriever(where)) is not None:
-            stack.enter_context(dense)
-        learnt, held = load_lists(
-            data,
-            split=config.split,
-            dev_split=config.dev_split,
-            dev_queries=config.dev_queries,
-            queries=config.steps * config.lists,
-            instructions=config.instructions,
-            dense=dense,
-            seed=config.seed,
-        )
+    with timings.stage("read"):
+        learnt, held = _read(data, config, where)
     seconds = timings.seconds
     reports = []
     for stage, target in zip(stages, outs, strict=True):
@@ -106,6 +94,23 @@ def adapt(
         del run
         gc.collect()  # the next stage's model finds the room of this one's
     return reports
+
+
+def _read(data: Path, config: AdaptConfig, device: torch.device) -> tuple[list[CandidateLists], list[CandidateLists]]:
+    """Lists to learn from and held-out lists; pico retrieves beside BM25 where it is installed."""
+    with ExitStack() as stack:
+        if (dense := bundled_retriever(device)) is not None:
+            stack.enter_context(dense)
+        return load_lists(
+            data,
+            split=config.split,
+            dev_split=config.dev_split,
+            dev_queries=config.dev_queries,
+            queries=config.steps * config.lists,
+            instructions=config.instructions,
+            dense=dense,
+            seed=config.seed,
+        )
 
 
 class _Run:
@@ -157,10 +162,8 @@ class _Run:
             peak_bytes=peak_memory(self.device),
             settings={**asdict(config), "device": str(self.device), "bf16": self.bf16},
         )
-        with whole_folder(out) as scratch:
-            save_checkpoint(self.base, scratch, self.backbone.model.state_dict())
-            (scratch / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-        logger.info("stage %s: %d steps; checkpoint in %s", report.stage, report.steps, out)
+        weights = self.backbone.model.state_dict()
+        write_run(report, lambda folder: save_checkpoint(self.base, folder, weights))
         return report
 
     def _autocast(self) -> AbstractContextManager[Any]:

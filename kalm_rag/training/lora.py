@@ -1,4 +1,4 @@
-"""Low-rank updates (LoRA, arXiv 2106.09685): few numbers learnt a matrix, folded into it at the end.
+"""Low-rank updates (LoRA, arXiv 2106.09685): few numbers learnt per matrix, folded into it at the end.
 
 Built on torch's parametrizations, so the model's own code runs unchanged over ``W + (alpha / rank) B A``.
 """

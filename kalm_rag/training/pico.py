@@ -6,8 +6,6 @@ from what it left. Letters: L lists of a batch, C candidates of a list.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import random
 from collections.abc import Sequence
@@ -30,16 +28,14 @@ from kalm_rag.models.pico.prompt import MAX_INSTRUCTION_TOKENS, MAX_QUERY_TOKENS
 from kalm_rag.models.pico.word_codes import WordCodes
 from kalm_rag.states import batch_states
 from kalm_rag.training.batches import Batch, Batches
-from kalm_rag.training.checkpoint import REPORT, check_out, whole_folder
+from kalm_rag.training.checkpoint import check_out
 from kalm_rag.training.gates import fit_gates
 from kalm_rag.training.instruct import generic, split_query
 from kalm_rag.training.lists import CandidateLists
 from kalm_rag.training.loop import Solver, WeightAverage, take_steps
 from kalm_rag.training.losses import calibrate, list_loss
-from kalm_rag.training.report import TrainReport, measure, peak_memory
+from kalm_rag.training.report import TrainReport, measure, peak_memory, write_run
 from kalm_rag.training.sources import SOURCES, Reading, Source, find_sources, load_sources
-
-logger = logging.getLogger(__name__)
 
 DEV_RATIOS = (4, 32)
 """Ratios that held-out queries are measured at; the first is calibrated on."""
@@ -106,9 +102,6 @@ def train(
         config: The whole recipe; None takes the shipped one.
         encoder: As `PicoBackbone.load` takes it.
 
-    Returns:
-        What was done, and scores on the held-out queries.
-
     Raises:
         InputError: If a folder or split is missing, or `out` holds something.
         MissingDependencyError: If bm25s or the encoder's package is not installed.
@@ -146,10 +139,7 @@ def train(
         peak_bytes=peak_memory(torch.device("cpu")),
         settings=asdict(config),
     )
-    with whole_folder(out) as scratch:
-        backbone.save(scratch)
-        (scratch / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    logger.info("trained %d steps; weights in %s", report.steps, out)
+    write_run(report, backbone.save)
     return report
 
 

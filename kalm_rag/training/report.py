@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ import torch
 from torch import Tensor
 
 from kalm_rag.engine.reranker import Reranker
+from kalm_rag.training.checkpoint import REPORT, whole_folder
 from kalm_rag.training.lists import CandidateLists
 from kalm_rag.training.losses import mean_ndcg
 from kalm_rag.training.mining import margins_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +110,14 @@ def measure(
                 )
             )
     return rows, margins
+
+
+def write_run(report: TrainReport, save: Callable[[Path], None]) -> None:
+    """Make the report's folder with the weights that `save` writes, and ``train.json``: whole or not at all."""
+    with whole_folder(report.folder) as scratch:
+        save(scratch)
+        (scratch / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    logger.info("stage %s: %d steps; weights in %s", report.stage, report.steps, report.folder)
 
 
 def peak_memory(device: torch.device) -> int:
