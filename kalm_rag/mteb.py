@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kalm_rag.checks import check_passages, check_query
 from kalm_rag.engine.reranker import DEFAULT_RATIO, Reranker
@@ -127,8 +127,8 @@ class MtebReranker:
         if len(asked) != len(passages):
             raise InputError(f"{len(asked)} queries and {len(passages)} passages; wanted as many of each.")
         groups: dict[tuple[str, Instructions], list[int]] = {}
-        for place, one in enumerate(asked):
-            groups.setdefault(one, []).append(place)
+        for place, question in enumerate(asked):
+            groups.setdefault(question, []).append(place)
         scores = np.empty(len(asked), dtype=np.float32)
         shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
         for (query, steer), places in tqdm(groups.items(), desc="reranking", unit="query", disable=not shown):

@@ -74,3 +74,6 @@ def test_notebooks_run_and_are_stripped(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any(cell.get("outputs") for cell in notebook.cells)
+    streams = [out for cell in notebook.cells for out in cell.get("outputs", []) if out["output_type"] == "stream"]
+    red = [out["text"] for out in streams if out["name"] == "stderr"]
+    assert not red, "a reader sees warnings in red"

@@ -111,10 +111,10 @@ def measure_stages(run: Callable[[], Mapping[str, float]], repeats: int, device:
     told: list[Mapping[str, float]] = []
     total = measure(lambda: told.append(run()), repeats, device)
     told = told[1:]
-    names = list(dict.fromkeys(name for one in told for name in one))
-    stages = {name: Spread(seconds=tuple(one.get(name, 0.0) for one in told)) for name in names}
-    left = [whole - sum(one.values()) for whole, one in zip(total.seconds, told, strict=True)]
-    return {**stages, "rest": Spread(seconds=tuple(max(0.0, one) for one in left)), "total": total}
+    names = list(dict.fromkeys(name for stages in told for name in stages))
+    stages = {name: Spread(seconds=tuple(stages.get(name, 0.0) for stages in told)) for name in names}
+    left = [whole - sum(stages.values()) for whole, stages in zip(total.seconds, told, strict=True)]
+    return {**stages, "rest": Spread(seconds=tuple(max(0.0, seconds) for seconds in left)), "total": total}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

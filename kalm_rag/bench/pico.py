@@ -35,7 +35,7 @@ def bench_pico(device: torch.device, *, candidates: int = 50, repeats: int = 7, 
     texts = [random_text(WORDS, seed) for seed in range(candidates)]
     with Reranker.from_pretrained("pico", device=device, ratio=ratio) as engine:
         states = engine.encode(texts, show_progress=False)
-        tokens = round(statistics.median(one.tokens for one in states))
+        tokens = round(statistics.median(passage.tokens for passage in states))
         size = engine.layout().payload_bytes(tokens)
         group = f"pico: {candidates} passages of {tokens} tokens, r={ratio}"
         rows = [_cross_encoder(device, group, candidates, tokens + 20)]

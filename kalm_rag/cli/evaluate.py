@@ -85,10 +85,10 @@ def evaluate(
             from kalm_rag.evaluation import summarise
 
             reports = []
-            for one, own in zip(sets, tasks, strict=True):
-                err.print(f"[bold]{shown(one.name)}[/bold]")
+            for what, own in zip(sets, tasks, strict=True):
+                err.print(f"[bold]{shown(what.name)}[/bold]")
                 report = measure(
-                    one,
+                    what,
                     models[0],
                     others=models[1:],
                     retriever=pico,
@@ -103,7 +103,7 @@ def evaluate(
                     _print_report(report)
         summary = summarise(reports)
         if as_json:
-            print_json({"sets": [one.to_dict() for one in reports], "summary": [one.to_dict() for one in summary]})
+            print_json({"sets": [row.to_dict() for row in reports], "summary": [row.to_dict() for row in summary]})
         elif len(reports) > 1:
             _print_summary(summary)
 
@@ -130,11 +130,11 @@ def evaluate_instructions(
             from kalm_rag.evaluation.instructed import evaluate_instructions as measure
 
             reports = [
-                measure(sets, one, retriever=pico, ratio=ratio, top_k=top_k, max_queries=max_queries, cache=cache)
-                for one in models
+                measure(sets, model, retriever=pico, ratio=ratio, top_k=top_k, max_queries=max_queries, cache=cache)
+                for model in models
             ]
         if as_json:
-            print_json({"models": [one.to_dict() for one in reports]})
+            print_json({"models": [report.to_dict() for report in reports]})
             return
         for report in reports:
             _print_instructions(report)
@@ -199,7 +199,7 @@ def _sets(data: Sequence[str], split: str, pooled: bool) -> list[EvalSet]:
     from kalm_rag.evaluation import EvalSet
 
     sets = [EvalSet.parse(text, split=split, pooled=pooled) for text in data]
-    names = [one.name for one in sets]
+    names = [what.name for what in sets]
     if len(set(names)) < len(names):
         raise InputError(f"sets are {', '.join(names)}; wanted each name once.")
     return sets
@@ -209,9 +209,11 @@ def _tasks(sets: Sequence[EvalSet], task: str | None, own: bool) -> list[str | N
     """The task of each set."""
     if not own:
         return [task] * len(sets)
-    found = [one.own_task for one in sets]
+    found = [what.own_task for what in sets]
     if not any(found):
-        raise InputError(f"none of {', '.join(one.name for one in sets)} has an instruction.txt for --own-instruction.")
+        raise InputError(
+            f"none of {', '.join(what.name for what in sets)} has an instruction.txt for --own-instruction."
+        )
     return [text if text is not None else task for text in found]
 
 
@@ -264,7 +266,7 @@ def _print_changes(rows: Sequence[EvalRow] | Sequence[Summary]) -> None:
     for row in rows:
         changes = [row.over_retrieval, row.over_fusion] + ([row.over_first] if extra else [])
         if any(changes):
-            table.add_row(_label(row), _ratio(row), *[_change(one) for one in changes])
+            table.add_row(_label(row), _ratio(row), *[_change(change) for change in changes])
     out.print(table)
 
 
@@ -272,10 +274,10 @@ def _print_instructions(report: InstructionReport) -> None:
     kinds = list(report.contrast[0].kinds)
     out.print(f"[bold]{_name(report.model)}[/bold], r={report.ratio}: is the kind asked for above the other kind?")
     table = _table("instruction", "accuracy (95%)", "both ways", "weakest contrast")
-    for one in report.contrast:
-        weak = min(kinds, key=lambda kind: one.kinds[kind])
-        accuracy = f"{one.accuracy:.3f} ({one.low:.3f} {one.high:.3f})"
-        table.add_row(one.where, accuracy, f"{one.both:.3f}", f"{one.kinds[weak]:.2f} {weak}")
+    for contrast in report.contrast:
+        weak = min(kinds, key=lambda kind: contrast.kinds[kind])
+        accuracy = f"{contrast.accuracy:.3f} ({contrast.low:.3f} {contrast.high:.3f})"
+        table.add_row(contrast.where, accuracy, f"{contrast.both:.3f}", f"{contrast.kinds[weak]:.2f} {weak}")
     out.print(table)
     if report.drift:
         out.print("generic instructions must change nothing: change of nDCG@10")

@@ -154,7 +154,7 @@ def _is_for_users(record: logging.LogRecord) -> bool:
 
 def progress(items: Iterable[Item], description: str, unit: str) -> Iterable[Item]:
     """A bar on a terminal, nothing in a pipe."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     return tqdm(items, desc=description, unit=unit, leave=False, file=sys.stderr, disable=not _is_terminal(sys.stderr))
 

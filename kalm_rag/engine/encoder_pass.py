@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kalm_rag.engine.decoder_pass import cut_batches
 from kalm_rag.engine.queue import check_cancelled

@@ -88,8 +88,8 @@ class Collection:
 
     def only(self, query_ids: Iterable[str], texts: Mapping[str, str] | None = None) -> Collection:
         """The same passages with some of the queries, in the order given; `texts` replace those of some of them."""
-        queries = {one: (texts or {}).get(one, self.queries[one]) for one in query_ids}
-        return replace(self, queries=queries, qrels={one: self.qrels[one] for one in queries})
+        queries = {query_id: (texts or {}).get(query_id, self.queries[query_id]) for query_id in query_ids}
+        return replace(self, queries=queries, qrels={query_id: self.qrels[query_id] for query_id in queries})
 
 
 def load_collection(folder: Path, split: str) -> Collection:

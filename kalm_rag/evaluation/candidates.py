@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kalm_rag.checks import check_count
 from kalm_rag.engine.reranker import Reranker

@@ -126,13 +126,13 @@ def measure_curve(
         for what in sets:
             with stored(searcher, ratios[0], folder) as reader:
                 candidates = find_candidates(what, reader, top_k=top_k, max_queries=max_queries)
-            floors.append([_quality(candidates, one.scores) for one in baselines(candidates)])
+            floors.append([_quality(candidates, ranked.scores) for ranked in baselines(candidates)])
             with stored(engine, ratios[0], folder) as reader:
                 cells.append([_measure(reader, candidates, layout) for layout in layouts])
             queries, most = queries + len(candidates.rows), max(most, candidates.top_k)
     return Curve(
         model=engine.info.name,
-        sets=tuple(one.name for one in sets),
+        sets=tuple(what.name for what in sets),
         queries=queries,
         top_k=most,
         retrieval=mean([floor[0] for floor in floors]),
@@ -156,7 +156,7 @@ def curve_table(curve: Curve) -> str:
     ]
     for ratio in dict.fromkeys(point.ratio for point in curve.points):
         points = [by_cell[ratio, codec] for codec in codecs]
-        shown = [f"{one.ndcg_10:.4f} | {one.bytes_per_passage:,.0f} | {one.milliseconds:.1f}" for one in points]
+        shown = [f"{point.ndcg_10:.4f} | {point.bytes_per_passage:,.0f} | {point.milliseconds:.1f}" for point in points]
         lines.append(f"| {ratio} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
@@ -267,7 +267,7 @@ def _mean_point(points: Sequence[CurvePoint]) -> CurvePoint:
     return CurvePoint(
         ratio=points[0].ratio,
         codec=points[0].codec,
-        ndcg_10=mean([one.ndcg_10 for one in points]),
-        bytes_per_passage=mean([one.bytes_per_passage for one in points]),
-        milliseconds=mean([one.milliseconds for one in points]),
+        ndcg_10=mean([point.ndcg_10 for point in points]),
+        bytes_per_passage=mean([point.bytes_per_passage for point in points]),
+        milliseconds=mean([point.milliseconds for point in points]),
     )

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
@@ -201,7 +201,7 @@ def measure_contrast(engine: Reranker, *, ratio: int = 4) -> tuple[Contrast, ...
     found = []
     with open_store(":memory:", engine.at(ratio).layout()) as store:
         reader = StoredEngine(engine, store)
-        list(reader.index([one["passage"] for row in rows for one in row["asked"]]))
+        list(reader.index([asked["passage"] for row in rows for asked in row["asked"]]))
         for where in ("none", "task", "system"):
             bar = tqdm(rows, desc=f"contrast, {where}", unit="query")
             right = [_in_order(reader, row, where) for row in bar]
@@ -211,10 +211,10 @@ def measure_contrast(engine: Reranker, *, ratio: int = 4) -> tuple[Contrast, ...
 
 def _in_order(reader: StoredEngine, row: dict[str, Any], where: str) -> list[float]:
     """Whether the passage that each of a row's two instructions asks for is ahead: 1, 0, or half a point for a tie."""
-    passages = [one["passage"] for one in row["asked"]]
+    passages = [asked["passage"] for asked in row["asked"]]
     ahead = []
-    for place, one in enumerate(row["asked"]):
-        steer = Instructions() if where == "none" else Instructions(**{where: one["instruction"]})
+    for place, asked in enumerate(row["asked"]):
+        steer = Instructions() if where == "none" else Instructions(**{where: asked["instruction"]})
         margins = reader.margins(row["query"], passages, steer)
         lead = float(margins[place] - margins[1 - place])
         ahead.append(0.5 if lead == 0 else float(lead > 0))
@@ -222,14 +222,14 @@ def _in_order(reader: StoredEngine, row: dict[str, Any], where: str) -> list[flo
 
 
 def _contrast(where: str, right: Sequence[Sequence[float]], kinds: Sequence[str]) -> Contrast:
-    shares = [mean(one) for one in right]
+    shares = [mean(query) for query in right]
     low, high = paired_interval(shares)
     return Contrast(
         where=where,
         accuracy=mean(shares),
         low=low,
         high=high,
-        both=mean([float(min(one) == 1.0) for one in right]),
+        both=mean([float(min(query) == 1.0) for query in right]),
         kinds={
             kind: mean([share for share, own in zip(shares, kinds, strict=True) if own == kind])
             for kind in dict.fromkeys(kinds)

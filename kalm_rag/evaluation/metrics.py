@@ -84,9 +84,9 @@ def compare(after: Sequence[float], before: Sequence[float]) -> Change:
 
 def change_of(*differences: Sequence[float] | np.ndarray) -> Change:
     """Sum up differences query by query, one argument per set; every set counts the same."""
-    sets = [np.asarray(one, dtype=np.float64) for one in differences]
+    sets = [np.asarray(difference, dtype=np.float64) for difference in differences]
     low, high = paired_interval(*sets)
-    return Change(mean=mean([float(one.mean()) for one in sets]), low=low, high=high, p=_paired_p(sets))
+    return Change(mean=mean([float(values.mean()) for values in sets]), low=low, high=high, p=_paired_p(sets))
 
 
 def paired_interval(*differences: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -106,8 +106,8 @@ def paired_interval(*differences: Sequence[float] | np.ndarray, seed: int = 0) -
     """
     draw = np.random.default_rng(seed)
     means = np.zeros(RESAMPLES)
-    for one in differences:
-        values = np.asarray(one, dtype=np.float64)
+    for difference in differences:
+        values = np.asarray(difference, dtype=np.float64)
         means += values[draw.integers(0, len(values), (RESAMPLES, len(values)))].mean(1) / len(differences)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
@@ -187,7 +187,7 @@ def query_ndcg(found: Collection, orders: Sequence[Tensor]) -> list[float]:
 
 def best_first(rows: Sequence[Tensor], scores: Sequence[Tensor]) -> list[Tensor]:
     """Order each query's candidates by falling score; ties keep the order they came in."""
-    return [one[own.sort(descending=True, stable=True).indices] for one, own in zip(rows, scores, strict=True)]
+    return [found[own.sort(descending=True, stable=True).indices] for found, own in zip(rows, scores, strict=True)]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -207,12 +207,12 @@ def is_relevant(found: Collection, rows: Sequence[Tensor]) -> Tensor:
 
 def _paired_p(sets: Sequence[np.ndarray]) -> float | None:
     """Paired t test of the mean over sets; None for a single query, which tells nothing of a deviation."""
-    if any(len(one) < 2 for one in sets):
+    if any(len(values) < 2 for values in sets):
         return None
-    centre = mean([float(one.mean()) for one in sets])
-    if all(np.ptp(one) == 0 for one in sets):  # no deviation: either nothing moved, or all of a set moved alike
+    centre = mean([float(values.mean()) for values in sets])
+    if all(np.ptp(values) == 0 for values in sets):  # no deviation: either nothing moved, or all of a set moved alike
         return 1.0 if centre == 0 else 0.0
-    parts = np.array([one.var(ddof=1) / len(one) for one in sets])  # squared standard error of each set's mean
-    freedom = parts.sum() ** 2 / sum(part**2 / (len(one) - 1) for part, one in zip(parts, sets, strict=True))
+    parts = np.array([values.var(ddof=1) / len(values) for values in sets])  # squared standard error of each set's mean
+    freedom = parts.sum() ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, sets, strict=True))
     stats = require("scipy.stats", "eval", "testing for significance")
     return float(2 * stats.t.sf(abs(centre) * len(sets) / parts.sum() ** 0.5, freedom))

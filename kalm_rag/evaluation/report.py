@@ -144,17 +144,20 @@ def summarise(reports: Sequence[EvalReport]) -> list[Summary]:
     if not reports:
         raise InputError("no reports to summarise; wanted at least one.")
     keys = [row.key for row in reports[0].rows]
-    for one in reports:
-        if [row.key for row in one.rows] != keys:
-            raise InputError(f"{one.name} has other rankings than {reports[0].name}; evaluate all alike.")
-    return [_summary([one.rows for one in reports], place, [one.name for one in reports]) for place in range(len(keys))]
+    for report in reports:
+        if [row.key for row in report.rows] != keys:
+            raise InputError(f"{report.name} has other rankings than {reports[0].name}; evaluate all alike.")
+    return [
+        _summary([report.rows for report in reports], place, [report.name for report in reports])
+        for place in range(len(keys))
+    ]
 
 
 def _summary(sets: Sequence[tuple[EvalRow, ...]], place: int, names: Sequence[str]) -> Summary:
-    rows = [one[place] for one in sets]
+    rows = [own[place] for own in sets]
     gains = [row.over_retrieval.mean for row in rows if row.over_retrieval is not None]
     sure = [row.calibration for row in rows if row.calibration is not None]
-    balanced = [one.balanced_ece for one in sure if one.balanced_ece is not None]
+    balanced = [found.balanced_ece for found in sure if found.balanced_ece is not None]
     first = rows[0]
     return Summary(
         ranking=first.ranking,
@@ -167,7 +170,7 @@ def _summary(sets: Sequence[tuple[EvalRow, ...]], place: int, names: Sequence[st
         over_first=_mean_change(sets, place, "reranked") if first.over_first else None,
         worst_set=names[gains.index(min(gains))] if gains else None,
         worst_gain=min(gains) if gains else None,
-        ece=mean([one.ece for one in sure]) if sure else None,
+        ece=mean([found.ece for found in sure]) if sure else None,
         balanced_ece=mean(balanced) if balanced else None,
     )
 

@@ -91,8 +91,8 @@ def evaluate(
             candidates = find_candidates(what, reader, top_k=top_k, max_queries=max_queries)
         with timings.stage("bm25"):
             rankings = baselines(candidates)
-        for name, one in engines.items():
-            with stored(one, ratios[0], folder) as reader:
+        for name, model in engines.items():
+            with stored(model, ratios[0], folder) as reader:
                 rankings += _rerank(reader, name, candidates, ratios, steer, timings)
     return EvalReport(
         name=what.name,
@@ -141,9 +141,9 @@ def _rerank(
 
 
 def _by_name(engines: Sequence[Reranker]) -> dict[str, Reranker]:
-    named = {one.info.name: one for one in engines}
+    named = {engine.info.name: engine for engine in engines}
     if len(named) < len(engines):
-        raise InputError(f"models are {', '.join(one.info.name for one in engines)}; wanted each name once.")
+        raise InputError(f"models are {', '.join(engine.info.name for engine in engines)}; wanted each name once.")
     return named
 
 
@@ -152,20 +152,20 @@ def _rows(candidates: Candidates, rankings: Sequence[RankedSet]) -> tuple[EvalRo
     wanted = [measures.nDCG @ 10, measures.RR @ 10, measures.R @ 10, measures.R @ candidates.top_k]
     relevant = is_relevant(candidates.found, candidates.rows)
     rows: list[EvalRow] = []
-    for one in rankings:
-        metrics = query_metrics(candidates.found, best_first(candidates.rows, one.scores), wanted)
-        sure = calibration(torch.cat(list(one.scores)).sigmoid(), relevant) if one.model is not None else None
+    for ranked in rankings:
+        metrics = query_metrics(candidates.found, best_first(candidates.rows, ranked.scores), wanted)
+        sure = calibration(torch.cat(list(ranked.scores)).sigmoid(), relevant) if ranked.model is not None else None
         ndcg, mrr, recall, recall_k = (mean(values) for values in metrics)
         row = EvalRow(
-            ranking=one.ranking,
-            model=one.model,
-            ratio=one.ratio,
+            ranking=ranked.ranking,
+            model=ranked.model,
+            ratio=ranked.ratio,
             ndcg_10=ndcg,
             mrr_10=mrr,
             recall_10=recall,
             recall_k=recall_k,
             calibration=sure,
-            milliseconds=one.milliseconds,
+            milliseconds=ranked.milliseconds,
             values=tuple(metrics[0]),
         )
         rows.append(_compared(row, rows))
@@ -174,9 +174,9 @@ def _rows(candidates: Candidates, rankings: Sequence[RankedSet]) -> tuple[EvalRo
 
 def _compared(row: EvalRow, earlier: Sequence[EvalRow]) -> EvalRow:
     """The row with its changes against retrieval, fusion and the first model."""
-    by_ranking = {one.ranking: one for one in earlier}
+    by_ranking = {other.ranking: other for other in earlier}
     retrieval, fusion = by_ranking.get("retrieval"), by_ranking.get("fusion")
-    first = next((one for one in earlier if one.ranking == "reranked" and one.ratio == row.ratio), None)
+    first = next((other for other in earlier if other.ranking == "reranked" and other.ratio == row.ratio), None)
     return replace(
         row,
         over_retrieval=compare(row.values, retrieval.values) if retrieval else None,

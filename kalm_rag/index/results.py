@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,13 +92,14 @@ class QueryResult:
             arrow = f"▲ {move}" if move > 0 else f"▼ {-move}" if move < 0 else "="
             colour = "green" if move > 0 else "firebrick" if move < 0 else "gray"
             told = "-" if hit.probability is None else f"{hit.probability:.3f}"
-            text = html.escape(" ".join((hit.text or "").split())[:160])
+            text = html.escape(textwrap.shorten(hit.text or "", 160, placeholder=" …"))
             rows.append(
                 f"<tr><td>{place}</td><td>{hit.retrieval_rank}</td><td style='color: {colour}'>{arrow}</td>"
                 f"<td>{told}</td><td style='text-align: left'>{html.escape(hit.id)}</td>"
                 f"<td style='text-align: left'>{text}</td></tr>"
             )
-        head = "".join(f"<th>{name}</th>" for name in ("now", "was", "move", "P(yes)", "id", "passage"))
+        names = {"now": "", "was": "", "move": "", "P(yes)": "", "id": "left", "passage": "left"}
+        head = "".join(f"<th style='text-align: {side or 'right'}'>{name}</th>" for name, side in names.items())
         caption = f"{self.candidates} candidates: {self.from_store} from the store, {self.encoded} encoded now"
         return f"<b>{html.escape(self.query)}</b><table><tr>{head}</tr>{''.join(rows)}</table><small>{caption}</small>"
 

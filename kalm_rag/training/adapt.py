@@ -75,7 +75,7 @@ def adapt(
     bf16 = parse_dtype(dtype, where) is torch.bfloat16
     stages = [Stage.GENERAL, Stage.HARD, Stage.DISTIL] if config.stage is Stage.ALL else [Stage(config.stage)]
     out = Path(out).absolute()
-    outs = [check_out(out if one is stages[-1] else out.with_name(f"{out.name}.{one.value}")) for one in stages]
+    outs = [check_out(out if stage is stages[-1] else out.with_name(f"{out.name}.{stage.value}")) for stage in stages]
     if base == PICO or (Path(base) / "pico.safetensors").is_file():
         raise InputError(f"base is {str(base)!r}, which is no T5Gemma 2. Leave base out to train pico, from scratch.")
     folder = find_checkpoint(str(base))[0]
@@ -156,7 +156,7 @@ class _Run:
             losses=losses,
             dev=[replace(new, before=old.after) for old, new in zip(before, after, strict=True)],
             curve=curve,
-            calibration=calibrate(margins, torch.cat([one.gold.flatten() for one in held])),
+            calibration=calibrate(margins, torch.cat([dev.gold.flatten() for dev in held])),
             mined=_counts(mined),
             seconds=timings.seconds,
             peak_bytes=peak_memory(self.device),
@@ -174,7 +174,7 @@ class _Run:
         self.backbone.model.eval()
         with self._autocast():
             rows, margins = measure(self.engine, held, ratios)
-        return rows, torch.cat([one[self.config.usual_ratio].flatten() for one in margins])
+        return rows, torch.cat([by_ratio[self.config.usual_ratio].flatten() for by_ratio in margins])
 
     def _measure_learnt(
         self, held: Sequence[CandidateLists], ratios: Sequence[int], steps: int
@@ -238,5 +238,5 @@ class _Run:
 
 
 def _counts(mined: Sequence[Sequence[Mined]] | None) -> dict[str, int]:
-    every = [one for lists in mined or [] for one in lists]
-    return {"hard": sum(len(one.hard) for one in every), "dropped": sum(len(one.dropped) for one in every)}
+    every = [found for lists in mined or [] for found in lists]
+    return {"hard": sum(len(found.hard) for found in every), "dropped": sum(len(found.dropped) for found in every)}

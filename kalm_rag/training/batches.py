@@ -73,7 +73,7 @@ class Batches:
     ) -> None:
         self._lists, self._random, self._candidates, self._randoms = lists, draws, candidates, randoms
         self._mined = mined
-        self._sizes = [len(one.queries) for one in lists] if mined is None else [len(one) for one in mined]
+        self._sizes = [len(source.queries) for source in lists] if mined is None else [len(source) for source in mined]
 
     def draw(self, size: int, *, alike: bool = False) -> Batch:
         """Draw a batch.

@@ -93,7 +93,7 @@ class Learner:
         backbone, lists = self._backbone, batch.lists
         asked = list(zip(batch.rows, batch.picks, strict=True))
         texts = [text for row, columns in asked for text in lists.texts(row, columns)]
-        ids = [one.ids[: self._config.max_tokens] for one in backbone.tokenize(texts)]
+        ids = [passage.ids[: self._config.max_tokens] for passage in backbone.tokenize(texts)]
         states, counts = mean_groups(*backbone.read(ids), ratio)
         prompts = [backbone.prompt(lists.queries[row], lists.instructions[row]) for row in batch.rows]
         each = [prompt for prompt, columns in zip(prompts, batch.picks, strict=True) for _ in columns]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingDependencyError
@@ -122,16 +122,16 @@ def find_folders(data: Path, split: str) -> list[Path]:
         raise InputError(f"{data} is not a folder; wanted a BEIR folder or a folder of them.")
     if (data / "corpus.jsonl").is_file():
         return [data]
-    folders = [one for one in sorted(data.iterdir()) if (one / "corpus.jsonl").is_file()]
+    folders = [folder for folder in sorted(data.iterdir()) if (folder / "corpus.jsonl").is_file()]
     if not folders:
         raise InputError(
             f"{data} is no BEIR folder and holds none; wanted corpus.jsonl, queries.jsonl and qrels/{split}.tsv in it "
             f"or in a folder right below it."
         )
-    kept = [one for one in folders if (one / "qrels" / f"{split}.tsv").is_file()]
-    for one in folders:
-        if one not in kept:
-            logger.warning("%s has no split %r and is left out", one.name, split)
+    kept = [folder for folder in folders if (folder / "qrels" / f"{split}.tsv").is_file()]
+    for folder in folders:
+        if folder not in kept:
+            logger.warning("%s has no split %r and is left out", folder.name, split)
     if not kept:
         raise InputError(
             f"none of the {len(folders)} BEIR folders in {data} has a split {split!r} (qrels/{split}.tsv)."
@@ -198,10 +198,10 @@ def ask(found: Collection, ids: Sequence[str], apart: dict[str, tuple[str, str]]
     """Queries by id with their labels; query and task apart where the folder's ``instructions.jsonl`` has them."""
     where = {doc: row for row, doc in enumerate(found.doc_ids)}
     asked = []
-    for one in ids:
-        task, query = apart.get(one, (default.task, found.queries[one]))
+    for query_id in ids:
+        task, query = apart.get(query_id, (default.task, found.queries[query_id]))
         steer = Instructions(system=default.system, task=task, system_mode=default.system_mode)
-        gold = {where[doc] for doc, grade in found.qrels[one].items() if grade > 0 and doc in where}
+        gold = {where[doc] for doc, grade in found.qrels[query_id].items() if grade > 0 and doc in where}
         asked.append(Asked(query, steer, gold))
     return asked
 
@@ -239,14 +239,16 @@ def build_lists(
         raise InputError(f"{name} has {size} passages; wanted at least 3 to draw candidates from.")
     depth = min(DEPTH, size - 1) if learn else min(DEV_DEPTH, size)
     picked, scores = list[list[int]](), list[Tensor]()
-    found = retriever.scores([one.query for one in asked])
-    for one, by_way in zip(asked, tqdm(found, desc=f"{name} lists", total=len(asked), mininterval=2.0), strict=True):
-        if one.skip >= 0:
+    found = retriever.scores([question.query for question in asked])
+    for question, by_way in zip(
+        asked, tqdm(found, desc=f"{name} lists", total=len(asked), mininterval=2.0), strict=True
+    ):
+        if question.skip >= 0:
             for way in by_way:
-                way[one.skip] = -1.0
+                way[question.skip] = -1.0
         rows = _interleave([way.topk(depth).indices.tolist() for way in by_way[:ways]], depth)
         if learn:
-            rows = _with_gold(rows, one.gold)
+            rows = _with_gold(rows, question.gold)
             rest = [row for row in rng.sample(range(size), min(size, depth + RANDOMS)) if row not in set(rows)]
             rows += rest[: min(RANDOMS, size - depth)]
         picked.append(rows)
@@ -255,13 +257,15 @@ def build_lists(
     return CandidateLists(
         name=name,
         passages=passages,
-        queries=[one.query for one in asked],
-        instructions=[one.instructions for one in asked],
+        queries=[question.query for question in asked],
+        instructions=[question.instructions for question in asked],
         candidates=torch.tensor(picked),
         depth=depth,
-        gold=torch.tensor([[float(row in one.gold) for row in rows] for one, rows in zip(asked, picked, strict=True)]),
+        gold=torch.tensor(
+            [[float(row in question.gold) for row in rows] for question, rows in zip(asked, picked, strict=True)]
+        ),
         teacher=fuse(every[0], every[-1], depth, dense_share),  # BM25 alone is both
-        relevant=[len(one.gold) for one in asked],
+        relevant=[len(question.gold) for question in asked],
         states=states,
     )
 
@@ -274,7 +278,7 @@ def _read_folder(folder: Path, split: str, dev_split: str | None, dev_queries: i
     most = dev_queries if dev_split is not None else min(dev_queries, max(1, len(order) // 10))
     dev = other.only(order[:most])
     texts = set(dev.queries.values())
-    left = [one for one, text in found.queries.items() if one not in dev.queries and text not in texts]
+    left = [query_id for query_id, text in found.queries.items() if query_id not in dev.queries and text not in texts]
     if not left or not dev.queries:
         raise InputError(
             f"{folder} has {len(found.queries)} labelled queries in split {split!r}, of which {len(left)} are left to "
@@ -286,7 +290,9 @@ def _read_folder(folder: Path, split: str, dev_split: str | None, dev_queries: i
 def _labelled(found: Collection) -> Collection:
     """Only the queries whose relevant passages are in the corpus."""
     ids = set(found.doc_ids)
-    labelled = [one for one in found.queries if any(g > 0 and doc in ids for doc, g in found.qrels[one].items())]
+    labelled = [
+        query_id for query_id in found.queries if any(g > 0 and doc in ids for doc, g in found.qrels[query_id].items())
+    ]
     return found.only(labelled)
 
 

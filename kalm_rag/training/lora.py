@@ -45,4 +45,4 @@ def fold_lora(model: nn.Module) -> None:
 
 def _linears(model: nn.Module) -> list[nn.Linear]:
     """Linear layers of encoder and decoder blocks; the head shares its matrix with the embeddings and is left out."""
-    return [one for name, one in model.named_modules() if isinstance(one, nn.Linear) and ".layers." in name]
+    return [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.training.batches import Mined
@@ -57,7 +57,7 @@ def margins_of(
                 own = [states[int(i)] for i in lists.candidates[row]]
                 for ratio in ratios:
                     scored = engine.score(lists.queries[row], own, instructions=lists.instructions[row], ratio=ratio)
-                    out[ratio].append([one.margin for one in scored])
+                    out[ratio].append([relevance.margin for relevance in scored])
                 bar.update()
     return {ratio: torch.tensor(rows) for ratio, rows in out.items()}
 
@@ -89,7 +89,7 @@ def _mine_one(lists: CandidateLists, row: int, margins: Tensor, slack: float) ->
             dropped.add(column)
         elif len(hard) < HARDEST:
             words = _words(lists.texts(row, [column])[0])
-            copy = any(len(words & one) >= ALIKE * max(1, len(words | one)) for one in golden)
+            copy = any(len(words & words_of) >= ALIKE * max(1, len(words | words_of)) for words_of in golden)
             dropped.add(column) if copy else hard.append(column)
     return Mined(hard=hard, dropped=dropped)
 

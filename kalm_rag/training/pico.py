@@ -126,7 +126,7 @@ def train(
     with timings.stage("measure"):
         dev, margins = measure(engine, held, DEV_RATIOS)
         if held:
-            calibrate_on(backbone, held, [one[DEV_RATIOS[0]] for one in margins])
+            calibrate_on(backbone, held, [by_ratio[DEV_RATIOS[0]] for by_ratio in margins])
     report = TrainReport(
         folder=out,
         base="",
@@ -231,7 +231,7 @@ class PicoLearner:
     def _read(self, texts: Sequence[str], segment: int) -> Prepared:
         encoder = self.backbone.encoder
         limit = MAX_INSTRUCTION_TOKENS if segment else MAX_QUERY_TOKENS
-        hidden, mask, ids = encoder.hidden([one for one, _ in encoder.tokenize(texts, limit)])
+        hidden, mask, ids = encoder.hidden([ids for ids, _ in encoder.tokenize(texts, limit)])
         ids = ids.clone()
         codes = self.backbone.codes.table[ids] * mask[..., None]
         return self.decoder.prepare(hidden.clone().float(), ids, codes, mask.clone(), segment)
@@ -247,8 +247,8 @@ def new_backbone(reader: MiniLMEncoder) -> PicoBackbone:
 def fit_statistics(decoder: PicoDecoder, lists: Sequence[CandidateLists]) -> None:
     """Take from the passages to learn from how rare each token is (idf), and the mean state."""
     seen, passages, means = torch.zeros(decoder.config.vocab), 0, []
-    for one in lists:
-        states = one.states if one.states is not None else []
+    for source in lists:
+        states = source.states if source.states is not None else []
         for passage in states:
             if passage.token_ids is not None:
                 seen[passage.token_ids.long().unique()] += 1
@@ -264,8 +264,8 @@ def calibrate_on(backbone: PicoBackbone, lists: Sequence[CandidateLists], margin
     In each set, relevant and irrelevant pairs weigh half each: of 50 candidates mostly one is relevant, and a P(yes)
     that counts on this is hardly ever above 0.5.
     """
-    gold = [one.gold.flatten() for one in lists]
+    gold = [source.gold.flatten() for source in lists]
     weights = [torch.where(own > 0, 0.5 / own.sum().clamp(min=1), 0.5 / (1 - own).sum().clamp(min=1)) for own in gold]
-    found = torch.cat([one.flatten() for one in margins])
+    found = torch.cat([scores.flatten() for scores in margins])
     scale, shift = calibrate(found, torch.cat(gold), torch.cat(weights) * 1000)
     backbone.decoder.calibration.copy_(torch.tensor([scale, shift]))

@@ -135,7 +135,7 @@ def find_sources(sources: Sequence[Source], folders: Sequence[Path]) -> list[Pat
     Raises:
         InputError: If one is missing.
     """
-    below = {source.name: [Path(one) / source.name for one in folders] for source in sources}
+    below = {source.name: [Path(folder) / source.name for folder in folders] for source in sources}
     homes = {name: next((home for home in every if home.is_dir()), None) for name, every in below.items()}
     if missing := [name for name, home in homes.items() if home is None]:  # said before minutes of reading
         raise InputError(
