@@ -30,13 +30,8 @@ from kalm_rag.bench.nano import open_nano
 from kalm_rag.bench.pico import WORDS
 from kalm_rag.bench.query import Query
 from kalm_rag.bench.serving import FETCH_K, Filled
-<<<<<<< HEAD
 from kalm_rag.models.devices import parse_device
-from kalm_rag.states import PassageStates, batch_states
-=======
-from kalm_rag.models.registry import parse_device
 from kalm_rag.states import PassageStates, batch_states, passage_key
->>>>>>> 6b1b434 (Benchmark pictures by one function, memory of loading beside Nano's shape; functions under 60 lines; the model card says what the code does)
 
 Points = list[tuple[float, float]]
 """Pairs of what grows and median seconds."""
