@@ -193,8 +193,10 @@ def test_bad_arguments_are_refused(folder):
 
 
 def test_a_model_without_vectors_asks_for_a_retriever(folder):
-    class Bare:
-        info, device = LetterModel().info, torch.device("cpu")
+    class Bare(LetterModel):
+        @property
+        def embed_query(self):
+            raise AttributeError
 
     with pytest.raises(InputError, match="gives no retrieval vectors"):
         evaluate(folder, "test", Bare())
