@@ -212,7 +212,7 @@ def test_weights_are_averaged_over_the_late_steps():
         torch.nn.init.constant_(model.weight, value)
         average.update(share)
     average.load()
-    assert float(model.weight) == 2.75
+    assert model.weight.item() == 2.75
 
 
 def test_the_rate_warms_up_and_falls_to_nothing():
