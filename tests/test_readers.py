@@ -83,11 +83,24 @@ def test_html_lines_end_at_blocks_only(tmp_path: Path) -> None:
     ]
 
 
+def test_html_of_any_depth_and_width_is_walked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines were made by moving tags about: deep or long pages took minutes, as each move looked at all neighbours."""
+    bs4 = pytest.importorskip("bs4", reason="extra 'files' is not installed")
+    for name in ("index", "insert_before", "insert_after", "find_parent"):
+        monkeypatch.setattr(bs4.Tag, name, lambda *_: pytest.fail("looks at its neighbours"))
+    deep = read(tmp_path, "deep.html", b"<div>" * 3000 + b"x<nav>menu</nav><script>no</script>")
+    assert deep.text == "x"
+    assert read(tmp_path, "wide.html", b"<p>One <b>bold</b> word.</p>" * 500).text == "\n".join(
+        ["One bold word."] * 500
+    )
+
+
 @pytest.mark.filterwarnings("error")
 def test_xhtml_is_read_without_a_word(tmp_path: Path) -> None:
     page = b"<?xml version='1.0' encoding='utf-8'?><html xmlns='http://www.w3.org/1999/xhtml'><p>A page.</p></html>"
     assert read(tmp_path, "page.html", page).text == "A page."
     assert read(tmp_path, "short.html", b"other.html").text == "other.html"
+    assert read(tmp_path, "open.html", b"<p>a<!-- no --> b <!-- never closed").text == "a b never closed"
 
 
 def test_titles(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -48,6 +48,7 @@ _BLOCKS = (
     *("thead", "title", "tr", "ul"),
 )
 """Tags that begin and end a line; all others stand in the middle of one."""
+_UNREAD = ("script", "style", "nav", "template")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,23 +172,30 @@ def _read_html(raw: bytes) -> DocumentText:
     detector = _extra("bs4.dammit").EncodingDetector
     if (decoded := decode(raw, detector.find_declared_encoding(raw, is_html=True))) is None:
         return DocumentText(text="", binary=True)
+    page, closed, rest = decoded[0].rpartition("-->")
+    page += closed + rest.replace("<!--", "")  # comments that never end: each would be looked for to the page's end
     with warnings.catch_warnings():  # that it is XHTML, or short: both are read as they are
         warnings.simplefilter("ignore")
-        soup = bs4.BeautifulSoup(decoded[0], "html.parser")
-    for tag in soup(["script", "style", "nav", "template"]):
-        tag.decompose()
+        soup = bs4.BeautifulSoup(page, "html.parser")
     title = " ".join(soup.title.get_text().split()) if soup.title is not None else ""
-    for string in soup.find_all(string=True):
-        if string.find_parent("pre") is None:
-            string.replace_with(type(string)(re.sub(r"\s+", " ", string)))
-    for tag in soup(_BLOCKS):
-        tag.insert_before("\n")
-        tag.insert_after("\n")
-    for tag in soup(["td", "th"]):
-        tag.insert_after(" ")
-    lines = (re.sub(r"[^\S\n]+$|^ ", "", line) for line in soup.get_text().split("\n"))
+    lines = (re.sub(r"[^\S\n]+$|^ ", "", line) for line in "".join(_html_parts(soup)).split("\n"))
     text = "\n".join(line for line in lines if line.strip())
     return DocumentText(text=_valid(text), title=_valid(title), encoding=decoded[1].removeprefix("utf-8"))
+
+
+def _html_parts(soup: Any) -> Iterator[str]:  # noqa: ANN401 - BeautifulSoup's own type
+    """Texts in their order, with line ends around blocks; each tag is seen once, however deep or wide a page is."""
+    declared = _extra("bs4.element").PreformattedString  # comments, doctypes
+    stack: list[tuple[Any, bool]] = [(soup, False)]
+    while stack:
+        node, is_pre = stack.pop()
+        if isinstance(node, str):
+            if not isinstance(node, declared):
+                yield str(node) if is_pre else re.sub(r"\s+", " ", node)
+        elif node.name not in _UNREAD:
+            yield "\n" if node.name in _BLOCKS else ""
+            stack.append(("\n" if node.name in _BLOCKS else " " if node.name in ("td", "th") else "", True))
+            stack += [(child, is_pre or node.name == "pre") for child in reversed(node.contents)]
 
 
 def _read_pdf(raw: bytes) -> DocumentText:
