@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serializer, field_validator, model_validator
-from llama_index.core.schema import BaseComponent
+from llama_index.core.schema import BaseComponent, MetadataMode
 from typing_extensions import Self
 
 from kalm_rag.checks import unknown_argument_hint
 from kalm_rag.engine.reranker import Reranker
-from kalm_rag.errors import InputError
+from kalm_rag.errors import InputError, StateMismatchError
 from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine, spec_of
+from kalm_rag.index.passage_rule import LLAMA_INDEX, PassageRule
 
 
 class EngineFields(BaseComponent):
@@ -131,6 +132,53 @@ class EngineFields(BaseComponent):
     def _written_store(self) -> str | dict[str, str] | None:
         """What ``to_dict`` says of the store."""
         return describe_store(self.store)
+
+
+class PassageFields(EngineFields):
+    """Fields of components that read nodes: how a node becomes the text that is encoded or scored."""
+
+    metadata_mode: MetadataMode = Field(
+        default=MetadataMode.EMBED, frozen=True, description="Which metadata the text of a node holds when it is read."
+    )
+    passage: str | None = Field(
+        default=None,
+        frozen=True,
+        description="How a node is read, in place of metadata_mode: 'document' (its text alone) or a template such as "
+        "'{title}: {text}'; None: as the collection of a KaLMChromaVectorStore says, or metadata_mode.",
+    )
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        if self.passage is not None:
+            self._set_rule(PassageRule(self.passage))
+        if isinstance(self.store, PassageFields):
+            self._follow_rule(self.store.rule, "the vector store")
+        return self
+
+    @property
+    def rule(self) -> PassageRule:
+        """How nodes are read."""
+        return PassageRule(self.passage if self.passage is not None else f"{LLAMA_INDEX}{self.metadata_mode.value}")
+
+    def _follow_rule(self, rule: PassageRule, whose: str) -> None:
+        """Take over how a collection's records are read.
+
+        Raises:
+            StateMismatchError: If another way was asked for by name.
+        """
+        named = "passage" if self.passage is not None else "metadata_mode"
+        if (self.passage is not None or "metadata_mode" in self.model_fields_set) and self.rule != rule:
+            raise StateMismatchError(
+                f"{named} is {getattr(self, named)!r}, so nodes would be read as {str(self.rule)!r}; {whose} reads "
+                f"them as {str(rule)!r}. Leave {named} out to go on with that, or make another collection."
+            )
+        self._set_rule(rule)
+
+    def _set_rule(self, rule: PassageRule) -> None:
+        mode = rule.llama_mode
+        self.__dict__["passage"] = str(rule) if mode is None else None
+        if mode is not None:
+            self.__dict__["metadata_mode"] = MetadataMode(mode)
 
 
 SPEC_FIELDS = ("model", "revision", "device", "dtype")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, TextNode
-from llama_index.core.vector_stores.utils import legacy_metadata_dict_to_node, metadata_dict_to_node
+from llama_index.core.vector_stores.utils import (
+    legacy_metadata_dict_to_node,
+    metadata_dict_to_node,
+    node_to_metadata_dict,
+)
 
 from kalm_rag.checks import check_text
+from kalm_rag.errors import InputError
+from kalm_rag.index.collection import check_ids, check_metadata
 from kalm_rag.index.passage_rule import PassageRule
+from kalm_rag.index.writer import Records
 
 SCORE_KEY = "retrieval_score"
 """Metadata key of the score a node came with; the name that LlamaIndex's own rerankers use."""
@@ -26,15 +34,40 @@ def node_text(node: BaseNode, mode: MetadataMode) -> str | None:
 
 
 def read_node(node: BaseNode, rule: PassageRule) -> str | None:
-    """Text of a node that is read under a collection's passage rule; None for a node without any.
+    """Text of a node that is read under a passage rule; None for a node without any, which can't be scored.
 
     Raises:
         InputError: If it holds a lone surrogate.
     """
-    mode = rule.llama_mode
-    if mode is not None:
-        return node_text(node, MetadataMode[mode.upper()])
-    return rule.text(check_text(node.get_content(MetadataMode.NONE), f"text of node {node.node_id}"), node.metadata)
+    if rule.llama_mode is not None:
+        return node_text(node, MetadataMode(rule.llama_mode))
+    document = node.get_content(metadata_mode=MetadataMode.NONE)
+    return check_text(rule.text(document, node.metadata) or "", f"text of node {node.node_id}") or None
+
+
+def records_of(nodes: Sequence[BaseNode], *, flat_metadata: bool) -> Records:
+    """What a collection keeps of nodes: their ids, texts, vectors, and all else in the metadata. Checks everything.
+
+    Raises:
+        InputError: If an id is empty, a node has no embedding or one that isn't finite or as wide as the others', or
+            text or metadata that Chroma can't keep. The node is named.
+    """
+    ids = check_ids(node.node_id for node in nodes)
+    documents, metadatas, vectors = [], [], []
+    for i, node in zip(ids, nodes, strict=True):
+        documents.append(check_text(node.get_content(metadata_mode=MetadataMode.NONE), f"text of node {i}"))
+        try:
+            metadata = node_to_metadata_dict(node, remove_text=True, flat_metadata=flat_metadata)
+            vectors.append([float(x) for x in node.get_embedding()])
+        except ValueError as err:
+            raise InputError(f"node {i!r}: {err}") from err
+        metadatas.append(check_metadata({k: "" if value is None else value for k, value in metadata.items()}, i))
+        if len(vectors[-1]) != len(vectors[0]) or not all(map(math.isfinite, vectors[-1])):
+            raise InputError(
+                f"node {i!r} has an embedding of {len(vectors[-1])} numbers; wanted finite ones, as many as node "
+                f"{ids[0]!r} has ({len(vectors[0])}). Embed all nodes with one model."
+            )
+    return Records(ids=ids, documents=documents, metadatas=metadatas, vectors=vectors)
 
 
 def record_node(record_id: str, document: str | None, metadata: Mapping[str, Any] | None) -> BaseNode:

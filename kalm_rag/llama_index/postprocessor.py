@@ -13,18 +13,17 @@ from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, fie
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 from typing_extensions import Self
 
-from kalm_rag.checks import check_cut, check_query
+from kalm_rag.checks import check_cut, check_text
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.errors import InputError
-from kalm_rag.index.candidates import Missing, check_missing
-from kalm_rag.index.lazy_engine import rank_candidates
-from kalm_rag.index.passage_rule import PassageRule
+from kalm_rag.index.candidates import Missing, RankedCandidate, check_missing
+from kalm_rag.index.lazy_engine import is_blank, rank_candidates, unscored_candidates
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
-from kalm_rag.llama_index.fields import EngineFields
+from kalm_rag.llama_index.fields import PassageFields
 from kalm_rag.llama_index.nodes import read_node, with_score
 from kalm_rag.llama_index.steering import calling_engine, override, overriding
 
@@ -32,12 +31,13 @@ logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 
 
-class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
+class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
     """Reranks retrieved nodes: states by content from the store, one decoder pass, best first.
 
     Scores are P(yes) in [0, 1], plain floats. Nodes without text can't be scored: they come behind the scored ones in
-    retrieval order with score None, and are dropped under a threshold. New `NodeWithScore` objects come back; the
-    caller's are never changed. Nothing is loaded before the first query. Safe from many threads and event loops.
+    retrieval order with score None, and are dropped under a threshold. So do all nodes under a blank query, and one
+    whose text is no valid Unicode; the log tells. New `NodeWithScore` objects come back, the caller's stay as they are.
+    Nothing is loaded before the first query. Safe from many threads and event loops.
 
     Args:
         model: ``pico`` (bundled), ``nano``, ``small``, ``large``, a repository id or a folder: see
@@ -61,7 +61,10 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
             without text).
         instructions: `Instructions`, a task, any prompt or engine (read now), or ``"auto"``: those of the prompt of
             the query or chat engine that runs this, read anew at each query.
-        metadata_mode: Which text of a node is scored; use one mode for indexing and scoring.
+        metadata_mode: Which metadata the scored text of a node holds: the mode they were indexed with. Left out with a
+            `KaLMChromaVectorStore`: nodes are read as its collection says.
+        passage: How a node is read, in place of `metadata_mode`: ``"document"``, or a template over text and metadata
+            such as ``"{title}: {text}"``. None as above.
         keep_retrieval_score: Keep the retriever's score as ``metadata["retrieval_score"]``.
 
     Raises:
@@ -81,7 +84,6 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
     threshold: float | None = Field(default=None, description="Keep only P(yes) >= this.")
     missing: Missing = Field(default="encode", description="Policy for nodes without stored states.")
     instructions: AnyInstructions | Literal["auto"] = Field(default=None, description="What steers the decoder.")
-    metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, description="Which text of a node is scored.")
     keep_retrieval_score: bool = Field(default=False, description="Keep the retriever's score in metadata.")
     _followed: Any = PrivateAttr(default=None)
     _warned: bool = PrivateAttr(default=False)
@@ -205,28 +207,39 @@ class KaLMNodePostprocessor(EngineFields, BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         if query is None:
             raise InputError("no query was given; wanted query_str= or query_bundle=, which nodes are ranked for.")
-        check_query(query.query_str)
+        check_text(query.query_str, "query")
         check_cut(self.top_n, self.threshold)
         check_missing(self.missing)
         if not nodes:
             return []
-        rule = getattr(self.store, "rule", None) or PassageRule(f"llama_index:{self.metadata_mode.name.lower()}")
-        texts = [read_node(item.node, rule) for item in nodes]
         with self._announced(nodes, query) as ranked:
-            engine, store = self._parts.get()
-            placed = rank_candidates(
-                engine,
-                store,
-                query.query_str,
-                texts,
-                instructions=instructions,
-                ratio=self.ratio,
-                top_n=self.top_n,
-                threshold=self.threshold,
-                missing=self.missing,
-            )
-            ranked += [with_score(nodes[p.index], p.probability, keep=self.keep_retrieval_score) for p in placed]
+            candidates = self._rank(nodes, query.query_str, instructions)
+            ranked += [with_score(nodes[c.index], c.probability, keep=self.keep_retrieval_score) for c in candidates]
         return ranked
+
+    def _rank(self, nodes: list[NodeWithScore], query: str, instructions: Instructions | None) -> list[RankedCandidate]:
+        if is_blank(query):  # an agent's, or an empty rewriting: the app goes on, and no model is loaded
+            return unscored_candidates(len(nodes), top_n=self.top_n, threshold=self.threshold)
+        engine, store = self._parts.get()
+        return rank_candidates(
+            engine,
+            store,
+            query,
+            [self._read(item) for item in nodes],
+            instructions=instructions,
+            ratio=self.ratio,
+            top_n=self.top_n,
+            threshold=self.threshold,
+            missing=self.missing,
+        )
+
+    def _read(self, item: NodeWithScore) -> str | None:
+        """Text of a node that can be scored, or None; one that is no valid Unicode is named in the log."""
+        try:
+            return read_node(item.node, self.rule)
+        except InputError as err:
+            logger.warning("%s It comes back unscored.", err)
+            return None
 
     @contextmanager
     def _announced(self, nodes: list[NodeWithScore], query: QueryBundle) -> Iterator[list[NodeWithScore]]:

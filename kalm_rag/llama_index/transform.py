@@ -7,19 +7,19 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, model_validator
-from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
+from llama_index.core.bridge.pydantic import ConfigDict, model_validator
+from llama_index.core.schema import BaseNode, TransformComponent
 from typing_extensions import Self
 
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import keep_states
 from kalm_rag.index.results import Timings
 from kalm_rag.index.writer import BATCH
-from kalm_rag.llama_index.fields import EngineFields
-from kalm_rag.llama_index.nodes import node_text
+from kalm_rag.llama_index.fields import PassageFields
+from kalm_rag.llama_index.nodes import read_node
 
 
-class KaLMStateTransform(EngineFields, TransformComponent):
+class KaLMStateTransform(PassageFields, TransformComponent):
     """Encodes the states of nodes that have none yet, and hands the nodes on unchanged.
 
     `KaLMChromaVectorStore` encodes by itself; this is for pipelines that end elsewhere, or that encode in several
@@ -33,7 +33,10 @@ class KaLMStateTransform(EngineFields, TransformComponent):
     Args:
         store: Where states go: a folder, a ``.sqlite3`` file, a `StateStore` or a `KaLMChromaVectorStore`. For
             worker processes it must be a file.
-        metadata_mode: Which text of a node is encoded: the mode of the postprocessor that will score it.
+        metadata_mode: Which metadata the encoded text of a node holds: the mode of the postprocessor that will score.
+            Left out with a `KaLMChromaVectorStore`: nodes are read as its collection says.
+        passage: How a node is read, in place of `metadata_mode`: ``"document"`` or a template such as
+            ``"{title}: {text}"``.
         model: Name, repository id or folder, see `kalm_rag.Reranker.from_pretrained`: the model that will score.
         revision: Commit, tag or branch of a repository; None takes the pinned one.
         device: ``cpu``, ``cuda``, ``cuda:1``, or several with commas to encode on all; None takes CUDA if there is one.
@@ -57,8 +60,6 @@ class KaLMStateTransform(EngineFields, TransformComponent):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
 
-    metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, description="Which text of a node is encoded.")
-
     @model_validator(mode="after")
     def _check_place(self) -> Self:
         if self.store is None:
@@ -76,7 +77,7 @@ class KaLMStateTransform(EngineFields, TransformComponent):
         Raises:
             StoreError: If states can't be written.
         """
-        texts = [text for node in nodes if (text := node_text(node, self.metadata_mode)) is not None]
+        texts = [text for node in nodes if (text := read_node(node, self.rule)) is not None]
         engine, store = self._parts.get()
         for start in range(0, len(texts), BATCH):
             kept = keep_states(engine, store, texts[start : start + BATCH], Timings())

@@ -7,28 +7,28 @@ state, which is encoded again on demand.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import chromadb
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_validator
-from llama_index.core.schema import BaseNode, MetadataMode
+from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
-from llama_index.core.vector_stores.utils import node_to_metadata_dict
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.chroma.base import _to_chroma_filter
 from typing_extensions import Self
 
-from kalm_rag.checks import check_text
 from kalm_rag.errors import InputError
 from kalm_rag.index.clients import Database
-from kalm_rag.index.collection import PAGE, CollectionNotes, check_ids, check_metadata
+from kalm_rag.index.collection import CollectionNotes, chroma_errors, passage_rule
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.results import BackfillReport, VerifyReport
-from kalm_rag.index.writer import CollectionWriter, Records
+from kalm_rag.index.writer import CollectionWriter
 from kalm_rag.llama_index.embedding import KaLMEmbedding
-from kalm_rag.llama_index.fields import EngineFields, describe_store
+from kalm_rag.llama_index.fields import PassageFields, describe_store
+from kalm_rag.llama_index.nodes import records_of
 from kalm_rag.llama_index.postprocessor import KaLMNodePostprocessor
 from kalm_rag.states import Codec
 from kalm_rag.store import GcReport
@@ -38,13 +38,15 @@ from kalm_rag.store.opening import store_file
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
 
+logger = logging.getLogger(__name__)
+
 _CHROMAS_HEADERS = ("Content-Type", "User-Agent")
 """What Chroma's client adds to the headers by itself."""
 
 Filters = Union[MetadataFilters, "list[MetadataFilters]", None]
 
 
-class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
+class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
     """LlamaIndex's `ChromaVectorStore`, with the states of each node's text kept beside it.
 
     Adding encodes what is new and replaces nodes of the same id; of an id given twice in one call the last counts.
@@ -67,7 +69,6 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
 
-    metadata_mode: MetadataMode = Field(default=MetadataMode.EMBED, description="Which text of a node is encoded.")
     codec: str | None = Field(default=None, frozen=True, description="exact, bf16 or int8; None: as stored, or exact.")
     collection_name: str | None = Field(default=None, description="Name of the Chroma collection.")
     persist_dir: str | None = Field(default=None, description="Folder of a local Chroma database.")
@@ -90,54 +91,47 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         **fields: Any,  # noqa: ANN401 - pydantic checks each
     ) -> None:
         super(ChromaVectorStore, self).__init__(**fields)  # ChromaVectorStore's own drops what it doesn't know
-        if chroma_collection is None:
-            owner = Database(client) if client is not None else self._connect()
-            with owner.writing():
-                chroma_collection = owner.client.get_or_create_collection(
-                    cast("str", self.collection_name), **{**self.collection_kwargs, "metadata": self._new_notes()}
-                )  # one that is there keeps its own notes
+        if chroma_collection is not None:
+            _check_collection(chroma_collection)
+            owner = Database(client) if client is not None else Database.of_collection(chroma_collection)
         else:
-            collection = _check_collection(chroma_collection)
-            owner = Database(client) if client is not None else Database.of_collection(collection)
-        self._collection = _check_collection(chroma_collection)
+            owner = Database(client) if client is not None else self._connect()
+            chroma_collection = self._get_or_make(owner)
+        self._collection = chroma_collection
         self._note_connection()
-        told = CollectionNotes.read(self._collection.metadata).model
-        if told is not None and self.reranker is None and "model" not in fields:
-            self.__dict__["model"] = told  # the collection says whose states lie beside it
+        noted = CollectionNotes.read(self._collection.metadata)
+        if noted.model is not None and self.reranker is None and "model" not in fields:
+            self.__dict__["model"] = noted.model  # the collection says whose states lie beside it
+        rule = _noted_rule(self._collection, noted)
+        if rule is not None:
+            self._follow_rule(rule, f"collection {self._collection.name!r}")
         self._home = CollectionHome(
             owner,
             self._collection,
             self._spec(),
             CollectionNotes(
-                model=self.model if "model" in fields else None,
-                revision=self.revision,
-                passage=self._mode_rule() if "metadata_mode" in fields else None,
+                model=self.model if "model" in fields else None, revision=self.revision, passage=str(self.rule)
             ),
             reranker=self.reranker,
             store=getattr(self.store, "parts", self.store),
             codec=self.codec,
             ratio=self.ratio,
-            default_passage=self._mode_rule(),
         )
         owner.watch(self._follow_home)
         self._parts = self._home.lazy
         self._writer = CollectionWriter(self._home)
 
+    def _get_or_make(self, owner: Database) -> chromadb.Collection:
+        """The collection by name; one that is there keeps its own notes."""
+        notes = CollectionNotes(model=self.model, revision=self.revision, passage=str(self.rule))
+        metadata = {**(self.collection_kwargs.get("metadata") or {}), **notes.metadata()}
+        with owner.writing(), chroma_errors(f"collection {self.collection_name!r}"):
+            return owner.client.get_or_create_collection(
+                cast("str", self.collection_name), **{**self.collection_kwargs, "metadata": metadata}
+            )
+
     def _follow_home(self) -> None:
         self._collection = self._home.collection
-
-    def _mode_rule(self) -> str:
-        return f"llama_index:{self.metadata_mode.name.lower()}"
-
-    def _new_notes(self) -> dict[str, Any]:
-        model = self.reranker.info.name if self.reranker is not None else self.model
-        notes = CollectionNotes(model=model, revision=self.revision, passage=self._mode_rule())
-        return {**(self.collection_kwargs.get("metadata") or {}), **notes.metadata()}
-
-    @property
-    def rule(self) -> PassageRule:
-        """How nodes are read, as the collection notes it."""
-        return self._home.rule
 
     @field_validator("codec", mode="before")
     @classmethod
@@ -178,12 +172,12 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         return "KaLMChromaVectorStore"
 
     def as_postprocessor(self, **fields: object) -> KaLMNodePostprocessor:
-        """Give a postprocessor over the same engine, states and metadata mode.
+        """Give a postprocessor over the same engine and states, which reads nodes as the collection does.
 
         Args:
             **fields: Of `KaLMNodePostprocessor`: top_n, threshold, instructions, ...
         """
-        given: dict[str, Any] = {"store": self, "metadata_mode": self.metadata_mode, **fields}
+        given: dict[str, Any] = {"store": self, **fields}
         return KaLMNodePostprocessor(**given)
 
     def as_embedding(self) -> KaLMEmbedding:
@@ -201,33 +195,27 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
             Their ids, in input order.
 
         Raises:
-            ValueError: If a node has no embedding (nothing is written), or metadata that Chroma can't hold.
-            StoreError: If the states can't be written. Batches finished before stay.
+            InputError: If a node has no id or embedding, or text or metadata that Chroma can't hold, or embeddings are
+                as wide as neither each other nor the collection's. Nothing is written then.
+            StoreError: If the states can't be written, or another process keeps writing to the same folder. Batches
+                finished before stay.
         """
-        distinct = list({node.node_id: node for node in nodes}.values())
-        metadatas = [
-            node_to_metadata_dict(node, remove_text=True, flat_metadata=self.flat_metadata) for node in distinct
-        ]
-        ids = check_ids(node.node_id for node in distinct)
-        self._writer.upsert(
-            Records(
-                ids=ids,
-                documents=[
-                    check_text(node.get_content(MetadataMode.NONE), f"node {node.node_id}") for node in distinct
-                ],
-                metadatas=[
-                    check_metadata({key: "" if value is None else value for key, value in one.items()}, i)
-                    for i, one in zip(ids, metadatas, strict=True)
-                ],
-                vectors=[node.get_embedding() for node in distinct],
-            ),
-            compare=False,
-        )
-        return [node.node_id for node in nodes]
+        given = list(nodes)
+        distinct = list({node.node_id: node for node in given}.values())
+        report = self._writer.upsert(records_of(distinct, flat_metadata=self.flat_metadata), compare=False)
+        if report.truncated:
+            logger.warning(
+                "%d of %d passages are longer than the model reads, which has cut them (first: node %s). "
+                "Split documents into smaller chunks.",
+                len(report.truncated),
+                len(distinct),
+                report.truncated[0],
+            )
+        return [node.node_id for node in given]
 
     def delete(self, ref_doc_id: str, **delete_kwargs: object) -> None:
         """Delete the nodes of a document, and their references."""
-        self._writer.delete(self._collection.get(where={"document_id": ref_doc_id}, include=[])["ids"])
+        self._writer.delete(self._matching({"document_id": ref_doc_id}))
 
     def delete_nodes(self, node_ids: list[str] | None = None, filters: Filters = None, **delete_kwargs: object) -> None:
         """Delete nodes by id, by filter, or those of the ids that the filter lets through; neither deletes nothing."""
@@ -236,18 +224,16 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         if filters is None or not filters.filters:
             self._writer.delete(node_ids if node_ids is not None else [])
             return
-        found = self._collection.get(where=_to_chroma_filter(filters), include=[])["ids"]
-        matching = set(found)
-        self._writer.delete(found if node_ids is None else [i for i in node_ids if i in matching])
+        found = self._matching(_to_chroma_filter(filters))
+        wanted = None if node_ids is None else set(node_ids)
+        self._writer.delete(found if wanted is None else [i for i in found if i in wanted])
 
     def clear(self) -> None:
         """Delete all nodes, and all references of the collection."""
-        while ids := self._collection.get(limit=PAGE, include=[])["ids"]:
-            self._writer.delete(ids)
+        self._writer.delete(self._matching(None))
         for store in self._home.stores():
-            store.unreference(
-                self._home.collection_id, [r.record_id for r in store.references(self._home.collection_id)]
-            )
+            at = self._home.collection_id
+            store.unreference(at, [reference.record_id for reference in store.references(at)])
 
     def verify(self) -> VerifyReport:
         """Compare every node with its states, and every state with its checksum. Changes nothing."""
@@ -311,6 +297,10 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
         """Run `query` in a thread."""
         return await asyncio.to_thread(self.query, query, **kwargs)
 
+    def _matching(self, where: Any) -> list[str]:  # noqa: ANN401 - Chroma's filter
+        with chroma_errors(f"collection {self._collection.name!r}"):
+            return list(self._collection.get(where=where, include=[])["ids"])
+
     def _connect(self) -> Database:
         within = {name: value for name in ("tenant", "database") if (value := getattr(self, name)) is not None}
         if self.collection_name and self.persist_dir is not None:
@@ -361,6 +351,13 @@ class KaLMChromaVectorStore(EngineFields, ChromaVectorStore):
                 f"Make the store where it is used, or from_dict(store.to_dict(), headers=...)."
             )
         return super().__reduce__()
+
+
+def _noted_rule(collection: chromadb.Collection, noted: CollectionNotes) -> PassageRule | None:
+    """How a collection's records are read, as far as another door has decided it already."""
+    if noted.passage is None and noted.embedder is None:  # nobody's yet, or made by this door before rules were noted
+        return None
+    return passage_rule(collection, noted)
 
 
 def _check_collection(value: object) -> chromadb.Collection:
