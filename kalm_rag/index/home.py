@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class CollectionHome:
         default_passage: The rule of a collection that notes none; None looks for LlamaIndex's nodes in it.
         change_model: Let a collection go over to another model, dtype or passage rule; its states are encoded again.
         own_engine: Load an engine of its own, that `close` closes.
+        reopen: Opens database and collection again when they are used after `close`; None: that is an error.
 
     Raises:
         StateMismatchError: If the collection was made with another model, revision, dtype or passage rule.
@@ -82,8 +83,9 @@ class CollectionHome:
         default_passage: str | None = None,
         change_model: bool = False,
         own_engine: bool = False,
+        reopen: Callable[[], tuple[Database, Collection]] | None = None,
     ) -> None:
-        self.database = database
+        self._database, self._reopen, self._reopening = database, reopen, threading.RLock()
         self._collection: Collection | None = collection
         self._name = collection.name
         noted = CollectionNotes.read(collection.metadata)
@@ -109,6 +111,8 @@ class CollectionHome:
             store=store,
             opener=self._open_states if store is None else None,
             own_engine=own_engine,
+            codec=codec,
+            ratio=ratio,
         )
         if store is None:
             self._check_stored()
@@ -117,12 +121,19 @@ class CollectionHome:
         database.watch(self.find_again)
 
     @property
+    def database(self) -> Database:
+        """Client and write lock."""
+        self._open_again()
+        return self._database
+
+    @property
     def collection(self) -> Collection:
         """The Chroma collection.
 
         Raises:
-            ClosedError: After `close`.
+            ClosedError: After `close`, where it can't be opened again.
         """
+        self._open_again()
         if self._collection is None:
             raise ClosedError("this collection was closed. Open it again.")
         return self._collection
@@ -216,7 +227,7 @@ class CollectionHome:
             store.close()
         self._others.clear()
         self.lazy.close()
-        self.database.close()
+        self._database.close()
 
     def find(self, ids: list[str]) -> list[str]:
         """Which of the ids there are."""
@@ -227,6 +238,14 @@ class CollectionHome:
         """Look the collection up again by name: after the client was opened again, or the collection made again."""
         if self._collection is not None:
             self._collection = require_collection(self.database.client, self._name)
+
+    def _open_again(self) -> None:
+        if self._collection is not None or self._reopen is None:
+            return
+        with self._reopening:
+            if self._collection is None:
+                self._database, self._collection = self._reopen()
+                self._database.watch(self.find_again)
 
     def _forget_gone(self, store: StateStore) -> int:
         """Drop references of records that are gone, looked at again while nobody writes."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from kalm_rag.index.state_cache import release_caches, shared_cache
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import CachingBackbone
 from kalm_rag.models.t5gemma2.prefix_cache import check_bytes
-from kalm_rag.states import Layout
+from kalm_rag.states import Codec, Layout
 from kalm_rag.states.pooling import check_ratio
 from kalm_rag.store import StateStore, open_store, stored_layout
+from kalm_rag.store.base import check_same_layout
 from kalm_rag.store.opening import store_file
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ class LazyEngine:
             use its store; or None for the process's bounded cache.
         opener: Opens a store of its own for an engine, in place of `store`; `close` closes it.
         own_engine: Load an engine of its own, which `close` closes, instead of the one that the process shares.
+        codec: Codec of a `store` at a place; None takes what is stored, or else exact.
+        ratio: Tokens a state stands for in a `store` at a place; None takes what is stored, or else the engine's.
     """
 
     def __init__(
@@ -163,8 +166,11 @@ class LazyEngine:
         store: StateStore | LazyEngine | str | None = None,
         opener: Callable[[Reranker], StateStore] | None = None,
         own_engine: bool = False,
+        codec: str | Codec | None = None,
+        ratio: int | None = None,
     ) -> None:
         self.spec, self.reranker = spec, reranker
+        self._codec, self._ratio = codec, ratio
         self._owns_engine = own_engine
         self._engine: Reranker | None = None
         self._given, self._opener = store, opener
@@ -240,7 +246,9 @@ class LazyEngine:
                     self._opened.close()
                 self._opened = self._opener(engine)
             elif isinstance(self._given, str):
-                self._opened = shared_store(self._given, engine)  # `release_engines` closes it, with the engine
+                self._opened = shared_store(
+                    self._given, engine, codec=self._codec, ratio=self._ratio
+                )  # `release_engines` closes it, with the engine
             self._opened_for = engine
             return self._opened
 
@@ -261,14 +269,31 @@ def release_engines() -> None:
         engine.close()
 
 
-def shared_store(path: str, engine: Reranker) -> StateStore:
-    """Open the store in a folder or ``.sqlite3`` file, once per process, with the ratio and codec that are stored.
+def shared_store(
+    path: str, engine: Reranker, *, codec: str | Codec | None = None, ratio: int | None = None
+) -> StateStore:
+    """Open the store in a folder or ``.sqlite3`` file, once per process.
+
+    Args:
+        path: Where it is.
+        engine: Whose states.
+        codec: None takes what is stored, or else exact.
+        ratio: None takes what is stored, or else the engine's.
 
     Raises:
+        StateMismatchError: If states are stored at another ratio or codec than asked for.
         StoreError: If it can't be opened; StoreFormatError if it is damaged.
     """
     there = stored_layout(path, engine.info.fingerprint)
-    layout = there if there is not None else engine.layout()
+    layout = (engine.at(ratio) if ratio is not None else engine).layout(codec if codec is not None else Codec.EXACT)
+    if there is not None:
+        wanted = replace(
+            there,
+            ratio=there.ratio if ratio is None else ratio,
+            codec=there.codec if codec is None else layout.codec,
+        )
+        check_same_layout(there, wanted, path)
+        layout = there
     key = (str(store_file(path).resolve()), layout)
     with _lock:
         if key not in _stores:

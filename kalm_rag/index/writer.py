@@ -76,7 +76,10 @@ class Records:
 class Home(Protocol):
     """An open collection, with engine and store on demand: what a door gives its writer."""
 
-    database: Database
+    @property
+    def database(self) -> Database:
+        """Client and write lock."""
+        ...
 
     @property
     def collection(self) -> Collection:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import chromadb
@@ -21,7 +22,7 @@ from typing_extensions import Self
 
 from kalm_rag.errors import InputError
 from kalm_rag.index.clients import Database
-from kalm_rag.index.collection import CollectionNotes, chroma_errors, passage_rule
+from kalm_rag.index.collection import CollectionNotes, chroma_errors, passage_rule, require_collection
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.results import BackfillReport, VerifyReport
@@ -51,20 +52,59 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
 
     Adding encodes what is new and replaces nodes of the same id; of an id given twice in one call the last counts.
     Deleting takes the references along, and `gc` the states that nothing refers to any more. Async methods run in
-    threads. Nothing of the model is loaded before the first write, query of states, or upkeep.
+    threads. Nothing of the model is loaded before the first write, query of states, or upkeep. Of several processes
+    that write to one folder, one at a time does, and the others wait.
 
     Args:
-        chroma_collection: An open Chroma collection; or give `persist_dir`, or `host` and `port`, with
-            `collection_name`.
+        chroma_collection: An open Chroma collection; or give `collection_name` with `persist_dir`, with `host` and
+            `port`, or with `client`.
         client: The Chroma client the collection is from; None takes the collection's own.
-        **fields: Fields of `ChromaVectorStore`, and: model, revision, device, dtype, batch_size, reranker and store as
-            `KaLMNodePostprocessor` (store None: SQLite in the database's folder; in memory for an ephemeral client; a
-            companion collection for a remote one); ratio and codec of a new store (None: as stored, or 4 and exact);
-            metadata_mode, which must be the postprocessor's.
+        collection_name: Name of the collection; made if it is absent.
+        persist_dir: Folder of a local Chroma database; made if it is absent.
+        host: Host of a Chroma server.
+        port: Its port; None is 8000.
+        ssl: Whether it is asked over HTTPS.
+        headers: Sent with each request. Their values are secrets: neither printed, written down nor pickled.
+        tenant: Tenant in the database; None takes the default one.
+        database: Database of the tenant; None takes the default one.
+        collection_kwargs: For Chroma when the collection is made: ``configuration``, ``metadata``.
+        store: Where states are, in place of SQLite in the database's folder (in memory for an ephemeral client, a
+            companion collection for a remote one): a `StateStore`, a folder or a ``.sqlite3`` file.
+        metadata_mode: Which metadata the text of a node holds when it is read. Left out: as the collection notes, or
+            ``MetadataMode.EMBED`` for a new one.
+        passage: How nodes are read, in place of `metadata_mode`: ``"document"`` (their text alone) or a template over
+            text and metadata such as ``"{title}: {text}"``. Left out: as the collection notes.
+        ratio: Tokens a state stands for in a new store; None is 4. One that is there keeps its own.
+        codec: ``exact``, ``bf16`` or ``int8`` in a new store; None is exact. One that is there keeps its own.
+        model: ``pico`` (bundled), ``nano``, ``small``, ``large``, a repository id or a folder: see
+            `kalm_rag.Reranker.from_pretrained`. Left out: the one that the collection was made with, or pico.
+        revision: Commit, tag or branch of a repository; None takes the collection's, or the pinned one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or several with commas to encode on all; None takes CUDA if there is one.
+        dtype: ``bf16`` or ``fp32``; None takes the collection's, or what fits the device.
+        batch_size: Most passages in one pass.
+        decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU.
+        compiled: Compile a KaLM checkpoint's decoder at the first query (for GPUs).
+        prefix_cache_bytes: Most bytes of decoder work kept between queries; None leaves the model's bound.
+        reranker: A ready engine instead of `model`, yours to close.
 
     Raises:
         InputError: (inside pydantic's ValidationError where it is a field's) if neither collection nor place is given,
             or an argument is unknown or out of range.
+        StateMismatchError: If the collection was made with another model, revision or dtype than asked for, or its
+            records are read in another way.
+
+    Example:
+        >>> from llama_index.core import Document, StorageContext, VectorStoreIndex
+        >>> store = KaLMChromaVectorStore(chromadb.EphemeralClient().get_or_create_collection("facts"))
+        >>> index = VectorStoreIndex.from_documents(
+        ...     [Document(text="I like tea."), Document(text="Paris is the capital of France.")],
+        ...     storage_context=StorageContext.from_defaults(vector_store=store),
+        ...     embed_model=store.as_embedding(),
+        ... )
+        >>> query = "What is the capital of France?"
+        >>> nodes = index.as_retriever(similarity_top_k=2).retrieve(query)
+        >>> store.as_postprocessor(top_n=1).postprocess_nodes(nodes, query_str=query)[0].text
+        'Paris is the capital of France.'
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
@@ -80,6 +120,7 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
     )
     tenant: str | None = Field(default=None, description="Tenant in the Chroma database; None: the default one.")
     database: str | None = Field(default=None, description="Database of the tenant; None: the default one.")
+    _given: tuple[Any, Any] = PrivateAttr()
     _home: CollectionHome = PrivateAttr()
     _writer: CollectionWriter = PrivateAttr()
 
@@ -91,13 +132,8 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
         **fields: Any,  # noqa: ANN401 - pydantic checks each
     ) -> None:
         super(ChromaVectorStore, self).__init__(**fields)  # ChromaVectorStore's own drops what it doesn't know
-        if chroma_collection is not None:
-            _check_collection(chroma_collection)
-            owner = Database(client) if client is not None else Database.of_collection(chroma_collection)
-        else:
-            owner = Database(client) if client is not None else self._connect()
-            chroma_collection = self._get_or_make(owner)
-        self._collection = chroma_collection
+        self._given = (client, None if chroma_collection is None else _check_collection(chroma_collection))
+        owner, self._collection = self._open()
         self._note_connection()
         noted = CollectionNotes.read(self._collection.metadata)
         if noted.model is not None and self.reranker is None and "model" not in fields:
@@ -116,22 +152,30 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
             store=getattr(self.store, "parts", self.store),
             codec=self.codec,
             ratio=self.ratio,
+            reopen=partial(self._open, make=False),
         )
-        owner.watch(self._follow_home)
         self._parts = self._home.lazy
         self._writer = CollectionWriter(self._home)
 
-    def _get_or_make(self, owner: Database) -> chromadb.Collection:
-        """The collection by name; one that is there keeps its own notes."""
+    def _open(self, *, make: bool = True) -> tuple[Database, chromadb.Collection]:
+        """Database and collection: those given, or by name and place. A collection that is there keeps its notes."""
+        client, collection = self._given
+        if collection is not None:
+            return Database(client) if client is not None else Database.of_collection(collection), collection
+        owner = Database(client) if client is not None else self._connect()
+        if not make:
+            return owner, require_collection(owner.client, cast("str", self.collection_name))
         notes = CollectionNotes(model=self.model, revision=self.revision, passage=str(self.rule))
         metadata = {**(self.collection_kwargs.get("metadata") or {}), **notes.metadata()}
         with owner.writing(), chroma_errors(f"collection {self.collection_name!r}"):
-            return owner.client.get_or_create_collection(
+            return owner, owner.client.get_or_create_collection(
                 cast("str", self.collection_name), **{**self.collection_kwargs, "metadata": metadata}
             )
 
-    def _follow_home(self) -> None:
+    def _live(self) -> chromadb.Collection:
+        """The collection as the client of now has it; `ChromaVectorStore`'s own methods read `_collection`."""
         self._collection = self._home.collection
+        return self._collection
 
     @field_validator("codec", mode="before")
     @classmethod
@@ -175,7 +219,7 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
         """Give a postprocessor over the same engine and states, which reads nodes as the collection does.
 
         Args:
-            **fields: Of `KaLMNodePostprocessor`: top_n, threshold, instructions, ...
+            **fields: Arguments of `KaLMNodePostprocessor`: top_n, threshold, instructions, ...
         """
         given: dict[str, Any] = {"store": self, **fields}
         return KaLMNodePostprocessor(**given)
@@ -254,8 +298,50 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
         return self._home.gc(younger_than=younger_than)
 
     def close(self) -> None:
-        """Close the state store that this opened (its postprocessors use it, too); it is opened again when needed."""
-        self._parts.close()
+        """Close the state store (its postprocessors use it, too) and the Chroma client that this opened.
+
+        Both are opened again when they are needed. A client or collection of yours stays open.
+        """
+        self._home.close()
+
+    def refresh(self) -> None:
+        """Open the Chroma client again, so that searches find what other processes have written since.
+
+        Writing does this by itself. A server is always up to date.
+
+        Raises:
+            InputError: If client or collection are yours: open them again, and this store over them.
+        """
+        self._home.database.refresh()
+
+    def get_nodes(
+        self,
+        node_ids: list[str] | None = None,
+        filters: Any = None,  # noqa: ANN401 - MetadataFilters, or a list of them
+    ) -> list[BaseNode]:
+        """Read nodes by id, by filter, or all of them.
+
+        Raises:
+            InputError: If the filter is none that Chroma reads.
+            StoreError: If Chroma fails.
+        """
+        with chroma_errors(f"collection {self._live().name!r}"):
+            return super().get_nodes(node_ids, filters)
+
+    def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:  # noqa: ANN401 - LlamaIndex's
+        """Search by vector; see LlamaIndex's `ChromaVectorStore.query`.
+
+        Raises:
+            InputError: If the filter is none that Chroma reads, or the vector has another width.
+            StoreError: If Chroma fails.
+        """
+        with chroma_errors(f"collection {self._live().name!r}"):
+            return super().query(query, **kwargs)
+
+    @property
+    def client(self) -> chromadb.Collection:
+        """The Chroma collection, as LlamaIndex's `ChromaVectorStore` gives it."""
+        return self._live()
 
     async def averify(self) -> VerifyReport:
         """Run `verify` in a thread."""
@@ -291,15 +377,16 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
     ) -> list[BaseNode]:
         """Run `get_nodes` in a thread."""
-        return await asyncio.to_thread(self.get_nodes, node_ids, cast("Any", filters))
+        return await asyncio.to_thread(self.get_nodes, node_ids, filters)
 
     async def aquery(self, query: VectorStoreQuery, **kwargs: object) -> VectorStoreQueryResult:
         """Run `query` in a thread."""
         return await asyncio.to_thread(self.query, query, **kwargs)
 
     def _matching(self, where: Any) -> list[str]:  # noqa: ANN401 - Chroma's filter
-        with chroma_errors(f"collection {self._collection.name!r}"):
-            return list(self._collection.get(where=where, include=[])["ids"])
+        collection = self._live()
+        with chroma_errors(f"collection {collection.name!r}"):
+            return list(collection.get(where=where, include=[])["ids"])
 
     def _connect(self) -> Database:
         within = {name: value for name in ("tenant", "database") if (value := getattr(self, name)) is not None}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
 import pickle
+import shutil
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +278,88 @@ class TestNothingToScore:
         same(got(ranked[:4]), expected(tiny, nodes[1:]))
         assert (ranked[4].node_id, ranked[4].score) == ("bad", None)
         assert "text of node bad holds a lone surrogate" in caplog.text
+
+
+class TestClosing:
+    def test_what_was_opened_is_closed(self, tiny: Reranker, tmp_path: Path) -> None:
+        """The Chroma client stayed open: files and threads for each folder, and a deleted folder's records lived on."""
+        fds = Path("/proc/self/fd")
+        if not fds.exists():
+            pytest.skip("descriptors can't be counted here")
+
+        def use(folder: Path) -> None:
+            vectors = KaLMChromaVectorStore.from_params("passages", persist_dir=str(folder), reranker=tiny)
+            assert vectors.verify().records == 0
+            vectors.add(make_nodes())
+            assert len(vectors.get_nodes()) == 4
+            vectors.close()
+
+        use(tmp_path / "first")
+        before = len(list(fds.iterdir()))
+        for place in range(5):
+            use(tmp_path / str(place))
+        assert len(list(fds.iterdir())) <= before
+        shutil.rmtree(tmp_path / "first")
+        use(tmp_path / "first")
+
+    def test_all_is_opened_again_when_needed(self, tiny: Reranker, tmp_path: Path) -> None:
+        vectors = KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), reranker=tiny)
+        vectors.add(make_nodes())
+        query = VectorStoreQuery(query_embedding=EMBEDDING._vector(TEXTS[0]), similarity_top_k=1)
+        post, copied = vectors.as_postprocessor(missing="raise"), copy.deepcopy(vectors)
+        uses: list[Callable[[], object]] = [
+            lambda: post.postprocess_nodes(scored(), query_str=QUERY),
+            lambda: vectors.query(query).ids == ["n0"],
+            lambda: copied.query(query).ids == ["n0"],
+            lambda: len(vectors.get_nodes(["n1"])) == 1,
+            lambda: vectors.client.count() == 4,
+            lambda: vectors.add(make_nodes()),
+            lambda: vectors.verify().clean,
+        ]
+        for use in uses:
+            vectors.close()
+            vectors.close()
+            assert use()
+        vectors.close()
+        chromadb.PersistentClient(str(tmp_path)).delete_collection("passages")
+        with pytest.raises(InputError, match="no collection 'passages'"):
+            vectors.verify()  # it isn't made again, empty
+
+    def test_a_client_of_the_apps_stays_open(self, tiny: Reranker, client: chromadb.ClientAPI) -> None:
+        collection = client.get_or_create_collection("theirs")
+        for vectors in (
+            KaLMChromaVectorStore(collection, reranker=tiny),
+            KaLMChromaVectorStore(collection_name="theirs", client=client, reranker=tiny),
+        ):
+            vectors.add(make_nodes())
+            vectors.close()
+            assert collection.count() == 4
+            assert vectors.verify().clean
+
+    def test_refresh(self, tiny: Reranker, tmp_path: Path) -> None:
+        vectors = KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), reranker=tiny)
+        vectors.add(make_nodes())
+        vectors.refresh()
+        assert vectors.verify().clean
+        theirs = KaLMChromaVectorStore(vectors.client, reranker=tiny)
+        with pytest.raises(InputError, match="was given its Chroma client"):
+            theirs.refresh()
+
+
+@pytest.mark.parametrize("trip", [lambda v: v, lambda v: pickle.loads(pickle.dumps(v))], ids=["fresh", "pickled"])
+def test_a_store_at_a_place_has_the_ratio_and_codec_asked_for(tiny: Reranker, tmp_path: Path, trip: Any) -> None:
+    """With ``store=`` a file, both were left out without a word."""
+    place = tmp_path / "elsewhere.sqlite3"
+    given: dict[str, Any] = {"persist_dir": str(tmp_path), "reranker": tiny, "store": place}
+    vectors = trip(KaLMChromaVectorStore.from_params("passages", ratio=2, codec="int8", **given))
+    vectors.add(make_nodes())
+    layout = vectors.parts.get()[1].layout
+    assert (layout.ratio, layout.codec.value) == (2, "int8")
+    post = vectors.as_postprocessor(missing="raise")
+    ranked = got(post.postprocess_nodes(scored(), query_str=QUERY))
+    assert got(pickle.loads(pickle.dumps(post)).postprocess_nodes(scored(), query_str=QUERY)) == ranked
+    again = KaLMChromaVectorStore.from_params("passages", **given)
+    assert again.parts.get()[1].layout == layout
+    for field, value in (("ratio", 4), ("codec", "exact")):
+        with pytest.raises(StateMismatchError, match=r"holds states of model .* ratio 2, codec int8"):
+            KaLMChromaVectorStore.from_params("passages", **given, **{field: value}).verify()
