@@ -25,7 +25,7 @@ from kalm_rag.models.t5gemma2.prefix_cache import check_bytes
 from kalm_rag.states import Codec, Layout
 from kalm_rag.states.pooling import check_ratio
 from kalm_rag.store import StateStore, open_store, stored_layout
-from kalm_rag.store.base import check_same_layout
+from kalm_rag.store.arguments import check_same_layout
 from kalm_rag.store.opening import store_file
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, StateMismatchError
 from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine, spec_of
 from kalm_rag.index.passage_rule import LLAMA_INDEX, PassageRule
+from kalm_rag.store.opening import MEMORY
 
 
 class EngineFields(BaseComponent):
@@ -114,7 +115,7 @@ class EngineFields(BaseComponent):
         Raises:
             InputError: If the store is in memory or remote, and so would be lost.
         """
-        written = self._written_store()
+        written = {"live": "MemoryStore"} if self._written_store() == MEMORY else self._written_store()
         if isinstance(written, dict):
             raise InputError(
                 f"{self.class_name()} uses a live {written['live']}, which can't be pickled. Give store= a "

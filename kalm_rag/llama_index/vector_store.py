@@ -13,20 +13,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import chromadb
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_validator
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.chroma.base import _to_chroma_filter
 from typing_extensions import Self
 
-from kalm_rag.errors import InputError
 from kalm_rag.index.clients import Database
 from kalm_rag.index.collection import CollectionNotes, chroma_errors, passage_rule, require_collection
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.results import BackfillReport, VerifyReport
 from kalm_rag.index.writer import CollectionWriter
+from kalm_rag.llama_index.connection import CollectionFields, check_collection
 from kalm_rag.llama_index.embedding import KaLMEmbedding
 from kalm_rag.llama_index.fields import PassageFields, describe_store
 from kalm_rag.llama_index.nodes import records_of
@@ -41,13 +41,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CHROMAS_HEADERS = ("Content-Type", "User-Agent")
-"""What Chroma's client adds to the headers by itself."""
-
 Filters = Union[MetadataFilters, "list[MetadataFilters]", None]
 
 
-class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
+class KaLMChromaVectorStore(PassageFields, CollectionFields, ChromaVectorStore):
     """LlamaIndex's `ChromaVectorStore`, with the states of each node's text kept beside it.
 
     Adding encodes what is new and replaces nodes of the same id; of an id given twice in one call the last counts.
@@ -110,16 +107,6 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
 
     codec: str | None = Field(default=None, frozen=True, description="exact, bf16 or int8; None: as stored, or exact.")
-    collection_name: str | None = Field(default=None, description="Name of the Chroma collection.")
-    persist_dir: str | None = Field(default=None, description="Folder of a local Chroma database.")
-    host: str | None = Field(default=None, description="Where a Chroma server is.")
-    port: str | int | None = Field(default=None, description="Its port; None: 8000.")
-    ssl: bool = Field(default=False, description="Whether it is asked over HTTPS.")
-    headers: dict[str, str] | None = Field(
-        default=None, repr=False, description="Sent with each request to the server. Their values are never written."
-    )
-    tenant: str | None = Field(default=None, description="Tenant in the Chroma database; None: the default one.")
-    database: str | None = Field(default=None, description="Database of the tenant; None: the default one.")
     _given: tuple[Any, Any] = PrivateAttr()
     _home: CollectionHome = PrivateAttr()
     _writer: CollectionWriter = PrivateAttr()
@@ -132,9 +119,9 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
         **fields: Any,  # noqa: ANN401 - pydantic checks each
     ) -> None:
         super(ChromaVectorStore, self).__init__(**fields)  # ChromaVectorStore's own drops what it doesn't know
-        self._given = (client, None if chroma_collection is None else _check_collection(chroma_collection))
+        self._given = (client, None if chroma_collection is None else check_collection(chroma_collection))
         owner, self._collection = self._open()
-        self._note_connection()
+        self.note_connection(self._collection)
         noted = CollectionNotes.read(self._collection.metadata)
         if noted.model is not None and self.reranker is None and "model" not in fields:
             self.__dict__["model"] = noted.model  # the collection says whose states lie beside it
@@ -162,7 +149,7 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
         client, collection = self._given
         if collection is not None:
             return Database(client) if client is not None else Database.of_collection(collection), collection
-        owner = Database(client) if client is not None else self._connect()
+        owner = Database(client) if client is not None else self.connect()
         if not make:
             return owner, require_collection(owner.client, cast("str", self.collection_name))
         notes = CollectionNotes(model=self.model, revision=self.revision, passage=str(self.rule))
@@ -182,20 +169,6 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
     def _check_codec(cls, value: object) -> str | None:
         return None if value is None else Codec.parse(cast("str", value)).value
 
-    @field_serializer("headers")
-    def _write_headers(self, value: dict[str, str] | None) -> dict[str, None] | None:
-        return None if value is None else dict.fromkeys(value)
-
-    @field_validator("headers", mode="before")
-    @classmethod
-    def _check_headers(cls, value: object) -> object:
-        if isinstance(value, dict) and None in value.values():
-            raise InputError(
-                f"headers had {', '.join(value)} when this was written down; their values are secrets and were not "
-                f"written. Pass them again: from_dict(data, headers=...)."
-            )
-        return value
-
     @classmethod
     def from_collection(cls, collection: Any, **fields: object) -> Self:  # noqa: ANN401 - chromadb is untyped
         """Make it over an open collection.
@@ -203,7 +176,7 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
         Raises:
             InputError: If it is not a Chroma collection.
         """
-        return cls(_check_collection(collection), **fields)
+        return cls(check_collection(collection), **fields)
 
     @classmethod
     def from_params(cls, collection_name: str, **fields: object) -> Self:  # type: ignore[override] # one by one there
@@ -388,35 +361,6 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
         with chroma_errors(f"collection {collection.name!r}"):
             return list(collection.get(where=where, include=[])["ids"])
 
-    def _connect(self) -> Database:
-        within = {name: value for name in ("tenant", "database") if (value := getattr(self, name)) is not None}
-        if self.collection_name and self.persist_dir is not None:
-            return Database.open(self.persist_dir, **within)
-        if self.collection_name and self.host is not None:
-            port = int(self.port) if self.port is not None else 8000
-            headers = None if self.headers is None else dict(self.headers)  # Chroma adds its own to it
-            client = chromadb.HttpClient(host=self.host, port=port, ssl=self.ssl, headers=headers, **within)
-            return Database(client, owned=True)
-        raise InputError(
-            "no collection was given; wanted chroma_collection=, or collection_name= with persist_dir= or host= and "
-            "port=."
-        )
-
-    def _note_connection(self) -> None:
-        """Fill the fields that lead back to the collection, so that serialisation doesn't lose it."""
-        collection, settings = self._collection, cast("Any", self._collection._client)._system.settings
-        found: dict[str, Any] = {"collection_name": collection.name}
-        found |= {"tenant": collection.tenant, "database": collection.database}
-        if settings.chroma_server_host is not None:
-            found |= {"host": settings.chroma_server_host, "port": settings.chroma_server_http_port}
-            found["ssl"] = bool(settings.chroma_server_ssl_enabled)
-            sent = settings.chroma_server_headers or {}
-            given = {name: value for name, value in sent.items() if name not in _CHROMAS_HEADERS}
-            found["headers"] = given or None
-        elif settings.is_persistent:
-            found["persist_dir"] = settings.persist_directory
-        self.__dict__.update(found)
-
     def place(self) -> str | dict[str, str]:
         """Where the states are, for the components that share them."""
         if self.store is not None:
@@ -430,13 +374,7 @@ class KaLMChromaVectorStore(PassageFields, ChromaVectorStore):
         return None if self.store is None else describe_store(self.store)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.persist_dir is None and self.host is None:
-            raise InputError("an ephemeral Chroma collection can't be pickled. Use a persistent or HTTP client.")
-        if self.headers:
-            raise InputError(
-                f"the headers of the Chroma server ({', '.join(self.headers)}) are secrets, which are not pickled. "
-                f"Make the store where it is used, or from_dict(store.to_dict(), headers=...)."
-            )
+        self.check_written()
         return super().__reduce__()
 
 
@@ -445,21 +383,3 @@ def _noted_rule(collection: chromadb.Collection, noted: CollectionNotes) -> Pass
     if noted.passage is None and noted.embedder is None:  # nobody's yet, or made by this door before rules were noted
         return None
     return passage_rule(collection, noted)
-
-
-def _check_collection(value: object) -> chromadb.Collection:
-    """Refuse what people pass in a collection's place.
-
-    Raises:
-        InputError: Naming what to pass instead.
-    """
-    if isinstance(value, chromadb.Collection):
-        return value
-    advice = ""
-    if isinstance(value, str):
-        advice = f" Give a name and its place: KaLMChromaVectorStore.from_params({value!r}, persist_dir=...)."
-    elif hasattr(value, "get_or_create_collection"):
-        advice = " Pass client.get_or_create_collection(name)."
-    elif type(value).__name__ == "AsyncCollection":
-        advice = " Open it with chromadb.HttpClient: the async methods here run its calls in threads."
-    raise InputError(f"chroma_collection is {type(value).__name__}; wanted an open chromadb Collection.{advice}")

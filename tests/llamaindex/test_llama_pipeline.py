@@ -64,6 +64,8 @@ class TestTransform:
             KaLMStateTransform(store="x", top_n=3)
         with pytest.raises(InputError, match="live MemoryStore, which can't be pickled"):
             pickle.dumps(KaLMStateTransform(reranker=tiny, store=MemoryStore(tiny.layout())))
+        with pytest.raises(InputError, match="live MemoryStore, which can't be pickled"):
+            pickle.dumps(KaLMStateTransform(reranker=tiny, store=":memory:"))  # another process would fill another one
 
     def test_into_the_vector_stores_states(self, vectors: KaLMChromaVectorStore) -> None:
         transform = KaLMStateTransform(store=vectors)

@@ -244,6 +244,10 @@ class TestVectorStore:
             KaLMChromaVectorStore(collection, colection_name="x")
         with pytest.raises(ValidationError, match="codec"):
             KaLMChromaVectorStore(collection, codec="int4")
+        with pytest.raises(InputError, match=r"Chroma server 127.0.0.1:1: .*"):
+            KaLMChromaVectorStore(collection_name="passages", host="127.0.0.1", port=1)
+        with pytest.raises(InputError, match="collection 'no name!'"):
+            KaLMChromaVectorStore(collection_name="no name!", client=client)
         with pytest.raises(InputError, match="no collection was given"):
             KaLMChromaVectorStore(collection_name="x")
         for make in (KaLMChromaVectorStore, KaLMChromaVectorStore.from_collection):
