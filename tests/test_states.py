@@ -144,6 +144,18 @@ def test_a_layouts_checksum_covers_every_field() -> None:
     assert len({layout.checksum, *(make_layout(**change).checksum for change in changes)}) == 1 + len(changes)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"ratio": 0}, {"ratio": "4"}, {"hidden_size": True}, {"codec": "int8"}, {"state_dtype": "complex64"}],
+    ids=str,
+)
+def test_layouts_that_are_none(change: dict[str, object]) -> None:
+    """A ratio read as text from a damaged companion was kept, and failed as a TypeError far from there."""
+    (name,) = change
+    with pytest.raises(InputError, match=rf"{name} (is )?.*wanted"):
+        make_layout(**change)
+
+
 def test_packing_doesnt_touch_the_states() -> None:
     for codec in Codec:
         one = make_states("a", make_layout(), 10)

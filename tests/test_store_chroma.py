@@ -8,13 +8,24 @@ from pathlib import Path
 import chromadb
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stores import chroma_client, make_layout, make_many, make_states, refer, running_chroma
 
 from kalm_rag.errors import InputError, StateMismatchError, StoreError, StoreFormatError
 from kalm_rag.states import Codec
 from kalm_rag.store import open_store, stored_layout
 from kalm_rag.store.chroma import ChromaStore, drop_companions
-from kalm_rag.store.companion import BODY_BYTES, batches, companion_name, reference_id
+from kalm_rag.store.companion import (
+    BODY_BYTES,
+    batches,
+    companion_name,
+    is_reference,
+    read_row,
+    reference_id,
+    state_record,
+)
+from kalm_rag.store.rows import damage, make_row
 
 __all__ = ["chroma_client"]
 LAYOUT = make_layout()
@@ -128,6 +139,22 @@ def test_damaged_reference(chroma_client: chromadb.ClientAPI, change: dict[str, 
         assert store.collections() == {"c": 1}
         store.put_many([], references)
         assert store.collections() == {"c": 2}
+
+
+ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=8)
+
+
+@settings(deadline=None, max_examples=300)
+@given(changes=st.dictionaries(st.sampled_from(["tokens", "found", "checksum", "payload", "kind"]), ANYTHING))
+def test_any_change_of_a_record_is_damage_or_none(changes: dict[str, object]) -> None:
+    """Records come from a server: whatever is in them, it is judged, never raised as a foreign error."""
+    row = make_row(make_states("a", LAYOUT), LAYOUT)
+    record_id, fields = state_record(row, 0)
+    read = read_row(record_id, {**fields, **changes})
+    told = damage(read, LAYOUT)
+    assert told is None or isinstance(told, str)
+    assert told is not None or (read.tokens, read.total_tokens, read.payload) == row[1:3] + row[4:5]
+    assert not is_reference(record_id, {**fields, **changes})
 
 
 def test_damaged_id_of_a_record_is_mended(chroma_client: chromadb.ClientAPI) -> None:

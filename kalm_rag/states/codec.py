@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kalm_rag.checks import check_count
 from kalm_rag.errors import InputError, StateMismatchError, StateShapeError
 from kalm_rag.states.dtypes import DTYPES
 from kalm_rag.states.passage import PassageStates, StateBatch
@@ -71,6 +72,9 @@ class Layout:
         state_dtype: Dtype the model makes states in, a name of `DTYPES` (``"float32"``).
         keeps_token_ids: Whether each token's id is kept behind the states, two bytes per token.
 
+    Raises:
+        InputError: If a number is below 1, or there is no such codec or dtype.
+
     Example:
         >>> layout = Layout(fingerprint="ab" * 16, hidden_size=384, ratio=4, codec=Codec.INT8, state_dtype="float16")
         >>> layout.element, layout.payload_bytes(tokens=10)  # 3 states of 384 bytes and a 4-byte scale
@@ -83,6 +87,15 @@ class Layout:
     codec: Codec
     state_dtype: str
     keeps_token_ids: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "ratio"):
+            check_count(getattr(self, name), name)
+        if not isinstance(self.codec, Codec) or self.state_dtype not in DTYPES:
+            raise InputError(
+                f"codec is {self.codec!r}, state_dtype {self.state_dtype!r}; wanted a Codec and one of "
+                f"{', '.join(DTYPES)}."
+            )
 
     @property
     def format(self) -> int:

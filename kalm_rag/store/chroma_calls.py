@@ -64,8 +64,9 @@ def page_of_records(
 
 def pairs(answer: Any) -> list[FoundRecord]:  # noqa: ANN401 (GetResult, untyped in chromadb)
     """Ids with their metadata, out of an answer of ``get``."""
-    fields = answer["metadatas"]
-    return list(zip(answer["ids"], fields if fields is not None else [{}] * len(answer["ids"]), strict=True))
+    ids, found = answer["ids"], answer["metadatas"]
+    fields = found if found is not None else [None] * len(ids)
+    return [(i, each if each is not None else {}) for i, each in zip(ids, fields, strict=True)]
 
 
 @contextlib.contextmanager

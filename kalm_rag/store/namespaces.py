@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kalm_rag.errors import InputError, StoreFormatError
-from kalm_rag.states import DTYPES, FORMATS, Codec, Layout
+from kalm_rag.states import FORMATS, Codec, Layout
 from kalm_rag.store.connections import REBUILD, transaction
 
 NAMESPACE_COLUMNS = "id, fingerprint, hidden_size, ratio, codec, state_dtype, format"
@@ -54,16 +54,14 @@ def _read_row(row: tuple[Any, ...], checksum: object, path: Path) -> tuple[int, 
     try:
         layout = Layout(
             fingerprint=fingerprint,
-            hidden_size=int(hidden_size),
-            ratio=int(ratio),
+            hidden_size=hidden_size,
+            ratio=ratio,
             codec=Codec.parse(codec),
             state_dtype=state_dtype,
             keeps_token_ids=version == FORMATS[True],
         )
     except (InputError, ValueError, TypeError) as err:
         raise StoreFormatError(f"{path} is damaged: namespace row {row!r}. {REBUILD}") from err
-    if state_dtype not in DTYPES or layout.ratio < 1 or layout.hidden_size < 1:
-        raise StoreFormatError(f"{path} is damaged: namespace row {row!r}. {REBUILD}")
     return number, layout
 
 
