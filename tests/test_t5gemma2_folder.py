@@ -216,6 +216,14 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         put("tokenizer.json", "model", "continuing_subword_prefix", value="##"),
         r"tokenizer\.json says continuing_subword_prefix",
     ),
+    "no turns": (
+        lambda folder: [
+            (folder / name).write_text((folder / name).read_text().replace("<start_of_turn>", "<turn>"))
+            for name in ("tokenizer.json", "tokenizer_config.json")
+        ]
+        and None,
+        r"tokenizer\.json can't be used.*no token <start_of_turn>",
+    ),
     "no vocabulary": (put("tokenizer.json", "model", "vocab", value={}), "tokenizer"),
 }  # fmt: skip
 

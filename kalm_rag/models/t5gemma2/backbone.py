@@ -134,7 +134,7 @@ class T5Gemma2Backbone:
             if compiled:
                 raise InputError(f"decoder_weights={decoder_weights!r} can't be compiled. Leave one of the two out.")
         config = read_config(folder)
-        tokens = TextTokens(read_tokenizer(folder, config))
+        tokens = read_tokenizer(folder, config)
         model = load_model(folder, config, dtype)
         info = BackboneInfo(
             family="t5gemma2",

@@ -21,6 +21,7 @@ from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2Config
 
 from kalm_rag.errors import ModelError
 from kalm_rag.models.files import blaming, digest_file, read_object
+from kalm_rag.models.t5gemma2.protocol import TextTokens
 from kalm_rag.models.t5gemma2.text_model import KEY_MAPPING, T5Gemma2TextReranker
 
 _ADVICE = "Fetch the checkpoint again, or save it with save_pretrained()."
@@ -79,7 +80,7 @@ def read_config(folder: Path) -> T5Gemma2Config:
     return config
 
 
-def read_tokenizer(folder: Path, config: T5Gemma2Config) -> Any:  # noqa: ANN401 - transformers' class is untyped
+def read_tokenizer(folder: Path, config: T5Gemma2Config) -> TextTokens:
     """Read a checkpoint folder's tokenizer.
 
     Args:
@@ -110,9 +111,10 @@ def read_tokenizer(folder: Path, config: T5Gemma2Config) -> Any:  # noqa: ANN401
             raise ModelError(f"{source} says continuing_subword_prefix; wanted Gemma's tokenizer, without. {_ADVICE}")
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         largest, rows = max(tokenizer.get_vocab().values(), default=-1), config.encoder.text_config.vocab_size
+        tokens = TextTokens(tokenizer)
     if not 0 <= largest < rows:
         raise ModelError(f"{source} gives ids up to {largest}; config.json says {rows} of them. {_ADVICE}")
-    return tokenizer
+    return tokens
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from kalm_rag.errors import ModelError
+from kalm_rag.errors import InputError
 
 PASSAGE_TEMPLATE = "<Document>: {passage}"
 PROMPT_TEMPLATE = "<bos><start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n\n\n\n"
@@ -23,6 +23,7 @@ MAX_QUERY_TOKENS = 512
 MAX_INSTRUCTION_TOKENS = 1024
 """Where a system text (judge sentence included) and a task are cut, each for itself. The protocol names no limit, but
 memory grows with the square of the prompt: 10,000 tokens took 2.6 GB."""
+_TURN_MARKERS = ("<bos>", "<start_of_turn>", "<end_of_turn>")
 _MOST_CUT_TEXTS = 100
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,17 @@ class TextTokens:
 
     Works on the `tokenizers` object itself with padding and truncation off: the transformers wrapper sets them
     per call, which is what makes it fail with "Already borrowed" across threads.
+
+    Args:
+        tokenizer: Transformers' fast tokenizer of the checkpoint; not changed.
+
+    Raises:
+        InputError: If it is not one that the protocol can be written with.
     """
 
     def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401 - PreTrainedTokenizerFast is untyped
         if not getattr(tokenizer, "is_fast", False):
-            raise ModelError(
-                "the checkpoint has no fast tokenizer (tokenizer.json). Convert it with transformers first."
-            )
+            raise InputError("it is no fast tokenizer (tokenizer.json); convert it with transformers.")
         self._plain: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.no_padding()
         self._plain.no_truncation()
@@ -51,7 +56,10 @@ class TextTokens:
         self.pad_id: int = pad if pad is not None else 0
         self.yes_id, self.no_id = self._last_id("yes"), self._last_id("no")
         if self.yes_id == self.no_id:
-            raise ModelError("the tokenizer gives 'yes' and 'no' one token id; a yes/no reranker needs two.")
+            raise InputError("it gives 'yes' and 'no' one token id; a yes/no reranker needs two.")
+        missing = [marker for marker in _TURN_MARKERS if self._plain.token_to_id(marker) is None]
+        if missing:
+            raise InputError(f"it has no token {' or '.join(missing)}; the protocol is written with them.")
 
     def _last_id(self, word: str) -> int:
         return int(self._plain.encode(word, add_special_tokens=False).ids[-1])
