@@ -276,6 +276,13 @@ def test_what_can_be_checked_is_checked_before_a_model_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mistyped_model_leaves_no_collection(folder: Path, tmp_path: Path, pico: Reranker) -> None:
+    """The new collection noted the name, so that every later run failed on it."""
+    db = ["--db", str(tmp_path / "db")]
+    assert "no model named 'nothere'" in call("index", str(folder), *db, "--model", "nothere", code=1)
+    assert not (tmp_path / "db").exists()
+
+
 def test_ctrl_c_says_what_is_kept_and_what_to_do(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a long run said "Aborted." and left the user to guess whether to begin again."""
 

@@ -50,13 +50,17 @@ def open_index(db: Path, collection: str, *, create: bool = True, **options: Any
 
     Raises:
         InputError: If there is no database under ``create=False``; nothing is made then.
+        ModelError: If there is no such model under ``create=True``; likewise.
     """
     if not create:
         _require_index(db)
     with working("opening the index ..."):
         _quiet()
         from kalm_rag.index import ChromaIndex
+        from kalm_rag.models.registry import find_checkpoint
 
+        if create and options.get("model") not in (None, "pico"):
+            find_checkpoint(options["model"])  # before a new collection notes it as what made it
         return ChromaIndex.open(db, collection=collection, create=create, **options)
 
 
