@@ -336,6 +336,21 @@ class TestClosing:
             assert collection.count() == 4
             assert vectors.verify().clean
 
+    def test_rebuilt_without_encoding(self, pico: Reranker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A broken vector index is made again; the states, and the nodes as the collection reads them, stay."""
+        vectors = KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), reranker=pico)
+        context = StorageContext.from_defaults(vector_store=vectors)
+        nodes = [TextNode(id_=f"n{i}", text=t, metadata=m) for i, (t, m) in enumerate(zip(TEXTS, TITLED, strict=True))]
+        index = VectorStoreIndex(nodes, storage_context=context, embed_model=vectors.as_embedding())
+        found = index.as_retriever(similarity_top_k=4).retrieve(QUERY)
+        calls = count_work(monkeypatch, vectors)
+        assert vectors.rebuild(vectors.as_embedding()).records == 4
+        assert calls["encode"] == 0
+        assert vectors.verify().clean
+        again = index.as_retriever(similarity_top_k=4).retrieve(QUERY)
+        assert [n.to_dict() for n in again] == [n.to_dict() for n in found]
+        assert str(vectors.rule) == "llama_index:embed"
+
     def test_refresh(self, tiny: Reranker, tmp_path: Path) -> None:
         vectors = KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), reranker=tiny)
         vectors.add(make_nodes())
