@@ -707,7 +707,10 @@ def test_file_deleted_under_an_open_store(path: Path, filled: list[PassageStates
 # Threads and processes
 
 
-def test_threads_opening_a_new_file_at_once(path: Path) -> None:
+@pytest.mark.parametrize("there", [False, True], ids=["new file", "file of an earlier release"])
+def test_threads_opening_a_file_at_once(path: Path, request: pytest.FixtureRequest, there: bool) -> None:
+    """Whoever is first makes the tables, or adds what an earlier release's file lacks; the others find it done."""
+    before = request.getfixturevalue("earlier") if there else []
     errors: list[BaseException] = []
     gate = threading.Barrier(8)
 
@@ -715,7 +718,7 @@ def test_threads_opening_a_new_file_at_once(path: Path) -> None:
         try:
             gate.wait(20)
             with SqliteStore.open(path, LAYOUT) as store:
-                store.put_many(make_many(3, LAYOUT, 3 * number))
+                store.put_many(make_many(3, LAYOUT, 100 + 3 * number))
         except BaseException as err:
             errors.append(err)
 
@@ -725,7 +728,7 @@ def test_threads_opening_a_new_file_at_once(path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert errors == []
-    check_kept(path, make_many(24, LAYOUT))
+    check_kept(path, [*before, *make_many(24, LAYOUT, 100)])
 
 
 def test_two_processes_writing_at_once(path: Path) -> None:
