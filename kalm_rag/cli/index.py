@@ -53,7 +53,7 @@ def index(
 ) -> None:
     """Index a folder; run again, it touches only what changed and removes what is gone."""
     with errors(stopped=GOES_ON):
-        from kalm_rag.index.folder import folder_documents, folder_origin, folder_scope
+        from kalm_rag.index.folder import folder_documents
 
         with working("reading the folder ..."):
             listing = folder_documents(folder)
@@ -63,7 +63,7 @@ def index(
         options = {"model": model, "embedder": embedder, "ratio": ratio, "codec": codec}
         with open_index(db, collection, create=found, passage=plain_passage(passage), **options) as opened:
             report = sync_documents(
-                opened, listing.documents, folder_scope(folder), folder_origin(folder), listing.unreadable
+                opened, listing.documents, listing.scope, origin=listing.origin, unreadable=listing.unreadable
             )
             if not found and not report.removed:
                 raise InputError(_NOTHING.format(folder))
@@ -79,6 +79,7 @@ def sync_documents(
     opened: ChromaIndex,
     documents: list[Document],
     scope: str,
+    *,
     origin: str = "",
     unreadable: Mapping[str, str] | None = None,
 ) -> SyncReport:

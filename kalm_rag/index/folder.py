@@ -45,10 +45,14 @@ class Listing:
     Attributes:
         documents: Those that can be read, sorted by name.
         unreadable: Name to reason of those that can't; a folder's name ends with a slash.
+        scope: Prefix of all names.
+        origin: Where the folder lies.
     """
 
     documents: list[Document]
     unreadable: dict[str, str]
+    scope: str
+    origin: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +131,8 @@ def folder_documents(folder: Path) -> Listing:
                 documents[name] = Document(name, text_digest(read_bytes(path)), partial(read_file, path))
             except InputError as err:
                 unreadable.setdefault(name, str(err))
-    return Listing([documents[name] for name in sorted(documents)], unreadable)
+    listed = [documents[name] for name in sorted(documents)]
+    return Listing(listed, unreadable, scope=f"{_utf8(root.name)}/", origin=_utf8(str(root)))
 
 
 def _is_file(path: Path) -> bool:
@@ -136,16 +141,6 @@ def _is_file(path: Path) -> bool:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError as err:
         raise InputError(f"it can't be opened: {err.strerror or err}") from err
-
-
-def folder_scope(folder: Path) -> str:
-    """Prefix of the names of a folder's documents."""
-    return f"{_utf8(folder.resolve().name)}/"
-
-
-def folder_origin(folder: Path) -> str:
-    """Where a folder lies, as it is noted with each passage."""
-    return _utf8(str(folder.resolve()))
 
 
 def _name(root: Path, path: Path) -> str:
