@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +39,42 @@ def run(arguments: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.BaseContext:
+    """Starts processes that have the big imports behind them, so that each script needn't wait for its own."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["kalm_rag.cli", "sentence_transformers", "kalm_rag.langchain", "kalm_rag.llama_index"]
+    )
+    return context
+
+
+def run_script(processes: multiprocessing.context.BaseContext, script: Path, folder: Path) -> str:
+    """What a script prints, run in a process and a folder of its own."""
+    output = folder / "output.txt"
+    process = processes.Process(target=_run_as_main, args=(script, folder, output))
+    process.start()
+    process.join(300)
+    process.kill()
+    process.join()
+    shown = output.read_text(encoding="utf-8")
+    assert process.exitcode == 0, shown
+    return shown
+
+
+def _run_as_main(script: Path, folder: Path, output: Path) -> None:
+    os.chdir(folder)
+    os.environ.update(ENVIRONMENT)
+    with output.open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(script)]
+    with open(1, "w", encoding="utf-8", closefd=False) as sys.stdout:
+        runpy.run_path(str(script), run_name="__main__")
+
+
 def test_there_is_something_to_run() -> None:
     assert len(SNIPPETS) >= 3
     assert 3 <= len(EXAMPLES) <= 5
@@ -41,9 +82,10 @@ def test_there_is_something_to_run() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_readme_snippets_run(number: int, tmp_path: Path) -> None:
-    (tmp_path / "snippet.py").write_text(SNIPPETS[number], encoding="utf-8")
-    assert run(["snippet.py"], tmp_path).strip()
+def test_readme_snippets_run(number: int, tmp_path: Path, processes: multiprocessing.context.BaseContext) -> None:
+    script = tmp_path / "snippet.py"
+    script.write_text(SNIPPETS[number], encoding="utf-8")
+    assert run_script(processes, script, tmp_path).strip()
 
 
 def test_public_types_are_what_is_shown(tmp_path: Path) -> None:
@@ -57,22 +99,34 @@ def test_public_types_are_what_is_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: str(p.stem))
-def test_examples_run(path: Path, tmp_path: Path) -> None:
+def test_examples_run(path: Path, tmp_path: Path, processes: multiprocessing.context.BaseContext) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
-    shown = run([str(path)], tmp_path)
+    shown = run_script(processes, path, tmp_path)
     assert any(arrow in shown for arrow in "↑↓")  # each shows how passages moved
 
 
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future[Any]]]:
+    """The notebooks, all run at the same time: each spends much of it waiting for imports on one core."""
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
+    nbformat = pytest.importorskip("nbformat", reason="needs nbformat")
+
+    def execute(path: Path, folder: Path) -> Any:
+        notebook = nbformat.read(path, as_version=4)
+        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+        return notebook
+
+    with ThreadPoolExecutor(len(NOTEBOOKS)) as pool:
+        yield {path: pool.submit(execute, path, tmp_path_factory.mktemp(path.stem)) for path in NOTEBOOKS}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.stem))
-def test_notebooks_run_and_are_stripped(path: Path, tmp_path: Path) -> None:
+def test_notebooks_run_and_are_stripped(path: Path, executed: dict[Path, Future[Any]]) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), "strip the outputs before committing"
     assert path.stat().st_size < 100_000
-    nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
-    nbformat = pytest.importorskip("nbformat", reason="needs nbformat")
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    notebook = executed[path].result()
     assert any(cell.get("outputs") for cell in notebook.cells)
     streams = [out for cell in notebook.cells for out in cell.get("outputs", []) if out["output_type"] == "stream"]
     red = [out["text"] for out in streams if out["name"] == "stderr"]
