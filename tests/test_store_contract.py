@@ -295,7 +295,7 @@ def test_gc_counts_a_passage_of_many_records(opener: Opener) -> None:
         assert store.missing([s.key for s in states]) == {states[2].key}
 
 
-@pytest.mark.parametrize("age", [-1, float("nan"), "600", None, True])
+@pytest.mark.parametrize("age", [-1, float("nan"), float("inf"), 1e300, "600", None, True])
 def test_ages_that_are_none(opener: Opener, age: object) -> None:
     with opener(make_layout()) as store, pytest.raises(InputError, match=r"younger_than is .*wanted seconds"):
         store.gc(younger_than=age)  # type: ignore[arg-type]
@@ -309,7 +309,7 @@ def test_scopes_and_waits_that_are_none(opener: Opener) -> None:
             store.put_many(states, refer(states), scope=7)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="lone surrogate"):
             store.put_many(states, refer(states), scope="\ud800")
-        for wait in (-1, "1", float("nan"), True):
+        for wait in (-1, "1", float("nan"), float("inf"), 1e300, True):
             with pytest.raises(InputError, match=r"wait is .*wanted seconds"):
                 store.put_many(states, wait=wait)  # type: ignore[arg-type]
         assert store.missing([states[0].key]) == {states[0].key}

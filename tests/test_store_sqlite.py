@@ -527,6 +527,15 @@ def edit_row_only(path: Path, table: str, column: str, value: object) -> None:
         connection.execute("INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)", entry)
 
 
+@pytest.mark.parametrize("timeout", [-1, "1", None, float("inf")])
+def test_timeouts_that_are_none(path: Path, timeout: object) -> None:
+    for call in (open_store, lambda at, layout, timeout: stored_layout(at, layout.fingerprint, timeout=timeout),
+                 lambda at, _, timeout: collection_layouts(at, "c", timeout=timeout)):  # fmt: skip
+        with pytest.raises(InputError, match=r"timeout is .*wanted seconds"):
+            call(path, LAYOUT, timeout=timeout)  # type: ignore[operator]
+    assert not path.parent.exists()
+
+
 def test_names_that_are_no_rows(path: Path, filled: list[PassageStates]) -> None:
     with SqliteStore.open(path, LAYOUT) as store:
         for name in ("row:", "row:x", "row:-1", "row:" + "9" * 30):

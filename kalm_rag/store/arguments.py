@@ -10,6 +10,9 @@ from kalm_rag.errors import InputError, StateMismatchError
 from kalm_rag.states import Layout
 from kalm_rag.store.base import Reference
 
+MOST_SECONDS = 2**21
+"""Bound on waits and ages (24 days): SQLite counts milliseconds in 32 bits."""
+
 DAMAGED_ROW = "row:"
 """How `StateStore.verify` names a row whose key can't be trusted; a number or record id follows."""
 
@@ -74,10 +77,10 @@ def check_seconds(seconds: object, name: str) -> None:
     """Refuse what is no span of time.
 
     Raises:
-        InputError: If it is negative or no number.
+        InputError: If it is negative, no number, or not below `MOST_SECONDS`.
     """
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
-        raise InputError(f"{name} is {seconds!r}; wanted seconds, 0 or more.")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < MOST_SECONDS:
+        raise InputError(f"{name} is {seconds!r}; wanted seconds, 0 or more and below {MOST_SECONDS}.")
 
 
 def check_put(references: Iterable[Reference], scope: str, wait: float | None) -> list[Reference]:

@@ -113,6 +113,7 @@ class StateStore(Protocol):
 
         Raises:
             StateMismatchError: If states belong to another model, width or ratio than the namespace.
+            InputError: If an id is not text or not valid Unicode, a key is no sha256, or `wait` is negative.
             StoreError: If they can't be written (read-only, disk full, locked); then nothing of the call is kept.
         """
         ...

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from kalm_rag.errors import StoreError
 from kalm_rag.states import Layout, PassageStates
-from kalm_rag.store.arguments import check_ids, check_keys, check_names, check_put, check_same_layout, check_sweep
+from kalm_rag.store.arguments import (
+    check_ids,
+    check_keys,
+    check_names,
+    check_put,
+    check_same_layout,
+    check_seconds,
+    check_sweep,
+)
 from kalm_rag.store.base import GRACE_SECONDS, Closing, Fetched, GcReport, Reference, StoreStats
 from kalm_rag.store.connections import ConnectionPool, transaction, translate
 from kalm_rag.store.namespaces import make_namespace, read_namespace, read_namespaces
@@ -53,8 +61,10 @@ class SqliteStore(Closing):
             StoreError: If it can't be opened or made.
             StoreFormatError: If it is foreign, damaged or newer than this release.
             StateMismatchError: If the model's states are there with another ratio, codec or width.
+            InputError: If `timeout` is negative or no number.
         """
         path = Path(path)
+        check_seconds(timeout, "timeout")
         if not read_only:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,6 +278,7 @@ def all_layouts(path: Path, timeout: float = 30.0) -> list[Layout]:
 
 
 def _read_layouts(path: Path, timeout: float, where: str = "1", values: Sequence[object] = ()) -> list[Layout]:
+    check_seconds(timeout, "timeout")
     if not path.exists() or path.stat().st_size == 0:
         return []
     pool, _ = open_pool(path, None, read_only=True, timeout=timeout)
