@@ -94,7 +94,7 @@ def print_sync(report: SyncReport, opened: ChromaIndex) -> None:
     """Tell what indexing did, in numbers that add up."""
     added, stats = report.added, opened.store.stats()
     kinds = _counts(
-        *((report.new, "new"), (report.changed, "changed"), (range(report.unchanged), "unchanged")),
+        *((report.new, "new"), (report.changed, "changed"), (report.unchanged, "unchanged")),
         *((report.empty, "without text"), (report.binary, "binary, left out")),
         (report.unreadable, "not readable, kept as indexed before"),
     )
@@ -144,7 +144,7 @@ def _sync_dict(report: SyncReport) -> dict[str, Any]:
         "documents": report.documents,
         "new": report.new,
         "changed": report.changed,
-        "unchanged": report.unchanged,
+        "unchanged": len(report.unchanged),
         "empty": report.empty,
         "binary": report.binary,
         "unreadable": report.unreadable,

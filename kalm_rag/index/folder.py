@@ -62,7 +62,7 @@ class SyncReport:
     Attributes:
         new: Documents that were not indexed before, by name.
         changed: Documents whose content is another one now.
-        unchanged: How many documents are as they were.
+        unchanged: Documents that are as they were.
         empty: Documents without any text, e.g. scanned PDFs.
         binary: Documents that are no text, whatever their names say.
         unreadable: Name to reason; what was indexed of them before stays.
@@ -74,7 +74,7 @@ class SyncReport:
 
     new: list[str]
     changed: list[str]
-    unchanged: int
+    unchanged: list[str]
     empty: list[str]
     binary: list[str]
     unreadable: dict[str, str]
@@ -86,8 +86,7 @@ class SyncReport:
     @property
     def documents(self) -> int:
         """Documents there are now."""
-        lists = (self.new, self.changed, self.empty, self.binary, self.unreadable)
-        return self.unchanged + sum(map(len, lists))
+        return sum(map(len, (self.new, self.changed, self.unchanged, self.empty, self.binary, self.unreadable)))
 
 
 @dataclass
@@ -97,6 +96,10 @@ class _Known:
     digest: str = ""
     chunks: int = -1
     ids: set[str] = field(default_factory=set)
+
+    def holds(self, document: Document) -> bool:
+        """Whether all passages of the document as it is now are there."""
+        return self.digest == document.digest and self.chunks == len(self.ids)
 
 
 def folder_documents(folder: Path) -> Listing:
@@ -196,7 +199,7 @@ def sync(
     changes = _Changes(index)
     for document in progress(documents):
         old = known.pop(document.name, None)
-        if old is not None and old.digest == document.digest and old.chunks == len(old.ids):
+        if old is not None and old.holds(document):
             kinds["unchanged"].append(document.name)
             continue
         try:
@@ -211,20 +214,11 @@ def sync(
             encodings[document.name] = read.encoding
         changes.add(records, (old.ids if old is not None else set()) - {i for i, _, _ in records})
     folders = tuple(name for name in locked if name.endswith("/"))
-    removed = sorted(name for name in known if name not in locked and not name.startswith(folders))
-    for name in removed:
+    kinds["removed"] = sorted(name for name in known if name not in locked and not name.startswith(folders))
+    for name in kinds["removed"]:
         changes.add([], known[name].ids)
     changes.write()
-    unchanged = len(kinds.pop("unchanged"))
-    return SyncReport(
-        **kinds,
-        unchanged=unchanged,
-        unreadable=locked,
-        removed=removed,
-        encodings=encodings,
-        deleted=changes.deleted,
-        added=changes.added,
-    )
+    return SyncReport(**kinds, unreadable=locked, encodings=encodings, deleted=changes.deleted, added=changes.added)
 
 
 @dataclass
