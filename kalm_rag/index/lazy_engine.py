@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kalm_rag.checks import check_count, check_cut, check_text
+from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.reranker import DEFAULT_RATIO, Reranker
 from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.index.candidates import Missing, Owners, RankedCandidate, Ranking, check_missing, rank_texts
@@ -315,7 +316,7 @@ def match_ratio(engine: Reranker, store: StateStore | None) -> tuple[Reranker, S
 def rank_candidates(
     engine: Reranker,
     store: StateStore | None,
-    query: str,
+    query: str | PreparedQuery,
     texts: Sequence[str | None],
     *,
     instructions: Instructions | None = None,
@@ -334,7 +335,7 @@ def rank_candidates(
     Args:
         engine: The engine; used at the store's ratio.
         store: Where states are; None takes the process's bounded cache.
-        query: The question.
+        query: The question, or what `Reranker.prepare` made of it; then without `instructions`.
         texts: Exact candidate texts in retrieval order; None marks one without text, which is not scored.
         instructions: System and task text; None takes the model's defaults.
         ratio: A multiple of the store's ratio to score at; None takes the stored one.
@@ -382,13 +383,13 @@ def rank_candidates(
     return ranking.candidates[:top_n]
 
 
-def is_blank(query: str) -> bool:
+def is_blank(query: str | PreparedQuery) -> bool:
     """Whether a query asks for nothing; such a one needs no engine: see `unscored_candidates`.
 
     Raises:
         InputError: If it is no valid string.
     """
-    return not check_text(query, "query").strip()
+    return not isinstance(query, PreparedQuery) and not check_text(query, "query").strip()
 
 
 def unscored_candidates(count: int, *, top_n: int | None, threshold: float | None) -> list[RankedCandidate]:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, StrictInt, field_validator, model_va
 from typing_extensions import Self
 
 from kalm_rag.checks import check_cut
+from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
@@ -175,7 +176,7 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
     def run(
         self,
         documents: Sequence[Document],
-        query: str,
+        query: str | PreparedQuery,
         config: RunnableConfig,
         owners: Owners | None = None,
     ) -> list[Document]:
@@ -193,7 +194,7 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
     async def arun(
         self,
         documents: Sequence[Document],
-        query: str,
+        query: str | PreparedQuery,
         config: RunnableConfig,
         owners: Owners | None = None,
     ) -> list[Document]:
@@ -212,7 +213,7 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
     def rank(
         self,
         documents: Sequence[Document],
-        query: str,
+        query: str | PreparedQuery,
         config: RunnableConfig,
         owners: Owners | None = None,
     ) -> list[Document]:
@@ -231,7 +232,9 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
             store,
             query,
             [rule.text(document.page_content, document.metadata, document.id or "") for document in documents],
-            instructions=as_instructions(told if told is not None else self.instructions),
+            instructions=None
+            if isinstance(query, PreparedQuery)  # has its own
+            else as_instructions(told if told is not None else self.instructions),
             ratio=self.ratio,
             top_n=self.top_n,
             threshold=self.threshold,
@@ -365,4 +368,5 @@ def _config(callbacks: Callbacks | None) -> RunnableConfig:
 
 
 def _shown(documents: object, query: object) -> dict[str, Any]:
-    return {"query": query, "documents": list(documents) if isinstance(documents, Sequence) else documents}
+    text = query.query if isinstance(query, PreparedQuery) else query
+    return {"query": text, "documents": list(documents) if isinstance(documents, Sequence) else documents}

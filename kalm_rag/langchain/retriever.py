@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, StrictInt, field_serializer, field_valid
 from typing_extensions import Self
 
 from kalm_rag.checks import check_count, check_cut, check_text
+from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Owners
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
@@ -36,6 +37,16 @@ class KeepsStates(Protocol):
 
     def owners(self, documents: Sequence[Document]) -> Owners:
         """Records behind documents that a search gave."""
+        ...
+
+    def search_prepared(
+        self,
+        instructions: Instructions | None,
+        *,
+        query: str,
+        **search: Any,  # noqa: ANN401
+    ) -> tuple[PreparedQuery, Sequence[tuple[Document, float]]] | None:
+        """Documents with their scores, and the query as the decoder takes it; None where that saves nothing."""
         ...
 
 
@@ -164,14 +175,14 @@ class KaLMRetriever(BaseRetriever):
         instructions: object = None,
         threshold: float | None = None,
     ) -> list[Document]:
-        changes = self._changes(k, instructions, threshold)
-        search = self._search(query, changes["top_n"], fetch_k, filter)
-        store = self.vectorstore
-        search_store = store.similarity_search_with_score if self.keep_retrieval_score else store.similarity_search
-        found: Sequence[Any] = search_store(**search)
-        candidates = _as_candidates(found, search)
-        compressor, owners = self._set_up(candidates, changes)
-        return compressor.run(candidates, query, {"callbacks": run_manager.get_child()}, owners)
+        compressor, search = self._plan(query, k, fetch_k, filter, instructions, threshold)
+        found = self._search_own(compressor, search)
+        if found is None:
+            store = self.vectorstore
+            search_store = store.similarity_search_with_score if self.keep_retrieval_score else store.similarity_search
+            found = query, search_store(**search)
+        candidates = _as_candidates(found[1], search, scored=self.keep_retrieval_score)
+        return compressor.run(candidates, found[0], _config(run_manager), self._owners(candidates))
 
     async def _aget_relevant_documents(
         self,
@@ -184,14 +195,28 @@ class KaLMRetriever(BaseRetriever):
         instructions: object = None,
         threshold: float | None = None,
     ) -> list[Document]:
+        compressor, search = await run_in_executor(None, self._plan, query, k, fetch_k, filter, instructions, threshold)
+        found = await run_in_executor(None, self._search_own, compressor, search)
+        if found is None:  # its own async methods: a store opened in async mode has no others
+            store, scored = self.vectorstore, self.keep_retrieval_score
+            search_store = store.asimilarity_search_with_score if scored else store.asimilarity_search
+            found = query, await search_store(**search)
+        candidates = _as_candidates(found[1], search, scored=self.keep_retrieval_score)
+        owners = await run_in_executor(None, self._owners, candidates)
+        return await compressor.arun(candidates, found[0], _config(run_manager), owners)
+
+    def _plan(
+        self,
+        query: str,
+        k: int | None,
+        fetch_k: int | None,
+        filter: Any,  # noqa: ANN401
+        instructions: object,
+        threshold: float | None,
+    ) -> tuple[KaLMDocumentCompressor, dict[str, Any]]:
+        """The compressor of one call, and the arguments of the vector store's search."""
         changes = self._changes(k, instructions, threshold)
-        search = self._search(query, changes["top_n"], fetch_k, filter)
-        store = self.vectorstore  # its own async methods: a store opened in async mode has no others
-        search_store = store.asimilarity_search_with_score if self.keep_retrieval_score else store.asimilarity_search
-        found: Sequence[Any] = await search_store(**search)
-        candidates = _as_candidates(found, search)
-        compressor, owners = await run_in_executor(None, self._set_up, candidates, changes)
-        return await compressor.arun(candidates, query, {"callbacks": run_manager.get_child()}, owners)
+        return self._compressor().model_copy(update=changes), self._search(query, changes["top_n"], fetch_k, filter)
 
     def _changes(self, k: int | None, instructions: object, threshold: float | None) -> dict[str, Any]:
         """Settings of the compressor that this call, or else the retriever, says otherwise."""
@@ -222,13 +247,17 @@ class KaLMRetriever(BaseRetriever):
             search["fetch_k"] = max(count, own.default) if isinstance(own.default, int) else count
         return search
 
-    def _set_up(
-        self, candidates: Sequence[Document], changes: dict[str, Any]
-    ) -> tuple[KaLMDocumentCompressor, Owners | None]:
-        """The compressor of one call, and the records of its candidates."""
+    def _search_own(
+        self, compressor: KaLMDocumentCompressor, search: dict[str, Any]
+    ) -> tuple[str | PreparedQuery, Sequence[Any]] | None:
+        """Search a store with states with a query that is then read for search and decoder alike; None for others."""
         own = _own(self.vectorstore)
-        owners = own.owners(candidates) if own is not None else None
-        return self._compressor().model_copy(update=changes), owners
+        return None if own is None else own.search_prepared(compressor.instructions, **search)
+
+    def _owners(self, candidates: Sequence[Document]) -> Owners | None:
+        """The records of candidates, where the store keeps states."""
+        own = _own(self.vectorstore)
+        return None if own is None else own.owners(candidates)
 
     def _compressor(self) -> KaLMDocumentCompressor:
         if self.compressor is not None:
@@ -242,21 +271,26 @@ def _own(vectorstore: VectorStore) -> KeepsStates | None:
     return vectorstore if isinstance(vectorstore, KeepsStates) else None
 
 
-def _as_candidates(found: Sequence[Any], search: Mapping[str, Any]) -> list[Document]:
-    """Documents of a search; with scores, their score and rank in a copy of the metadata."""
+def _config(run_manager: CallbackManagerForRetrieverRun | AsyncCallbackManagerForRetrieverRun) -> RunnableConfig:
+    """Traces of the call; its instructions are settled, whatever the running chain's config says."""
+    return {"callbacks": run_manager.get_child(), "configurable": {}}
+
+
+def _as_candidates(found: Sequence[Any], search: Mapping[str, Any], *, scored: bool) -> list[Document]:
+    """Documents of a search, which may come with scores; if asked for, score and rank in a copy of the metadata."""
     if not found and "fetch_k" in search and search.get("filter") is not None:
         logger.warning(
             "the vector store looked at %d records and gave none that its filter lets through. If there should be "
             "some, let it look at more: search_kwargs={'fetch_k': ...}.",
             search["fetch_k"],
         )
+    if not scored:
+        return [one if isinstance(one, Document) else one[0] for one in found]
     return [
-        one
-        if isinstance(one, Document)
-        else one[0].model_copy(
-            update={"metadata": {**one[0].metadata, RETRIEVAL_SCORE: float(one[1]), RETRIEVAL_RANK: place}}
+        document.model_copy(
+            update={"metadata": {**document.metadata, RETRIEVAL_SCORE: float(score), RETRIEVAL_RANK: place}}
         )
-        for place, one in enumerate(found, start=1)
+        for place, (document, score) in enumerate(found, start=1)
     ]
 
 

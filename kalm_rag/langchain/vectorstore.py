@@ -18,14 +18,17 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 
 from kalm_rag.checks import check_passages
+from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.errors import InputError, StoreError
 from kalm_rag.index.candidates import Owners
 from kalm_rag.index.collection import PAGE, all_collection_ids, chroma_errors
 from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.index.results import BackfillReport, VerifyReport
 from kalm_rag.index.writer import CollectionWriter
+from kalm_rag.instructions import Instructions
 from kalm_rag.langchain.compressor import KaLMDocumentCompressor
 from kalm_rag.langchain.connection import ChromaWithStates
+from kalm_rag.langchain.embeddings import KaLMEmbeddings
 from kalm_rag.langchain.inputs import check_names
 from kalm_rag.langchain.retriever import KaLMRetriever
 from kalm_rag.store import GcReport, sweep_folder
@@ -319,6 +322,35 @@ class KaLMChroma(ChromaWithStates):
             compressor=self.as_compressor(**settings) if settings else None,
             **wanted,
         )
+
+    def search_prepared(
+        self,
+        instructions: Instructions | None,
+        *,
+        query: str,
+        **search: Any,  # noqa: ANN401
+    ) -> tuple[PreparedQuery, list[tuple[Document, float]]] | None:
+        """Search by the bundled vectors with a query that the model reads once, for search and decoder.
+
+        Args:
+            instructions: What the decoder will be told.
+            query: The question.
+            **search: Arguments of ``similarity_search``.
+
+        Returns:
+            The query as the decoder takes it, and documents with their distances; None where the vectors are others, or
+            the query is blank.
+        """
+        given = self._embedding_function
+        own_way = type(self).similarity_search is not Chroma.similarity_search
+        if own_way or not isinstance(given, KaLMEmbeddings) or not query.strip():
+            return None
+        engine = self.reranker
+        if engine.info.family != "pico":
+            return None
+        asked = engine.prepare(query, instructions)
+        vector = given.embedder(engine).query(asked)
+        return asked, self.similarity_search_by_vector_with_relevance_scores(vector, **search)
 
     def owners(self, documents: Sequence[Document]) -> Owners:
         """Records behind documents just read from this collection, so that states encoded for them are kept."""

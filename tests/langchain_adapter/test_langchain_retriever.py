@@ -12,6 +12,7 @@ pytest.importorskip("langchain_chroma", reason="langchain-chroma is not installe
 
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel
+from langchain_core.runnables import RunnableLambda
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_documents import QUERY, TEXTS, VECTORS, documents
 from pydantic import ValidationError
@@ -190,3 +191,13 @@ def test_a_blank_query_of_the_bundled_vectors(pico: Reranker) -> None:
     store = KaLMChroma(f"blank-{uuid.uuid4()}", reranker=pico)
     store.add_texts(TEXTS)
     assert len(KaLMRetriever(vectorstore=store, k=2).invoke("")) == 2
+
+
+def test_what_a_call_says_goes_before_its_chains_config(chroma: KaLMChroma) -> None:
+    """The running chain's config was heard once more, in the compressor, and won."""
+    chroma.add_documents(documents())
+    retriever = KaLMRetriever(vectorstore=chroma)
+    told = {"configurable": {"kalm_instructions": "Find animals."}}
+    inside = RunnableLambda(lambda query: retriever.invoke(query, instructions="Find food."))
+    assert inside.invoke(QUERY, config=told) == retriever.invoke(QUERY, instructions="Find food.")
+    assert retriever.invoke(QUERY, instructions="Find food.") != retriever.invoke(QUERY, config=told)
