@@ -111,9 +111,9 @@ def measure_stages(run: Callable[[], Mapping[str, float]], repeats: int, device:
     told: list[Mapping[str, float]] = []
     total = measure(lambda: told.append(run()), repeats, device)
     told = told[1:]
-    names = list(dict.fromkeys(name for stages in told for name in stages))
-    stages = {name: Spread(seconds=tuple(stages.get(name, 0.0) for stages in told)) for name in names}
-    left = [whole - sum(stages.values()) for whole, stages in zip(total.seconds, told, strict=True)]
+    names = list(dict.fromkeys(name for spent in told for name in spent))
+    stages = {name: Spread(seconds=tuple(spent.get(name, 0.0) for spent in told)) for name in names}
+    left = [whole - sum(spent.values()) for whole, spent in zip(total.seconds, told, strict=True)]
     return {**stages, "rest": Spread(seconds=tuple(max(0.0, seconds) for seconds in left)), "total": total}
 
 

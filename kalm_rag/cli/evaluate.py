@@ -103,7 +103,8 @@ def evaluate(
                     _print_report(report)
         summary = summarise(reports)
         if as_json:
-            print_json({"sets": [row.to_dict() for row in reports], "summary": [row.to_dict() for row in summary]})
+            found = {"sets": [report.to_dict() for report in reports], "summary": [row.to_dict() for row in summary]}
+            print_json(found)
         elif len(reports) > 1:
             _print_summary(summary)
 

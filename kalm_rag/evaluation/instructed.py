@@ -25,20 +25,9 @@ from kalm_rag.evaluation.metrics import Change, best_first, compare, load_measur
 from kalm_rag.instructions import Instructions
 from kalm_rag.store import open_store
 
-GENERIC = (
-    Instructions(system="You support the staff of our company. Stay calm and kind, whatever comes."),
-    Instructions(system="Below you will see a few excerpts. Reply with the help of these alone, and mention gaps."),
-    Instructions(system="Act as a careful reader who never invents facts and quotes literally where possible."),
-    Instructions(system="Today's session is confidential. Write short paragraphs and avoid emojis."),
-    Instructions(system="You're a seasoned professional with a knack for clear explanations. Use markdown headings."),
-    Instructions(system="Keep to the sources. When two of them disagree, point it out and prefer the newer one."),
-    Instructions(task="Identify whatever text is of use for the input."),
-    Instructions(task="Fetch background material for the message that follows."),
-    Instructions(task="Which of the candidates would a reader want to see first?"),
-    Instructions(task="Match what was typed to suitable entries of the collection."),
-    Instructions(task="Score every candidate by how well it serves what is being asked."),
-    Instructions(task="Look up evidence so that a reply can be written."),
-)
+DATA = resources.files("kalm_rag.evaluation")
+
+GENERIC = tuple(Instructions(**row) for row in json.loads((DATA / "generic.json").read_text(encoding="utf-8")))
 """Held-out texts that say nothing about what a passage must be about; none is among those trained on."""
 
 
@@ -191,8 +180,7 @@ def evaluate_instructions(
 
 def load_contrast() -> list[dict[str, Any]]:
     """The bundled contrast set: 40 rows with ``contrast``, ``query`` and ``asked``, two instructions and passages."""
-    text = (resources.files("kalm_rag.evaluation") / "contrast.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in (DATA / "contrast.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def measure_contrast(engine: Reranker, *, ratio: int = 4) -> tuple[Contrast, ...]:
