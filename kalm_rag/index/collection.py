@@ -39,7 +39,7 @@ PAGE = 1000
 """Records a call: far below Chroma's limits on batches and results."""
 MOST_CANDIDATES = 32_000
 """Most candidates of one search: Chroma fails above SQLite's 32,766 variables."""
-_SAME_VECTOR = 0.95
+SAME_VECTOR = 0.95
 """Cosine above which two vectors of one text count as made by the same embedder (other weights give far less)."""
 _LLAMA_NODE = "_node_content"
 """Metadata key of every record that LlamaIndex writes."""
@@ -372,8 +372,8 @@ def check_vectors(collection: Collection, embedder: Embedder, rule: PassageRule,
         return
     stored = np.asarray(sample["embeddings"][0], dtype=np.float32)
     readings = dict.fromkeys([text, document] if document is not None else [text])  # apps may embed the bare document
-    best = max((_cosine(stored, vector) for vector in embedder.passages(list(readings))), default=0.0)
-    if best < _SAME_VECTOR:
+    best = max((cosine(stored, vector) for vector in embedder.passages(list(readings))), default=0.0)
+    if best < SAME_VECTOR:
         raise InputError(
             f"collection {collection.name!r} holds vectors of width {len(stored)} made by "
             f"{told or 'another embedder'}; {embedder.name} gives width {embedder.passages([text]).shape[1]} (cosine "
@@ -381,7 +381,8 @@ def check_vectors(collection: Collection, embedder: Embedder, rule: PassageRule,
         )
 
 
-def _cosine(stored: np.ndarray, ours: np.ndarray) -> float:
+def cosine(stored: np.ndarray, ours: np.ndarray) -> float:
+    """Cosine of two vectors; 0 where their widths differ or one is null."""
     norm = float(np.linalg.norm(stored) * np.linalg.norm(ours))
     return float(stored @ ours) / norm if stored.shape == ours.shape and norm else 0.0
 

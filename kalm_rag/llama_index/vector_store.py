@@ -13,16 +13,26 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import chromadb
+import numpy as np
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
-from llama_index.core.schema import BaseNode
+from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.chroma.base import _to_chroma_filter
 from typing_extensions import Self
 
+from kalm_rag.errors import InputError
 from kalm_rag.index.clients import Database
-from kalm_rag.index.collection import CollectionNotes, chroma_errors, passage_rule, require_collection
-from kalm_rag.index.embedders import wrap_embedder
+from kalm_rag.index.collection import (
+    SAME_VECTOR,
+    CollectionNotes,
+    check_vectors,
+    chroma_errors,
+    cosine,
+    passage_rule,
+    require_collection,
+)
+from kalm_rag.index.embedders import BUNDLED, BundledEmbedder, wrap_embedder
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.results import BackfillReport, RebuildReport, VerifyReport
@@ -30,7 +40,7 @@ from kalm_rag.index.writer import CollectionWriter
 from kalm_rag.llama_index.connection import CollectionFields, check_collection
 from kalm_rag.llama_index.embedding import KaLMEmbedding
 from kalm_rag.llama_index.fields import PassageFields, describe_store
-from kalm_rag.llama_index.nodes import records_of
+from kalm_rag.llama_index.nodes import read_node, records_of
 from kalm_rag.llama_index.postprocessor import KaLMNodePostprocessor
 from kalm_rag.states import Codec
 from kalm_rag.store import GcReport
@@ -111,6 +121,7 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, ChromaVectorStore):
     _given: tuple[Any, Any] = PrivateAttr()
     _home: CollectionHome = PrivateAttr()
     _writer: CollectionWriter = PrivateAttr()
+    _embeddings_checked: bool = PrivateAttr(default=False)
 
     def __init__(
         self,
@@ -122,28 +133,34 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, ChromaVectorStore):
         super(ChromaVectorStore, self).__init__(**fields)  # ChromaVectorStore's own drops what it doesn't know
         self._given = (client, None if chroma_collection is None else check_collection(chroma_collection))
         owner, self._collection = self._open()
-        self.note_connection(self._collection)
+        try:
+            self.note_connection(self._collection)
+            self._home = self._make_home(owner, names_model="model" in fields)
+        except BaseException:
+            owner.close()
+            raise
+        self._parts = self._home.lazy
+        self._writer = CollectionWriter(self._home)
+
+    def _make_home(self, owner: Database, *, names_model: bool) -> CollectionHome:
+        """Follow what the collection notes, and bring it together with engine and states."""
         noted = CollectionNotes.read(self._collection.metadata)
-        if noted.model is not None and self.reranker is None and "model" not in fields:
+        if noted.model is not None and self.reranker is None and not names_model:
             self.__dict__["model"] = noted.model  # the collection says whose states lie beside it
         rule = _noted_rule(self._collection, noted)
         if rule is not None:
             self._follow_rule(rule, f"collection {self._collection.name!r}")
-        self._home = CollectionHome(
+        return CollectionHome(
             owner,
             self._collection,
             self._spec(),
-            CollectionNotes(
-                model=self.model if "model" in fields else None, revision=self.revision, passage=str(self.rule)
-            ),
+            CollectionNotes(model=self.model if names_model else None, revision=self.revision, passage=str(self.rule)),
             reranker=self.reranker,
             store=getattr(self.store, "parts", self.store),
             codec=self.codec,
             ratio=self.ratio,
             reopen=partial(self._open, make=False),
         )
-        self._parts = self._home.lazy
-        self._writer = CollectionWriter(self._home)
 
     def _open(self, *, make: bool = True) -> tuple[Database, chromadb.Collection]:
         """Database and collection: those given, or by name and place. A collection that is there keeps its notes."""
@@ -155,10 +172,14 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, ChromaVectorStore):
             return owner, require_collection(owner.client, cast("str", self.collection_name))
         notes = CollectionNotes(model=self.model, revision=self.revision, passage=str(self.rule))
         metadata = {**(self.collection_kwargs.get("metadata") or {}), **notes.metadata()}
-        with owner.writing(), chroma_errors(f"collection {self.collection_name!r}"):
-            return owner, owner.client.get_or_create_collection(
-                cast("str", self.collection_name), **{**self.collection_kwargs, "metadata": metadata}
-            )
+        try:
+            with owner.writing(), chroma_errors(f"collection {self.collection_name!r}"):
+                return owner, owner.client.get_or_create_collection(
+                    cast("str", self.collection_name), **{**self.collection_kwargs, "metadata": metadata}
+                )
+        except BaseException:
+            owner.close()
+            raise
 
     def _live(self) -> chromadb.Collection:
         """The collection as the client of now has it; `ChromaVectorStore`'s own methods read `_collection`."""
@@ -199,7 +220,13 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, ChromaVectorStore):
         return KaLMNodePostprocessor(**given)
 
     def as_embedding(self) -> KaLMEmbedding:
-        """Give pico's embedding over the same engine and states: indexing then encodes each text once for both."""
+        """Give pico's embedding over the same engine and states: indexing then encodes each text once for both.
+
+        Raises:
+            InputError: If the collection holds vectors of another embedder.
+        """
+        if self._home.notes().embedder not in (None, BUNDLED):
+            check_vectors(self._live(), BundledEmbedder(self._parts.engine()), self.rule, "embed_model=")
         return KaLMEmbedding(store=self)
 
     def add(self, nodes: Sequence[BaseNode], **add_kwargs: object) -> list[str]:
@@ -220,7 +247,9 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, ChromaVectorStore):
         """
         given = list(nodes)
         distinct = list({node.node_id: node for node in given}.values())
-        report = self._writer.upsert(records_of(distinct, flat_metadata=self.flat_metadata), compare=False)
+        records = records_of(distinct, flat_metadata=self.flat_metadata)
+        self._check_embeddings(distinct)
+        report = self._writer.upsert(records, compare=False)
         if report.truncated:
             logger.warning(
                 "%d of %d passages are longer than the model reads, which has cut them (first: node %s). "
@@ -391,6 +420,25 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, ChromaVectorStore):
     async def aquery(self, query: VectorStoreQuery, **kwargs: object) -> VectorStoreQueryResult:
         """Run `query` in a thread."""
         return await asyncio.to_thread(self.query, query, **kwargs)
+
+    def _check_embeddings(self, nodes: Sequence[BaseNode]) -> None:
+        """Refuse to mix vectors: where a collection notes the bundled embedder, look at one of the new ones, once."""
+        if self._embeddings_checked or not nodes or self._home.notes().embedder != BUNDLED:
+            return
+        if self._parts.engine().info.family == "pico":
+            node = nodes[0]
+            modes = (MetadataMode.EMBED, MetadataMode.NONE)
+            readings = {read_node(node, self.rule), *(node.get_content(metadata_mode=mode) for mode in modes)}
+            theirs = np.asarray(node.get_embedding(), dtype=np.float32)
+            ours = np.asarray(self.as_embedding().get_text_embedding_batch([text for text in readings if text]))
+            best = max((cosine(theirs, vector) for vector in ours), default=1.0)
+            if best < SAME_VECTOR:
+                raise InputError(
+                    f"collection {self._live().name!r} holds vectors of {BUNDLED}; the embedding of node "
+                    f"{node.node_id!r} is not of that model (cosine {best:.2f}). Pass embed_model=store.as_embedding() "
+                    f"to the index, or make another collection."
+                )
+        self._embeddings_checked = True
 
     def _matching(self, where: Any) -> list[str]:  # noqa: ANN401 - Chroma's filter
         collection = self._live()

@@ -16,6 +16,7 @@ from typing import Any
 
 import chromadb
 import pytest
+from chromadb.api.shared_system_client import SharedSystemClient
 from filelock import FileLock
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
@@ -123,7 +124,9 @@ class TestOneCollectionTwoDoors:
         same(ranked, truth)
         for again in (pickle.loads(pickle.dumps(post)), KaLMNodePostprocessor.from_json(post.to_json())):
             assert got(again.postprocess_nodes(nodes, query_str=QUERY)) == ranked
-        vectors.add([TextNode(id_="e", text="The Rhine.", metadata={"title": "E"}, embedding=[0.1] * 384)])
+        new = TextNode(id_="e", text="The Rhine.", metadata={"title": "E"})
+        new.embedding = vectors.as_embedding().get_text_embedding(new.get_content(metadata_mode=MetadataMode.EMBED))
+        vectors.add([new])
         assert vectors.backfill().encoded == 0
         vectors.close()
         with ChromaIndex.open(tmp_path, model=pico) as index:
@@ -195,6 +198,32 @@ class TestOneCollectionTwoDoors:
         assert again.passage == "{topic}: {text}"
         assert again.verify().clean
         assert KaLMChromaVectorStore.from_dict(again.to_dict()).rule == again.rule
+
+
+class TestEmbedders:
+    """Vectors of another model as wide as the collection's were mixed with them without a word."""
+
+    def test_new_vectors_must_be_the_noted_models(self, pico: Reranker, tmp_path: Path) -> None:
+        with ChromaIndex.open(tmp_path, model=pico) as index:
+            index.add(list("abcd"), TEXTS, TITLED)
+        vectors = KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), reranker=pico)
+        with pytest.raises(InputError, match=r"holds vectors of all-MiniLM-L6-v2; the embedding of node 'x' is not"):
+            vectors.add([TextNode(id_="x", text="The Rhine.", embedding=[0.1] * 384)])
+        assert vectors.verify().records == 4
+        node = TextNode(text="The Rhine.", metadata={"title": "A long title about something else"})
+        node.embedding = vectors.as_embedding().get_text_embedding(node.get_content(metadata_mode=MetadataMode.EMBED))
+        vectors.add([node])
+        assert vectors.verify().clean
+
+    def test_ours_over_another_models(self, pico: Reranker, tmp_path: Path) -> None:
+        def other(texts: list[str]) -> list[list[float]]:
+            return [(EMBEDDING._vector(text) * 48) for text in texts]
+
+        with ChromaIndex.open(tmp_path, model=pico, embedder=other) as index:
+            index.add(list("abcd"), TEXTS)
+        vectors = KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), reranker=pico)
+        with pytest.raises(InputError, match=r"made by other; all-MiniLM-L6-v2 gives width 384 .* Pass embed_model="):
+            vectors.as_embedding()
 
 
 class TestNothingIsWritten:
@@ -324,6 +353,12 @@ class TestClosing:
         chromadb.PersistentClient(str(tmp_path)).delete_collection("passages")
         with pytest.raises(InputError, match="no collection 'passages'"):
             vectors.verify()  # it isn't made again, empty
+
+    def test_a_refused_opening_leaves_nothing_open(self, tiny: Reranker, tmp_path: Path) -> None:
+        KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), reranker=tiny).close()
+        with pytest.raises(StateMismatchError, match="Leave metadata_mode out"):
+            KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), metadata_mode="llm")
+        assert str(tmp_path) not in SharedSystemClient._identifier_to_system
 
     def test_a_client_of_the_apps_stays_open(self, tiny: Reranker, client: chromadb.ClientAPI) -> None:
         collection = client.get_or_create_collection("theirs")
