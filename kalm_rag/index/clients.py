@@ -34,18 +34,21 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".kalm_rag_write.lock"
 """In the folder of a persistent Chroma database; held while a door writes. The system frees it when a process dies."""
+NEXT_FILE = ".kalm_rag_next.lock"
+"""Beside it; held by who waits for the other one, so that a busy writer lets the next in line in before it goes on."""
 WRITER_FILE = ".kalm_rag_writer"
-"""Beside it: which process wrote last."""
+"""Beside it: the last write, begun or done. Whoever opened the database before sees an old state of it."""
 LOCK_SECONDS = 60.0
 """How long a door waits for another process's write."""
 
 LOCKED_SECONDS = 10.0
 """How long opening waits while another process has Chroma's file locked (Chroma itself waits for minutes)."""
 
-_folder_locks: dict[str, tuple[threading.RLock, FileLock]] = {}
+POLL_SECONDS = 0.01
+
+_folder_locks: dict[str, _FolderLocks] = {}
 _folder_locks_guard = threading.Lock()
 _last_seen: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
-_names: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
 
 
 class Database:
@@ -54,9 +57,10 @@ class Database:
     Args:
         client: The client.
         owned: Whether `close` closes it and `refresh` may open it again. A client of the app's stays as it is.
+        last_write: The write that was the last one when the client was opened; None takes that of now.
     """
 
-    def __init__(self, client: ClientAPI, *, owned: bool = False) -> None:
+    def __init__(self, client: ClientAPI, *, owned: bool = False, last_write: str | None = None) -> None:
         settings: Any = client.get_settings()
         self.owned = self._closes = owned
         self.remote = settings.chroma_server_host is not None
@@ -66,7 +70,7 @@ class Database:
         self._client: ClientAPI | None = client
         self._watchers: list[weakref.WeakMethod[Callable[[], None]]] = []
         if self.folder is not None:
-            _last_seen.setdefault(_server(client), _last_writer(self.folder))
+            _last_seen.setdefault(_server(client), last_write if last_write is not None else _last_write(self.folder))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] | None, *, create: bool = True, **client_fields: str) -> Database:
@@ -86,7 +90,8 @@ class Database:
         if path is not None and not create and not (Path(path).expanduser() / "chroma.sqlite3").exists():
             _check_folder(Path(path).expanduser())
             raise InputError(f"no Chroma database in {path}. Index some text first, or name another folder.")
-        return cls(_open_client(path, **client_fields), owned=True)
+        before = None if path is None else _last_write(Path(path).expanduser())  # or a write meanwhile would be missed
+        return cls(_open_client(path, **client_fields), owned=True, last_write=before)
 
     @classmethod
     def of_collection(cls, collection: Collection) -> Database:
@@ -135,10 +140,10 @@ class Database:
         if self.folder is None:
             yield
             return
-        threads, lock = _folder_lock(self.folder)
-        with threads:
+        locks = _folder_lock(self.folder)
+        with locks.threads:
             try:
-                lock.acquire(timeout=self.lock_seconds)
+                locks.acquire(self.lock_seconds)
             except Timeout as err:
                 raise StoreError(
                     f"another process has been writing to the Chroma database {self.folder} for "
@@ -149,12 +154,19 @@ class Database:
                     f"the Chroma database {self.folder} can't be locked for writing ({err}). Make the folder writable."
                 ) from err
             try:
-                if _last_seen.get(_server(self.client), "") != _last_writer(self.folder):
+                if locks.depth() > 1:  # inside another block of this thread, which says what is written
+                    yield
+                    return
+                last = _last_write(self.folder)
+                if _last_seen.get(_server(self.client), "") != last or last.endswith(_BEGUN):
                     self._catch_up()
-                self._sign()
-                yield
+                self._sign(_BEGUN)
+                try:
+                    yield
+                finally:
+                    self._sign(_DONE)
             finally:
-                lock.release()
+                locks.write.release()
 
     def refresh(self) -> None:
         """Open the client again, to see what other processes wrote since.
@@ -181,8 +193,9 @@ class Database:
             for _ in range(_HANDLES):
                 SharedSystemClient._decrement_refcount(identifier)
             client._closed = True
+        before = _last_write(self.folder)
         self._client = _open_client(self.folder, **fields)
-        _last_seen.setdefault(_server(self._client), _last_writer(self.folder))
+        _last_seen.setdefault(_server(self._client), before)
         for watcher in self._watchers:
             callback = watcher()
             if callback is not None:
@@ -204,17 +217,15 @@ class Database:
         logger.info("another process wrote to %s: opening it again", self.folder)
         self.refresh()
 
-    def _sign(self) -> None:
-        """Say who writes, before anything is written: a writer that is killed was seen all the same."""
-        if self.folder is None:
-            return
-        server = _server(self.client)
-        name = _names.setdefault(server, uuid.uuid4().hex)
-        if _last_seen.get(server) != name or _last_writer(self.folder) != name:
+    def _sign(self, state: str) -> None:
+        """Note that a write begins, or is done: who opened the database before or meanwhile sees an old state of it."""
+        if self.folder is not None:
+            name = f"{uuid.uuid4().hex} {state}"
             (self.folder / WRITER_FILE).write_text(name, encoding="ascii")
-            _last_seen[server] = name
+            _last_seen[_server(self.client)] = name
 
 
+_BEGUN, _DONE = "begun", "done"
 _HANDLES = 2
 """References that one client holds on Chroma's system: its own and its admin client's."""
 
@@ -260,18 +271,41 @@ def _system(client: ClientAPI) -> object:
     return cast("Any", _server(client))._system
 
 
-def _last_writer(folder: Path) -> str:
+def _last_write(folder: Path) -> str:
     try:
         return (folder / WRITER_FILE).read_text(encoding="ascii", errors="replace")
     except OSError:
         return ""
 
 
-def _folder_lock(folder: Path) -> tuple[threading.RLock, FileLock]:
-    """One lock among threads and one among processes (a `FileLock` alone lets all threads of a process in)."""
+class _FolderLocks:
+    """A lock among threads, and two among processes (a `FileLock` alone lets all threads of a process in).
+
+    Who wants to write takes the lock of the next in line first and gives it up once it writes: so two processes that
+    write without a pause take turns, though neither is told when the other is done.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.threads = threading.RLock()
+        self.write = FileLock(str(folder / LOCK_FILE), thread_local=False, poll_interval=POLL_SECONDS)
+        self._next = FileLock(str(folder / NEXT_FILE), thread_local=False, poll_interval=POLL_SECONDS)
+
+    def depth(self) -> int:
+        """How many blocks of the thread that has `threads` are inside each other."""
+        return self.write.lock_counter
+
+    def acquire(self, seconds: float) -> None:
+        """Take the write lock; reentrant within a thread that has `threads`."""
+        if self.write.is_locked:
+            self.write.acquire()
+            return
+        with self._next.acquire(timeout=seconds):
+            self.write.acquire(timeout=seconds)
+
+
+def _folder_lock(folder: Path) -> _FolderLocks:
     with _folder_locks_guard:
-        made = threading.RLock(), FileLock(str(folder / LOCK_FILE), thread_local=False)
-        return _folder_locks.setdefault(str(folder), made)
+        return _folder_locks.setdefault(str(folder), _FolderLocks(folder))
 
 
 def _check_unlocked(folder: Path) -> None:
