@@ -261,17 +261,21 @@ def test_index_tells_numbers_that_add_up(folder: Path, tmp_path: Path, pico: Rer
         (["rank", " ", "a"], "query is blank"),
         (["rank", "q", "a", "--top-n", "0"], "top_n is 0"),
         (["rank", "q"], "no passages were given"),
+        (["eval", "--data", "nowhere"], "nowhere is not a folder; wanted a BEIR folder"),
+        (["eval", "--data", ".", "--ratios", "4,x"], "ratios is '4,x'"),
+        (["curve", "--data", "nowhere"], "nowhere is not a folder"),
+        (["curve", "--data", ".", "--codecs", "zip"], "codec is 'zip'"),
     ],
 )
 def test_what_can_be_checked_is_checked_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    """A blank query or a missing database took ten seconds of loading to be told.
+    """A blank query, a missing database or data set took ten seconds of loading to be told.
 
     A query on an empty folder also made a database there.
     """
     monkeypatch.setattr(Reranker, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    db = [] if arguments[0] == "rank" else ["--db", str(tmp_path)]
+    db = [] if arguments[0] in ("rank", "eval", "curve") else ["--db", str(tmp_path)]
     assert message in call(*arguments, *db, code=1, stdin="")
     assert not list(tmp_path.iterdir())
 

@@ -77,9 +77,9 @@ def evaluate(
 ) -> None:
     """Measure retrieval, BM25, their fusion and reranking on BEIR sets: nDCG@10, gains with p values, calibration."""
     with errors():
+        wanted = _ratios(ratios)
         sets = _sets(data, split, pooled)
         tasks = _tasks(sets, task, own_instruction)
-        wanted = _numbers(ratios, "ratios")
         with _loaded(model) as (pico, models):
             from kalm_rag.evaluation import evaluate as measure
             from kalm_rag.evaluation import summarise
@@ -160,16 +160,18 @@ def curve(
     with errors():
         from kalm_rag.evaluation.curve import curve_table, draw_curve, measure_curve
         from kalm_rag.evaluation.plots import check_plot
+        from kalm_rag.states import Codec
 
         check_plot(plot)
-        sets, wanted = _sets(data, split, pooled), _numbers(ratios, "ratios")
+        kept = [Codec.parse(name) for name in codecs.split(",")]
+        sets, wanted = _sets(data, split, pooled), _ratios(ratios)
         with _loaded([model]) as (pico, models):
             found = measure_curve(
                 sets,
                 models[0],
                 retriever=pico,
                 ratios=wanted,
-                codecs=codecs.split(","),
+                codecs=kept,
                 top_k=top_k,
                 max_queries=max_queries,
                 cache=cache,
@@ -198,11 +200,14 @@ def _loaded(names: Sequence[str] | None) -> Iterator[tuple[Reranker, list[Rerank
 
 def _sets(data: Sequence[str], split: str, pooled: bool) -> list[EvalSet]:
     from kalm_rag.evaluation import EvalSet
+    from kalm_rag.evaluation.beir import check_collection
 
     sets = [EvalSet.parse(text, split=split, pooled=pooled) for text in data]
     names = [what.name for what in sets]
     if len(set(names)) < len(names):
         raise InputError(f"sets are {', '.join(names)}; wanted each name once.")
+    for one in sets:
+        check_collection(one.folder, one.split)
     return sets
 
 
@@ -218,11 +223,14 @@ def _tasks(sets: Sequence[EvalSet], task: str | None, own: bool) -> list[str | N
     return [text if text is not None else task for text in found]
 
 
-def _numbers(text: str, what: str) -> list[int]:
+def _ratios(text: str) -> list[int]:
+    from kalm_rag.evaluation.candidates import check_ratios
+
     try:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"{what} is {text!r}; wanted whole numbers with commas between, e.g. 1,4,16.") from error
+        raise InputError(f"ratios is {text!r}; wanted whole numbers with commas between, e.g. 1,4,16.") from error
+    return check_ratios(numbers)
 
 
 def _print_report(report: EvalReport) -> None:

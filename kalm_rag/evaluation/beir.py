@@ -92,16 +92,11 @@ class Collection:
         return replace(self, queries=queries, qrels={query_id: self.qrels[query_id] for query_id in queries})
 
 
-def load_collection(folder: Path, split: str) -> Collection:
-    """Read one BEIR folder.
-
-    Args:
-        folder: The folder.
-        split: Name of a file in ``qrels/`` without ``.tsv``.
+def check_collection(folder: Path, split: str) -> None:
+    """Refuse what is no BEIR folder or lacks a split, before anything is read or loaded.
 
     Raises:
-        InputError: If the folder, a file in it, or the split is missing (the message lists the splits found), a line
-            can't be read, or no judged query is in ``queries.jsonl``.
+        InputError: Naming what is missing; of splits, those found.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -113,6 +108,22 @@ def load_collection(folder: Path, split: str) -> Collection:
     if not judgements.is_file():
         found = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
         raise InputError(f"{folder} has no split {split!r} (qrels/{split}.tsv); found {', '.join(found) or 'none'}.")
+
+
+def load_collection(folder: Path, split: str) -> Collection:
+    """Read one BEIR folder.
+
+    Args:
+        folder: The folder.
+        split: Name of a file in ``qrels/`` without ``.tsv``.
+
+    Raises:
+        InputError: If the folder, a file in it, or the split is missing (the message lists the splits found), a line
+            can't be read, or no judged query is in ``queries.jsonl``.
+    """
+    check_collection(folder, split)
+    folder = Path(folder)
+    judgements = folder / "qrels" / f"{split}.tsv"
     doc_ids, passages = [], []
     for row in _rows(folder / "corpus.jsonl"):
         doc_ids.append(str(row["_id"]))
