@@ -136,6 +136,10 @@ class EngineSettings(BaseModel):
         held = {**state["__dict__"], "reranker": None, "store": place}
         return {**state, "__dict__": held, "__pydantic_private__": private}
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the settings are the same, whatever was opened for them."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Copy the settings; model and open store are shared, as locks and files can't be copied."""
         return self.model_copy()

@@ -45,7 +45,9 @@ class KaLMChroma(ChromaWithStates):
     Takes everything Chroma takes, and searches as Chroma does. What is different: writing keeps states; any number
     of texts can be added in one call; adding under a known id replaces text and metadata as a whole;
     `update_documents` refuses unknown ids; `get_by_ids` keeps the order and reads records without metadata.
-    The engine is loaded when states are first needed. Safe to use from many threads.
+    The engine is loaded when states are first needed. Safe to use from many threads. Of several processes over one
+    folder one writes at a time, the others wait; a process sees what another one wrote after `refresh`, or after it
+    wrote itself. `close` closes what was opened here; it is opened again when needed.
 
     Args:
         collection_name: Name of the collection.

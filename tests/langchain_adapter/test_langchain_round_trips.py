@@ -116,6 +116,8 @@ def test_a_ready_engines_ratio_is_kept(tiny: Reranker, tmp_path: Path, how: str,
     copied = COPIES[how](made)  # before anything is opened
     wanted = scores(made.compress_documents(documents(LONG), QUERY))
     assert scores(copied.compress_documents(documents(LONG), QUERY)) == wanted
+    assert made == KaLMDocumentCompressor(reranker=engine, store=store, top_n=None), "whatever was opened for it"
+    assert made != KaLMDocumentCompressor(reranker=engine, store=store)
     assert copied.lazy.get()[0].ratio == (32 if where == "coarser store" else 16)
     assert copied.model_dump() == made.model_dump()
     release_engines()
