@@ -157,7 +157,7 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
         For one call in a chain, use ``config={"configurable": {"kalm_instructions": ...}}``.
 
         Args:
-            instructions: As the argument of the class.
+            instructions: `Instructions`, a task as a string, or the app's prompt or chain.
         """
         return self.model_copy(update={"instructions": as_instructions(instructions)})
 

@@ -1,7 +1,7 @@
 """A LangChain Chroma vector store that keeps passage states in step with what it holds.
 
-Writing and upkeep go through `kalm_rag.index.ChromaIndex` (states first, then Chroma; deleting the other way round);
-searching is LangChain's own, unchanged.
+Writing and upkeep are those of `kalm_rag.index`: states first, then Chroma; deleting the other way round. Searching is
+LangChain's own, unchanged. `kalm_rag.langchain.connection` opens, closes and writes down.
 """
 
 from __future__ import annotations
@@ -110,7 +110,16 @@ class KaLMChroma(ChromaWithStates):
         collection_name: str = Chroma._LANGCHAIN_DEFAULT_COLLECTION_NAME,
         **settings: Any,  # noqa: ANN401
     ) -> Self:
-        """Make a store and add texts; `settings` are arguments of the class."""
+        """Make a store and add texts.
+
+        Args:
+            texts: Passages; read once.
+            embedding: What makes the vectors; None takes the bundled ones.
+            metadatas: One per text, or None.
+            ids: One per text; None makes new ones, so that adding the same texts again doubles them.
+            collection_name: Name of the collection.
+            **settings: Other arguments of the class, ``persist_directory`` for instance.
+        """
         made = cls(collection_name, embedding, **settings)
         made.add_texts(texts, metadatas, ids)
         return made
@@ -124,7 +133,15 @@ class KaLMChroma(ChromaWithStates):
         collection_name: str = Chroma._LANGCHAIN_DEFAULT_COLLECTION_NAME,
         **settings: Any,  # noqa: ANN401
     ) -> Self:
-        """Make a store and add documents; `settings` are arguments of the class."""
+        """Make a store and add documents.
+
+        Args:
+            documents: Read once; kept under their ids, or new ones.
+            embedding: What makes the vectors; None takes the bundled ones.
+            ids: One per document, in place of their own.
+            collection_name: Name of the collection.
+            **settings: Other arguments of the class, ``persist_directory`` for instance.
+        """
         made = cls(collection_name, embedding, **settings)
         made.add_documents(documents, **({} if ids is None else {"ids": ids}))
         return made
@@ -141,7 +158,8 @@ class KaLMChroma(ChromaWithStates):
         Args:
             texts: Passages; read once, so a generator does.
             metadatas: One per text; fewer leave the rest without. A known id's old metadata is gone afterwards.
-            ids: One per text; None, or None among them, makes new ones.
+            ids: One per text; None, or None among them, makes new ones, so that adding the same texts again doubles
+                them.
             kwargs: ``batch_size``, which LangChain's ``index()`` passes, is ignored; others are refused.
 
         Returns:
