@@ -33,7 +33,7 @@ def run(arguments: list[str], folder: Path) -> str:
         cwd=folder,
         env=ENVIRONMENT,
         check=False,
-        timeout=300,
+        timeout=900,  # the type checker, where it has no cache yet and the machine is busy
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

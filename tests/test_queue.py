@@ -8,7 +8,6 @@ import linecache
 import os
 import random
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -135,7 +134,9 @@ def test_a_lone_request_waits_for_nothing() -> None:
         queue.run(request)
         taken.append(time.perf_counter() - started)
     assert set(seen) == {threading.get_ident()}
-    assert statistics.median(taken) < 0.001  # it takes microseconds; a wait would be milliseconds
+    assert (
+        min(taken) < 0.001
+    )  # microseconds on a quiet machine, some of the 200 on a busy one; a wait is milliseconds in each
 
 
 def test_nobody_starves_behind_a_big_request() -> None:
