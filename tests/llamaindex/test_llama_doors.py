@@ -188,6 +188,24 @@ class TestOneCollectionTwoDoors:
         with pytest.raises(ValidationError, match=r"passage is '{title}'; wanted 'document', a template with"):
             KaLMNodePostprocessor(passage="{title}")
 
+    @pytest.mark.parametrize(
+        ("notes", "rule"),
+        [
+            ({"kalm_rag:model": "pico", "kalm_rag:embedder": "all-MiniLM-L6-v2"}, "document"),  # ChromaIndex's
+            ({"kalm_rag:model": "pico"}, "llama_index:embed"),  # this door's
+            ({"theirs": 1}, "llama_index:embed"),  # nobody's
+        ],
+    )
+    def test_collections_from_before_rules_were_noted(
+        self, client: chromadb.ClientAPI, notes: dict[str, Any], rule: str
+    ) -> None:
+        collection = client.create_collection(f"old-{len(notes)}-{rule[:5]}-{'theirs' in notes}", metadata=notes)
+        collection.add(ids=["a"], documents=TEXTS[:1], embeddings=[[0.1] * 8], metadatas=[{"title": "T"}])
+        vectors = KaLMChromaVectorStore(collection)
+        assert str(vectors.rule) == rule
+        assert vectors.backfill().encoded == 1
+        assert CollectionNotes.read(client.get_collection(collection.name).metadata).passage == rule
+
     def test_a_new_collection_may_have_a_template(self, tiny: Reranker, tmp_path: Path) -> None:
         vectors = KaLMChromaVectorStore.from_params(
             "passages", persist_dir=str(tmp_path), reranker=tiny, passage="{topic}: {text}"
