@@ -45,7 +45,8 @@ def test_rounding_up_changes_no_score(tmp_path: Path) -> None:
 def test_compiled_equals_plain_over_few_graphs(tmp_path: Path, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("this machine has no CUDA device")
-    folder = save_tiny(tmp_path)
+    # one layer of each kind: every layer more is compiled for several times, for seconds each
+    folder = save_tiny(tmp_path, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
     with Reranker.from_pretrained(str(folder), device=device, prefix_cache_bytes=0) as plain:
         texts = [f"passage {i} " + "word " * (3 * i) for i in range(11)]
         queries = ["short", "a query with several more words in it", "and " * 30]
