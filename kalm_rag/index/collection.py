@@ -6,6 +6,7 @@ With `clients.py`, `store/chroma.py` and the framework adapters, the only place 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sqlite3
 import uuid
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
     from kalm_rag.store import StateStore
+
+logger = logging.getLogger(__name__)
 
 NOTE = "kalm_rag:"
 """What the keys of our notes in a collection's metadata begin with."""
@@ -357,8 +360,12 @@ def check_vectors(collection: Collection, embedder: Embedder, rule: PassageRule,
     told = CollectionNotes.read(collection.metadata).embedder
     if told == embedder.name == BUNDLED:
         return  # one model has this name; an app's embedder goes by its class, which many models share
-    with chroma_errors(f"collection {collection.name!r}"):
-        sample = collection.get(limit=1, include=["documents", "metadatas", "embeddings"])
+    try:
+        with chroma_errors(f"collection {collection.name!r}"):
+            sample = collection.get(limit=1, include=["documents", "metadatas", "embeddings"])
+    except StoreError as err:  # it must be opened to be made again
+        logger.warning("vectors can't be read, so they are not compared with the embedder's: %s", err)
+        return
     if not sample["ids"] and told is not None and BUNDLED in (told, embedder.name):
         raise InputError(
             f"collection {collection.name!r} was made for vectors of {told}; asked for {embedder.name}. Pass "

@@ -5,6 +5,7 @@ Works on pages of (ids, texts) that `collection.records` reads by the collection
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kalm_rag.engine.reranker import Reranker
+from kalm_rag.errors import StoreError
 from kalm_rag.index.candidates import keep_states
 from kalm_rag.index.collection import PAGE, Pages, chroma_errors
 from kalm_rag.index.results import BackfillReport, Timings, VerifyReport
@@ -21,6 +23,8 @@ from kalm_rag.store import Reference, StateStore
 
 if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
+
+logger = logging.getLogger(__name__)
 
 
 def verify(store: StateStore, collection: Collection, pages: Pages, *, search: bool = True) -> VerifyReport:
@@ -66,22 +70,34 @@ def unfindable(collection: Collection) -> list[str]:
     Chroma's index may leave records out after kills, after two writers at once, and, rarely, after many deletes. Its
     graph search is approximate, so a record that is not found among its nearest is looked for once more, wider.
 
-    Raises:
-        StoreError: If the collection can't be searched at all.
     """
     lost: list[str] = []
     offset = 0
     with chroma_errors(f"collection {collection.name!r}"):
         total = collection.count()
-        while True:
-            page = collection.get(limit=PAGE, offset=offset, include=["embeddings"])
-            if not page["ids"]:
-                return lost
+    while True:
+        with chroma_errors(f"collection {collection.name!r}"):
+            ids = collection.get(limit=PAGE, offset=offset, include=[])["ids"]
+        if not ids:
+            return lost
+        lost += _unfindable(collection, ids, total)
+        offset += len(ids)
+
+
+def _unfindable(collection: Collection, ids: list[str], total: int) -> list[str]:
+    try:
+        with chroma_errors(f"collection {collection.name!r}"):
+            page = collection.get(ids=ids, include=["embeddings"])
             vectors = np.asarray(page["embeddings"], dtype=np.float32)
             left = _not_among(collection, page["ids"], vectors, min(_NEAR, total))
             rows = {i: row for row, i in enumerate(page["ids"])}
-            lost += _not_among(collection, left, vectors[[rows[i] for i in left]], min(_FAR, total))
-            offset += len(page["ids"])
+            return _not_among(collection, left, vectors[[rows[i] for i in left]], min(_FAR, total))
+    except StoreError as err:
+        if len(ids) == 1:
+            logger.debug("the vector of record %r can't be read: %s", ids[0], err)
+            return ids
+    half = len(ids) // 2  # one record without a vector fails a whole page
+    return _unfindable(collection, ids[:half], total) + _unfindable(collection, ids[half:], total)
 
 
 _NEAR, _FAR = 10, 1000
