@@ -287,8 +287,8 @@ class _FolderLocks:
 
     def __init__(self, folder: Path) -> None:
         self.threads = threading.RLock()
-        self.write = FileLock(str(folder / LOCK_FILE), thread_local=False, poll_interval=POLL_SECONDS)
-        self._next = FileLock(str(folder / NEXT_FILE), thread_local=False, poll_interval=POLL_SECONDS)
+        self.write = FileLock(str(folder / LOCK_FILE), thread_local=False)
+        self._next = FileLock(str(folder / NEXT_FILE), thread_local=False)
 
     def depth(self) -> int:
         """How many blocks of the thread that has `threads` are inside each other."""
@@ -299,8 +299,8 @@ class _FolderLocks:
         if self.write.is_locked:
             self.write.acquire()
             return
-        with self._next.acquire(timeout=seconds):
-            self.write.acquire(timeout=seconds)
+        with self._next.acquire(timeout=seconds, poll_interval=POLL_SECONDS):
+            self.write.acquire(timeout=seconds, poll_interval=POLL_SECONDS)
 
 
 def _folder_lock(folder: Path) -> _FolderLocks:
