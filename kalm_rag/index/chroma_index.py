@@ -36,6 +36,7 @@ from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.results import AddReport, BackfillReport, Hit, QueryResult, RebuildReport, Timings, VerifyReport
 from kalm_rag.index.writer import CollectionWriter, Records
 from kalm_rag.instructions import Instructions, as_instructions
+from kalm_rag.models.registry import check_name
 from kalm_rag.states import Codec
 from kalm_rag.store import GcReport, StateStore
 from kalm_rag.store.base import GRACE_SECONDS
@@ -140,6 +141,7 @@ class ChromaIndex:
                 then), or its vectors were not made by `embedder`.
             StateMismatchError: If the collection was made with another model, dtype or passage rule, or states are
                 stored at another ratio or codec than asked for.
+            ModelError: If `model` is no name, no folder and no repository id.
             StoreError: If Chroma or the store can't be opened; StoreFormatError if the store is damaged.
         """
         if path is not None and client is not None:
@@ -160,6 +162,8 @@ class ChromaIndex:
         )
         if codec is not None:
             Codec.parse(codec)
+        if isinstance(model, str):
+            check_name(model)
         database = Database(client) if client is not None else Database.open(path, create=create)
         try:
             opened, spec = find_or_make(database, collection, spec, given, _name(wrapped), create=create)

@@ -290,8 +290,17 @@ def _check_value(value: object, what: str) -> None:
 
 
 def comparable_metadata(metadata: Metadata) -> dict[str, str]:
-    """Metadata as filters see it: 1, 1.0 and True are three values, and None is no value."""
-    return {key: repr(value) for key, value in metadata.items() if value is not None}
+    """Metadata as filters see it: 1, 1.0 and True are three values, and None is no value.
+
+    Floats are compared to 15 digits: Chroma may give one back that differs in its last bit.
+    """
+    return {key: _comparable(value) for key, value in metadata.items() if value is not None}
+
+
+def _comparable(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_comparable, value))}]"
+    return f"float {value:.15g}" if isinstance(value, float) else repr(value)
 
 
 def live_collections(database: Database, store: StateStore) -> list[str]:

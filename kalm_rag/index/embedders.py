@@ -142,7 +142,7 @@ def _named_embedder(name: str) -> Embedder:
     """A sentence-transformers model by name or folder. Its own code is never run; offline settings are respected."""
     package = require("sentence_transformers", "pico", f"embedder {name!r}")
     try:
-        model = package.SentenceTransformer(name, trust_remote_code=False)
+        model = package.SentenceTransformer(name, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError, RuntimeError) as err:
         raise ModelError(
             f"embedder {name!r} can't be loaded as a sentence-transformers model ({str(err)[:200]}). Wanted a name on "

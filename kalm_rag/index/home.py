@@ -376,6 +376,6 @@ def find_or_make(
     if not create:
         return require_collection(database.client, name), spec
     passage = given.passage if given.passage is not None else str(PassageRule())
-    notes = CollectionNotes(model=spec.model, revision=spec.revision, embedder=embedder, passage=passage)
+    notes = CollectionNotes(embedder=embedder, passage=passage)  # the model when it has been loaded, at the first write
     with database.writing():
         return make_collection(database.client, name, notes), spec

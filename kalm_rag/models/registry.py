@@ -216,6 +216,20 @@ def _load(
     )
 
 
+def check_name(name: str) -> None:
+    """Refuse what can be no model's name, without loading or fetching anything.
+
+    Raises:
+        ModelError: If it is no known name, no folder that there is, and no repository id.
+    """
+    known = name == PICO or name in CHECKPOINTS or _find_folder(name) is not None
+    if not known and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ModelError(
+            f"no model named {name!r:.100}, and no such folder. Known names: {', '.join([PICO, *CHECKPOINTS])}. "
+            f"A repository id (owner/name) or a folder with a T5Gemma 2 checkpoint works too."
+        )
+
+
 def find_checkpoint(name: str, revision: str | None = None) -> tuple[Path, str, str | None]:
     """Find the folder of a T5Gemma 2 checkpoint, fetching it if it is not at hand.
 
@@ -234,11 +248,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> tuple[Path, str, 
     home = _find_folder(name)
     if home is not None:
         return home, "local", None
-    if name not in CHECKPOINTS and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise ModelError(
-            f"no model named {name!r:.100}, and no such folder. Known names: {', '.join([PICO, *CHECKPOINTS])}. "
-            f"A repository id (owner/name) or a folder with a T5Gemma 2 checkpoint works too."
-        )
+    check_name(name)
     repository = CHECKPOINTS[name].repository if name in CHECKPOINTS else name
     folder, commit = _fetch(repository, revision)
     return folder, commit, f"{repository}@{commit}"

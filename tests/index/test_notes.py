@@ -19,7 +19,7 @@ from toy import IDS, QUERY, TEXTS, reopen, toy_vectors
 import kalm_rag.states.passage as passage
 from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.errors import InputError, ModelError, StateMismatchError
-from kalm_rag.index.collection import CollectionNotes, check_metadata
+from kalm_rag.index.collection import CollectionNotes, check_metadata, comparable_metadata
 from kalm_rag.index.lazy_engine import EngineSpec
 from kalm_rag.index.passage_rule import PassageRule
 
@@ -128,6 +128,18 @@ def test_a_name_of_an_embedder_is_loaded_or_refused(tmp_path: Path, tiny: Rerank
     with ChromaIndex.open(model=tiny, embedder=str(package.get_model_path()), collection="by-folder") as index:
         index.add(IDS, TEXTS)
         assert next(h.id for h in index.query(QUERY) if h.retrieval_rank == 1) == "a"
+
+
+def test_a_model_that_is_none_is_noted_nowhere(tmp_path: Path, pico: Reranker) -> None:
+    """A mistyped name made a collection that named it, and no later opening worked."""
+    with pytest.raises(ModelError, match="no model named 'picco'"):
+        ChromaIndex.open(tmp_path / "db", model="picco")
+    assert not (tmp_path / "db").exists()
+    with ChromaIndex.open(tmp_path / "db", model="some/repository") as index, pytest.raises(ModelError, match="some/"):
+        index.add(IDS, TEXTS)
+    with ChromaIndex.open(tmp_path / "db") as index:
+        assert index.add(IDS, TEXTS).records == 4
+        assert index.home.notes().model == "pico"
 
 
 def test_vectors_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path, tiny: Reranker) -> None:
@@ -263,7 +275,7 @@ def test_what_is_taken_is_kept_by_chroma(metadata: dict[str, Any]) -> None:
     collection.upsert(ids=["x"], embeddings=[[1.0]], documents=["d"], metadatas=[checked])
     kept = collection.get(ids=["x"])["metadatas"][0] or {}
     collection.delete(ids=["x"])
-    assert {k: v for k, v in (checked or {}).items() if v is not None} == kept
+    assert comparable_metadata(checked or {}) == comparable_metadata(kept)
 
 
 @pytest.mark.asyncio
