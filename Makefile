@@ -14,10 +14,10 @@ demo: $(VENV)/.demo  ## index the Python language reference and rerank it, offli
 	$(VENV)/bin/kalm-rag demo
 
 test: $(VENV)/.dev lint  ## lint, types and all tests
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-lowest: $(LOWEST)/.dev  ## all tests with the lowest versions of everything that is declared
-	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -55,7 +55,9 @@ def test_cuda_is_the_device_that_torch_takes() -> None:
         parse_device("cuda:2")
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cpu:", 1.5, object()], ids=str)
+@pytest.mark.parametrize(
+    "device", ["gpu", "", "cpu:", 1.5, object()], ids=["gpu", "empty", "no-index", "number", "object"]
+)
 def test_what_is_no_device(device: str) -> None:
     with pytest.raises(InputError, match="device is "):
         parse_device(device)
