@@ -13,11 +13,11 @@ LOWEST_INPUTS = pyproject.toml constraints.txt constraints-lowest.txt
 demo: $(VENV)/.demo  ## index the Python language reference and rerank it, offline
 	$(VENV)/bin/kalm-rag demo
 
-test: $(VENV)/.dev lint  ## lint, types and all tests
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/.dev lint  ## lint, types and all tests, two files at a time
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-lowest: $(LOWEST)/.dev  ## all tests with the lowest versions of everything that is declared
-	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

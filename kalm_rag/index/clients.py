@@ -90,7 +90,10 @@ class Database:
         if path is not None and not create and not (Path(path).expanduser() / "chroma.sqlite3").exists():
             _check_folder(Path(path).expanduser())
             raise InputError(f"no Chroma database in {path}. Index some text first, or name another folder.")
-        before = None if path is None else _last_write(Path(path).expanduser())  # or a write meanwhile would be missed
+        path = (
+            None if path is None else Path(path).expanduser().resolve()
+        )  # one folder, one client, however it is spelled
+        before = None if path is None else _last_write(path)  # or a write meanwhile would be missed
         return cls(_open_client(path, **client_fields), owned=True, last_write=before)
 
     @classmethod
@@ -185,14 +188,11 @@ class Database:
         fields = {"tenant": client.tenant, "database": client.database}
         identifier = client._identifier
         current = SharedSystemClient._identifier_to_system.get(identifier)
-        alone = SharedSystemClient._identifier_to_refcount.get(identifier, 0) <= _HANDLES
-        if alone or current is not _system(client):
-            client.close()
-        else:  # others of this process go on with the system they have; a new client gets a new one
+        if current is _system(client):  # who still uses it, other threads too, goes on with it; new clients get another
             SharedSystemClient._identifier_to_system.pop(identifier, None)
-            for _ in range(_HANDLES):
-                SharedSystemClient._decrement_refcount(identifier)
-            client._closed = True
+        for _ in range(_HANDLES):
+            SharedSystemClient._decrement_refcount(identifier)
+        client._closed = True
         before = _last_write(self.folder)
         self._client = _open_client(self.folder, **fields)
         _last_seen.setdefault(_server(self._client), before)
@@ -221,7 +221,12 @@ class Database:
         """Note that a write begins, or is done: who opened the database before or meanwhile sees an old state of it."""
         if self.folder is not None:
             name = f"{uuid.uuid4().hex} {state}"
-            (self.folder / WRITER_FILE).write_text(name, encoding="ascii")
+            try:
+                (self.folder / WRITER_FILE).write_text(name, encoding="ascii")
+            except OSError as err:
+                raise StoreError(
+                    f"{self.folder / WRITER_FILE} can't be written ({err}). Free space, or make the folder writable."
+                ) from err
             _last_seen[_server(self.client)] = name
 
 

@@ -115,14 +115,24 @@ def chroma_errors(what: str) -> Iterator[None]:
     except (KalmRagError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except (InvalidArgumentError, NotFoundError, UniqueConstraintError, ValueError, TypeError) as err:
-        raise InputError(f"{what}: {str(err)[:300]}") from err
+        gone = " It was deleted or made again by another door: refresh(), or open again." if _is_gone(err) else ""
+        raise InputError(f"{what}: {str(err)[:300]}{gone}") from err
     except BaseException as err:  # its Rust part raises panics as BaseException, its HTTP client bare Exception
         told = str(err)
         raise StoreError(f"{what}: Chroma failed ({type(err).__name__}: {told[:300]}). {_advice(told)}") from err
 
 
+def _is_gone(err: BaseException) -> bool:
+    return isinstance(err, NotFoundError) and "does not exist" in str(err)
+
+
+_BROKEN = ("hnsw", "segment writer", "error finding id", "error getting embedding")
+
+
 def _advice(message: str) -> str:
-    if "segment" in message or "executing plan" in message or "hnsw" in message.lower():
+    if "too many sql variables" in message.lower():
+        return "A filter names too many values: ask with fewer."
+    if any(sign in message.lower() for sign in _BROKEN):
         return (
             "Its vector index is broken (a writer was killed, or two wrote at once). The texts are still there: "
             "ChromaIndex.rebuild() or `kalm-rag repair` makes the collection again."
@@ -228,7 +238,11 @@ def check_records(
     """
     checked_ids = check_ids(ids)
     checked = check_passages(texts, "texts")
-    metas = check_items(metadatas, "metadatas") if metadatas is not None else [None] * len(checked_ids)
+    metas = (
+        check_items(metadatas, "metadatas", "a list with a mapping, or None, for each record")
+        if metadatas is not None
+        else [None] * len(checked_ids)
+    )
     if not len(checked_ids) == len(checked) == len(metas):
         raise InputError(f"got {len(checked_ids)} ids, {len(checked)} texts, {len(metas)} metadatas; wanted one each.")
     return checked_ids, checked, [check_metadata(m, i) for i, m in zip(checked_ids, metas, strict=True)]
@@ -266,8 +280,10 @@ def check_metadata(metadata: Metadata | None, record_id: str) -> dict[str, Any] 
         raise InputError(f"metadata of {record_id!r} is {type(metadata).__name__}; wanted a mapping or None.")
     copied = {key: list(value) if isinstance(value, list | tuple) else value for key, value in metadata.items()}
     for key, value in copied.items():
-        if not isinstance(key, str) or not key:
-            raise InputError(f"metadata of {record_id!r} has the key {key!r}; wanted a string that is not empty.")
+        if not isinstance(key, str) or not key or key.startswith(("$", "#", "chroma:")):
+            raise InputError(
+                f"metadata of {record_id!r} has the key {key!r}; wanted a name that doesn't begin with $, # or chroma:."
+            )
         check_text(key, f"metadata key {key!r} of {record_id!r}")
         for item in value if isinstance(value, list) else [value]:
             _check_value(item, f"metadata {key!r} of {record_id!r}")
@@ -292,7 +308,7 @@ def _check_value(value: object, what: str) -> None:
 def comparable_metadata(metadata: Metadata) -> dict[str, str]:
     """Metadata as filters see it: 1, 1.0 and True are three values, and None is no value.
 
-    Floats are compared to 15 digits: Chroma may give one back that differs in its last bit.
+    Floats are compared to 12 digits: Chroma may give one back that differs in its last bits.
     """
     return {key: _comparable(value) for key, value in metadata.items() if value is not None}
 
@@ -300,7 +316,7 @@ def comparable_metadata(metadata: Metadata) -> dict[str, str]:
 def _comparable(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_comparable, value))}]"
-    return f"float {value:.15g}" if isinstance(value, float) else repr(value)
+    return f"float {value:.12g}" if isinstance(value, float) else repr(value)
 
 
 def live_collections(database: Database, store: StateStore) -> list[str]:

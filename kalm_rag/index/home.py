@@ -238,6 +238,9 @@ class CollectionHome:
         """Look the collection up again by name: after the client was opened again, or the collection made again."""
         if self._collection is not None:
             self._collection = require_collection(self.database.client, self._name)
+            noted = CollectionNotes.read(self._collection.metadata)
+            noted.check(replace(self._notes, passage=None), self._name)  # another door may have changed the model
+            self._notes, self._rule = with_notes(noted, self._notes), None
 
     def _open_again(self) -> None:
         if self._collection is not None or self._reopen is None:
@@ -366,7 +369,7 @@ def find_or_make(
         InputError: If it is absent under ``create=False``; nothing is made then.
     """
     found = find_collection(database.client, name)
-    if found is None and rebuilding.finish(database.client, name):
+    if found is None and rebuilding.finish(database, name):
         found = find_collection(database.client, name)
     if found is not None:
         noted = CollectionNotes.read(found.metadata)

@@ -15,10 +15,12 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from chromadb.utils.embedding_functions import known_embedding_functions
 from tqdm.auto import tqdm
 
 from kalm_rag.errors import InputError, KalmRagError
 from kalm_rag.index.candidates import load_states
+from kalm_rag.index.clients import Database
 from kalm_rag.index.collection import NOTE, PAGE, chroma_errors, find_collection
 from kalm_rag.index.embedders import BundledEmbedder, Embedder
 from kalm_rag.index.results import RebuildReport, Timings
@@ -27,14 +29,13 @@ from kalm_rag.states import passage_key
 from kalm_rag.store import Reference
 
 if TYPE_CHECKING:
-    from chromadb.api import ClientAPI
     from chromadb.api.models.Collection import Collection
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = "-kalm-rebuild"
 """What the name of a collection ends in while it is being made again."""
-_COMPLETE = NOTE + "rebuilt"
+_OURS, _COMPLETE = NOTE + "rebuilding", NOTE + "rebuilt"
 
 
 class _Count:
@@ -63,11 +64,19 @@ def rebuild(home: Home, embedder: Embedder | None, *, show_progress: bool = Fals
         old = _readable(home)
         client = home.database.client
         name = old.name
-        if find_collection(client, name + SUFFIX) is not None:  # of a rebuild that was broken off
+        left = find_collection(client, name + SUFFIX)
+        if left is not None and _OURS not in (left.metadata or {}):
+            raise InputError(
+                f"a collection {name + SUFFIX!r} is there already, and is not of a rebuild. Rename it first."
+            )
+        if left is not None:  # of a rebuild that was broken off
             client.delete_collection(name + SUFFIX)
         with chroma_errors(f"collection {name!r}"):
             new = client.create_collection(
-                name + SUFFIX, embedding_function=None, metadata=old.metadata or None, configuration=_same_space(old)
+                name + SUFFIX,
+                embedding_function=None,
+                metadata={**(old.metadata or {}), _OURS: name},
+                configuration=_same_index(old),
             )
         count = _Count()
         offset, vectors_readable = 0, True
@@ -91,25 +100,43 @@ def rebuild(home: Home, embedder: Embedder | None, *, show_progress: bool = Fals
     return RebuildReport(records=count.records, kept=count.kept, embedded=count.embedded, encoded=count.encoded)
 
 
-def finish(client: ClientAPI, name: str) -> bool:
-    """Give a rebuilt collection its name if the process died before it could; tell whether it did."""
-    made = find_collection(client, name + SUFFIX)
+def finish(database: Database, name: str) -> bool:
+    """Give a rebuilt collection its name if the process died before it could; tell whether it did.
+
+    Every door calls this before it makes a collection of that name.
+    """
+    made = find_collection(database.client, name + SUFFIX)
     if made is None or (made.metadata or {}).get(_COMPLETE) != name:
         return False
-    with chroma_errors(f"collection {name!r}"):
-        _take_name(made, name)
+    if find_collection(database.client, name) is not None:
+        return False
+    with database.writing(), chroma_errors(f"collection {name!r}"):
+        found = find_collection(database.client, name + SUFFIX)
+        if found is not None:
+            _take_name(found, name)
     return True
 
 
 def _take_name(collection: Collection, name: str) -> None:
-    metadata = {key: value for key, value in (collection.metadata or {}).items() if key != _COMPLETE}
+    metadata = {key: value for key, value in (collection.metadata or {}).items() if key not in (_OURS, _COMPLETE)}
     collection.modify(name=name, metadata=metadata or None)
 
 
-def _same_space(old: Collection) -> Any:  # noqa: ANN401 - chromadb's own type
-    space = ((old.configuration_json or {}).get("hnsw") or {}).get("space")
+_INDEX_SETTINGS = ("space", "ef_construction", "ef_search", "max_neighbors")
+
+
+def _same_index(old: Collection) -> Any:  # noqa: ANN401 - chromadb's own type
+    """Settings of the old vector index, and the embedding function that an app's Chroma client would use."""
+    told: Any = old.configuration_json or {}
+    index = {key: value for key, value in (told.get("hnsw") or {}).items() if key in _INDEX_SETTINGS}
     legacy = any(key.startswith("hnsw:") for key in old.metadata or {})
-    return {"hnsw": {"space": space}} if space is not None and not legacy else None
+    made: dict[str, Any] = {"hnsw": index} if index and not legacy else {}
+    embed = told.get("embedding_function") or {}
+    if embed.get("type") == "known" and embed.get("name") in known_embedding_functions:
+        kind = known_embedding_functions[embed["name"]]
+        with suppress(Exception):  # its package or key may be missing here; the app can set it again
+            made["embedding_function"] = kind.build_from_config(embed.get("config") or {})
+    return made or None
 
 
 def _readable(home: Home) -> Collection:

@@ -171,12 +171,13 @@ class CollectionWriter:
         """
         deleted = 0
         for page in chunked(dict.fromkeys(ids), PAGE):
-            known = self._known(page)
-            if known:
-                with self._home.database.writing(), chroma_errors(f"collection {self._collection.name!r}"):
-                    self._collection.delete(ids=known)
-            for store in self._home.stores():
-                store.unreference(str(self._collection.id), page)
+            with self._home.database.writing():
+                known = self._known(page)
+                if known:
+                    with chroma_errors(f"collection {self._collection.name!r}"):
+                        self._collection.delete(ids=known)
+                for store in self._home.stores():
+                    store.unreference(str(self._collection.id), page)
             deleted += len(known)
         return deleted
 
@@ -263,8 +264,10 @@ class CollectionWriter:
         metadatas = []
         for i, metadata in zip(records.ids, records.metadatas, strict=True):
             gone = old.get(i, {}).keys() - (metadata or {}).keys()
-            metadatas.append({**dict.fromkeys(gone), **(metadata or {})} or None)  # Chroma drops keys set to None
+            metadatas.append({**dict.fromkeys(gone), **(metadata or {})} or None)  # an upsert drops keys set to None
         write = self._collection.upsert if old else self._collection.add
+        if not old:  # where add refuses them
+            metadatas = [{k: v for k, v in (one or {}).items() if v is not None} or None for one in metadatas]
         with chroma_errors(f"collection {self._collection.name!r}"):
             write(ids=records.ids, embeddings=vectors, documents=list(records.documents), metadatas=metadatas)
 

@@ -28,6 +28,7 @@ from kalm_rag.index.embedders import BUNDLED, Embedder, wrap_embedder
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine, spec_of
 from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
+from kalm_rag.index.rebuilding import finish
 from kalm_rag.index.results import RebuildReport
 from kalm_rag.langchain.embeddings import KaLMEmbeddings
 from kalm_rag.langchain.settings import HasStates, Place, place_of, read_store
@@ -123,6 +124,7 @@ class ChromaWithStates(Chroma, HasStates):
             within = {name: held[name] for name in ("tenant", "database") if held[name] is not None}
             create = bool(held["create_collection_if_not_exists"])
             opened = Database.open(held["persist_directory"], create=create, **within)
+            finish(opened, held["collection_name"])
             client = opened.client
         embeddings, metadata = held["embedding_function"], held["collection_metadata"] or {}
         configuration = held["collection_configuration"]
@@ -142,6 +144,8 @@ class ChromaWithStates(Chroma, HasStates):
         noted = {"collection_metadata": {**notes.metadata(), **metadata}}
         try:
             with contextlib.nullcontext() if opened is None or self._is_there(client) else opened.writing():
+                if opened is not None:  # it may have been opened again, to see what others wrote
+                    changed["client"] = opened.client
                 super().__init__(**{**as_chroma, **copied, **changed, **noted})
         except BaseException:
             if opened is not None:

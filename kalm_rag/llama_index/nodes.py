@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from kalm_rag.index.collection import check_ids, check_metadata
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.writer import Records
 
+logger = logging.getLogger(__name__)
+
 SCORE_KEY = "retrieval_score"
 """Metadata key of the score a node came with; the name that LlamaIndex's own rerankers use."""
 
@@ -29,7 +32,12 @@ def node_text(node: BaseNode, mode: MetadataMode) -> str | None:
     Raises:
         InputError: If it holds a lone surrogate.
     """
-    text = check_text(node.get_content(metadata_mode=mode), f"text of node {node.node_id}")
+    try:
+        content = node.get_content(metadata_mode=mode)
+    except Exception as err:  # a template with a slot that nothing fills
+        logger.warning("node %r is read without its metadata: %r", node.node_id, err)
+        content = node.get_content(metadata_mode=MetadataMode.NONE)
+    text = check_text(content, f"text of node {node.node_id}")
     return text if text.strip() else None
 
 
@@ -74,7 +82,10 @@ def record_node(record_id: str, document: str | None, metadata: Mapping[str, Any
     """Node that LlamaIndex makes of a Chroma record, also of one that somebody else wrote."""
     fields = dict(metadata) if metadata is not None else {}
     if "_node_content" in fields:
-        return metadata_dict_to_node(fields, text=document)
+        try:
+            return metadata_dict_to_node(fields, text=document)
+        except Exception as err:  # as LlamaIndex does: one bad record must not take the others along
+            logger.debug("record %r holds no node that can be read: %r", record_id, err)
     fields, info, relationships = legacy_metadata_dict_to_node(fields)
     return TextNode(
         text=document if document is not None else "",

@@ -21,6 +21,7 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.chroma.base import _to_chroma_filter
 from typing_extensions import Self
 
+from kalm_rag.checks import check_passages
 from kalm_rag.errors import InputError
 from kalm_rag.index.clients import Database
 from kalm_rag.index.collection import (
@@ -35,6 +36,7 @@ from kalm_rag.index.collection import (
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.passage_rule import PassageRule
+from kalm_rag.index.rebuilding import finish
 from kalm_rag.index.writer import CollectionWriter
 from kalm_rag.llama_index.connection import CollectionFields, check_collection
 from kalm_rag.llama_index.embedding import KaLMEmbedding
@@ -119,6 +121,7 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
     _given: tuple[Any, Any] = PrivateAttr()
     _writer: CollectionWriter = PrivateAttr()
     _embeddings_checked: bool = PrivateAttr(default=False)
+    _bundled_checked: bool = PrivateAttr(default=False)
 
     def __init__(
         self,
@@ -170,6 +173,7 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
         notes = CollectionNotes(model=self.model, revision=self.revision, passage=str(self.rule))
         metadata = {**(self.collection_kwargs.get("metadata") or {}), **notes.metadata()}
         try:
+            finish(owner, cast("str", self.collection_name))
             with owner.writing(), chroma_errors(f"collection {self.collection_name!r}"):
                 return owner, owner.client.get_or_create_collection(
                     cast("str", self.collection_name), **{**self.collection_kwargs, "metadata": metadata}
@@ -222,8 +226,9 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
         Raises:
             InputError: If the collection holds vectors of another embedder.
         """
-        if self._home.notes().embedder not in (None, BUNDLED):
+        if not self._bundled_checked and CollectionNotes.read(self._live().metadata).embedder != BUNDLED:
             check_vectors(self._live(), BundledEmbedder(self._parts.engine()), self.rule, "embed_model=")
+        self._bundled_checked = True
         return KaLMEmbedding(store=self)
 
     def add(self, nodes: Sequence[BaseNode], **add_kwargs: object) -> list[str]:
@@ -266,10 +271,10 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
         if isinstance(filters, list):
             filters = MetadataFilters(filters=[*filters])
         if filters is None or not filters.filters:
-            self._writer.delete(node_ids if node_ids is not None else [])
+            self._writer.delete(check_passages(node_ids, "node_ids") if node_ids is not None else [])
             return
         found = self._matching(_to_chroma_filter(filters))
-        wanted = None if node_ids is None else set(node_ids)
+        wanted = None if node_ids is None else set(check_passages(node_ids, "node_ids"))
         self._writer.delete(found if wanted is None else [i for i in found if i in wanted])
 
     def clear(self) -> None:
