@@ -83,7 +83,7 @@ def test_everything_survives_a_restart_in_another_process(tmp_path: Path, tiny_f
         want = {h.id: h.margin for h in opened.query(QUERY)}
     code = (
         "import sys, json; sys.path.insert(0, sys.argv[3])\n"
-        "from kalm_rag import ChromaIndex; from test_index import toy_vectors, QUERY\n"
+        "from kalm_rag import ChromaIndex; from toy import toy_vectors, QUERY\n"
         "with ChromaIndex.open(sys.argv[1], model=sys.argv[2], embedder=toy_vectors, create=False) as i:\n"
         "    r = i.query(QUERY); print(json.dumps([{h.id: h.margin for h in r}, r.encoded, i.verify().clean]))"
     )
@@ -341,7 +341,7 @@ KILLED = """
 import sys
 sys.path.insert(0, sys.argv[3])
 from kalm_rag import ChromaIndex
-from test_index import toy_vectors
+from toy import toy_vectors
 with ChromaIndex.open(sys.argv[1], model=sys.argv[2], embedder=toy_vectors) as index:
     for batch in range(1000):
         ids = [f"{batch}-{i}" for i in range(4)]
