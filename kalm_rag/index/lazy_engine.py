@@ -23,7 +23,7 @@ from kalm_rag.index.state_cache import release_caches, shared_cache
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import CachingBackbone
 from kalm_rag.models.t5gemma2.prefix_cache import check_bytes
-from kalm_rag.states import Codec, Layout
+from kalm_rag.states import Codec, Layout, dtype_name
 from kalm_rag.states.pooling import check_ratio
 from kalm_rag.store import StateStore, open_store, stored_layout
 from kalm_rag.store.arguments import check_same_layout
@@ -86,7 +86,7 @@ class EngineSpec:
         elif isinstance(device, torch.device):
             object.__setattr__(self, "device", str(device))
         if isinstance(dtype, torch.dtype):
-            object.__setattr__(self, "dtype", str(dtype).removeprefix("torch."))
+            object.__setattr__(self, "dtype", dtype_name(dtype))
 
     def engine(self) -> Reranker:
         """Give this process's engine for the spec, loading it on the first call (or after it was closed).
