@@ -12,7 +12,7 @@ import torch
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2.prefix_cache import PrefixCache, entry_keys
+from kalm_rag.models.prefix_cache import PrefixCache, entry_keys
 from kalm_rag.states import Codec, pack_states, unpack_batch
 
 PASSAGES = ["Paris is the capital of France.", "tea", "", "long words go on " * 12, "tea"]

@@ -22,8 +22,8 @@ from kalm_rag.bench.report import Check, Row, row_of
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import KalmRagError
 from kalm_rag.models.devices import parse_dtype
+from kalm_rag.models.prefix_cache import CPU_CACHE_BYTES
 from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone
-from kalm_rag.models.t5gemma2.prefix_cache import CPU_CACHE_BYTES
 from kalm_rag.states import PassageStates
 from kalm_rag.store import open_store
 

@@ -18,8 +18,8 @@ from kalm_rag.engine.decoder_pass import DecodeLog, DecodeStats
 from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.models.backbone import Backbone, BackboneInfo, CachingBackbone
 from kalm_rag.models.devices import parse_devices, parse_dtype
+from kalm_rag.models.prefix_cache import check_bytes
 from kalm_rag.models.registry import acquire_all
-from kalm_rag.models.t5gemma2.prefix_cache import check_bytes
 from kalm_rag.states import Codec, Layout
 from kalm_rag.states.pooling import check_ratio
 

@@ -22,7 +22,7 @@ from kalm_rag.index.results import Timings
 from kalm_rag.index.state_cache import release_caches, shared_cache
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import CachingBackbone
-from kalm_rag.models.t5gemma2.prefix_cache import check_bytes
+from kalm_rag.models.prefix_cache import check_bytes
 from kalm_rag.states import Codec, Layout, dtype_name
 from kalm_rag.states.pooling import check_ratio
 from kalm_rag.store import StateStore, open_store, stored_layout

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.t5gemma2.prefix_cache import PrefixCache
+from kalm_rag.models.prefix_cache import PrefixCache
 from kalm_rag.states import Codec, Layout
 
 

@@ -19,7 +19,7 @@ from kalm_rag.instructions import DEFAULT_TASK, Instructions
 from kalm_rag.models.backbone import index_tensor
 from kalm_rag.models.pico.decoder import PicoDecoder, Prepared
 from kalm_rag.models.pico.encoder import MiniLMEncoder
-from kalm_rag.models.t5gemma2.prefix_cache import PrefixCache
+from kalm_rag.models.prefix_cache import PrefixCache
 
 MAX_QUERY_TOKENS = 128
 MAX_INSTRUCTION_TOKENS = 128

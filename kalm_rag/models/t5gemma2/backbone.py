@@ -22,11 +22,11 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Decoder
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, index_tensor
+from kalm_rag.models.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
 from kalm_rag.models.t5gemma2.checkpoint import digest_checkpoint, load_model, read_config, read_tokenizer
 from kalm_rag.models.t5gemma2.compiled import CompiledDecoder
 from kalm_rag.models.t5gemma2.decoder import DecoderInput, LeanDecoder, PrefixKV
 from kalm_rag.models.t5gemma2.int8 import check_weights
-from kalm_rag.models.t5gemma2.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
 from kalm_rag.models.t5gemma2.protocol import (
     HEAD_TEMPLATE,
     MAX_INSTRUCTION_TOKENS,
