@@ -21,8 +21,8 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.index.candidates import Missing, Owners, RankedCandidate, check_missing, rank_texts
-from kalm_rag.index.clients import Database
 from kalm_rag.index.collection import (
+    COSINE,
     MOST_CANDIDATES,
     CollectionNotes,
     check_records,
@@ -30,13 +30,13 @@ from kalm_rag.index.collection import (
     chroma_errors,
 )
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
-from kalm_rag.index.home import CollectionHome, find_or_make
+from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.lazy_engine import EngineSpec
 from kalm_rag.index.passage_rule import PassageRule
+from kalm_rag.index.place import CollectionPlace
 from kalm_rag.index.results import AddReport, BackfillReport, Hit, QueryResult, RebuildReport, Timings, VerifyReport
 from kalm_rag.index.writer import CollectionWriter, Records
 from kalm_rag.instructions import Instructions, as_instructions
-from kalm_rag.models.registry import check_name
 from kalm_rag.states import Codec
 from kalm_rag.store import GcReport, StateStore
 from kalm_rag.store.base import GRACE_SECONDS
@@ -162,11 +162,16 @@ class ChromaIndex:
         )
         if codec is not None:
             Codec.parse(codec)
-        if isinstance(model, str):
-            check_name(model)
-        database = Database(client) if client is not None else Database.open(path, create=create)
+        place = CollectionPlace(
+            name=collection,
+            folder=path,
+            client=client,
+            create=create,
+            options={"configuration": COSINE},
+            embedder=BUNDLED if wrapped is None else wrapped.name,
+        )
+        database, opened = place.open(passage=given.passage, model=model if isinstance(model, str) else None)
         try:
-            opened, spec = find_or_make(database, collection, spec, given, _name(wrapped), create=create)
             home = CollectionHome(
                 database,
                 opened,
@@ -464,10 +469,6 @@ class ChromaIndex:
                 found["ids"][0], found["documents"][0], found["metadatas"][0], found["distances"][0], strict=True
             )
         ]
-
-
-def _name(embedder: Embedder | None) -> str:
-    return BUNDLED if embedder is None else embedder.name
 
 
 def _hit(candidates: Sequence[_Candidate], ranked: RankedCandidate) -> Hit:

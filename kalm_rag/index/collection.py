@@ -44,6 +44,8 @@ MOST_CANDIDATES = 32_000
 """Most candidates of one search: Chroma fails above SQLite's 32,766 variables."""
 SAME_VECTOR = 0.95
 """Cosine above which two vectors of one text count as made by the same embedder (other weights give far less)."""
+COSINE: dict[str, Any] = {"hnsw": {"space": "cosine"}}
+"""Configuration of a collection for the bundled vectors."""
 _LLAMA_NODE = "_node_content"
 """Metadata key of every record that LlamaIndex writes."""
 
@@ -170,19 +172,21 @@ def require_collection(client: ClientAPI, name: str) -> Collection:
     return found
 
 
-def make_collection(client: ClientAPI, name: str, notes: CollectionNotes) -> Collection:
-    """Make a collection for cosine, with its notes.
+def make_collection(client: ClientAPI, name: str, notes: CollectionNotes, options: Mapping[str, Any]) -> Collection:
+    """Make a collection with its notes; one that another door made a moment ago is given as it is.
+
+    Args:
+        client: Of the database.
+        name: The collection's.
+        notes: What is known of what will make it.
+        options: Further arguments of Chroma's ``create_collection``, ``metadata`` of the app's among them.
 
     Raises:
-        InputError: If Chroma doesn't take the name.
+        InputError: If Chroma doesn't take the name or an option.
     """
+    metadata = {**(options.get("metadata") or {}), **notes.metadata()}
     with chroma_errors(f"collection {name!r}"):
-        return client.create_collection(
-            name,
-            embedding_function=None,
-            metadata=dict(notes.metadata()),
-            configuration={"hnsw": {"space": "cosine"}},
-        )
+        return client.get_or_create_collection(name, **{"embedding_function": None, **options, "metadata": metadata})
 
 
 def note(collection: Collection, notes: CollectionNotes) -> None:
@@ -308,7 +312,7 @@ def _check_value(value: object, what: str) -> None:
 def comparable_metadata(metadata: Metadata) -> dict[str, str]:
     """Metadata as filters see it: 1, 1.0 and True are three values, and None is no value.
 
-    Floats are compared to 12 digits: Chroma may give one back that differs in its last bits.
+    Floats are compared to 12 digits: Chroma may give one back that differs in its last bits, and -0.0 as 0.0.
     """
     return {key: _comparable(value) for key, value in metadata.items() if value is not None}
 
@@ -316,7 +320,7 @@ def comparable_metadata(metadata: Metadata) -> dict[str, str]:
 def _comparable(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_comparable, value))}]"
-    return f"float {value:.12g}" if isinstance(value, float) else repr(value)
+    return f"float {value + 0.0:.12g}" if isinstance(value, float) else repr(value)
 
 
 def live_collections(database: Database, store: StateStore) -> list[str]:

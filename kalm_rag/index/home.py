@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.engine.reranker import Reranker
@@ -19,9 +20,7 @@ from kalm_rag.index.collection import (
     PAGE,
     CollectionNotes,
     chroma_errors,
-    find_collection,
     live_collections,
-    make_collection,
     note,
     passage_rule,
     records,
@@ -31,6 +30,7 @@ from kalm_rag.index.collection import (
 from kalm_rag.index.embedders import Embedder
 from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine
 from kalm_rag.index.passage_rule import PassageRule
+from kalm_rag.index.place import CollectionPlace
 from kalm_rag.index.results import BackfillReport, RebuildReport, VerifyReport
 from kalm_rag.models.devices import parse_devices, parse_dtype
 from kalm_rag.states import Codec, Layout
@@ -60,10 +60,10 @@ class CollectionHome:
             collection for a remote one. Yours to close.
         codec: ``exact``, ``bf16`` or ``int8``; None takes what is stored, or else exact.
         ratio: Tokens a state stands for when the store is made; None takes what is stored, or the engine's (4).
-        default_passage: The rule of a collection that notes none; None looks for LlamaIndex's nodes in it.
+        default_passage: The rule of a collection that no door has made its own yet; None looks for LlamaIndex's nodes.
         change_model: Let a collection go over to another model, dtype or passage rule; its states are encoded again.
         own_engine: Load an engine of its own, that `close` closes.
-        reopen: Opens database and collection again when they are used after `close`; None: that is an error.
+        place: Where database and collection are opened again when they are used after `close`; None: that is an error.
 
     Raises:
         StateMismatchError: If the collection was made with another model, revision, dtype or passage rule.
@@ -83,18 +83,18 @@ class CollectionHome:
         default_passage: str | None = None,
         change_model: bool = False,
         own_engine: bool = False,
-        reopen: Callable[[], tuple[Database, Collection]] | None = None,
+        place: CollectionPlace | None = None,
     ) -> None:
-        self._database, self._reopen, self._reopening = database, reopen, threading.RLock()
+        self._database, self._place, self._reopening = database, place, threading.RLock()
         self._collection: Collection | None = collection
         self._name = collection.name
         noted = CollectionNotes.read(collection.metadata)
         if reranker is not None:
             given = replace(given, dtype=reranker.info.dtype)
-        elif not change_model:
-            spec = adopt(spec, noted)
+        elif not change_model or (given.model is None and noted.model is not None):
+            spec = adopt(spec, noted, named=given.model is not None)
             given = replace(given, dtype=_dtype_name(spec) if spec.dtype is not None else None)
-        if noted.passage is None and given.passage is None:
+        if noted.passage is None and noted.embedder is None and given.passage is None:
             given = replace(given, passage=default_passage)
         if change_model:
             given = replace(given, model=spec.model if reranker is None else reranker.info.name)
@@ -125,6 +125,11 @@ class CollectionHome:
         """Client and write lock."""
         self._open_again()
         return self._database
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a local database, whether it is open or not; None for others."""
+        return self._database.folder
 
     @property
     def collection(self) -> Collection:
@@ -243,11 +248,11 @@ class CollectionHome:
             self._notes, self._rule = with_notes(noted, self._notes), None
 
     def _open_again(self) -> None:
-        if self._collection is not None or self._reopen is None:
+        if self._collection is not None or self._place is None:
             return
         with self._reopening:
             if self._collection is None:
-                self._database, self._collection = self._reopen()
+                self._database, self._collection = self._place.open_again()
                 self._database.watch(self.find_again)
 
     def _forget_gone(self, store: StateStore) -> int:
@@ -345,11 +350,19 @@ class SharedMemoryStore(MemoryStore):
         """Do nothing: other doors over the same client go on with it."""
 
 
-def adopt(spec: EngineSpec, noted: CollectionNotes) -> EngineSpec:
-    """The spec with what it leaves open taken from a collection's notes: dtype and revision of its states."""
-    revision = noted.revision if spec.model == noted.model else None
+def adopt(spec: EngineSpec, noted: CollectionNotes, *, named: bool) -> EngineSpec:
+    """The spec with what it leaves open taken from a collection's notes.
+
+    Args:
+        spec: Which engine.
+        noted: What made the collection: dtype of its states, model, and its revision.
+        named: Whether the caller named the model.
+    """
+    model = spec.model if named or noted.model is None else noted.model
+    revision = noted.revision if model == noted.model else None
     return replace(
         spec,
+        model=model,
         dtype=spec.dtype if spec.dtype is not None else noted.dtype,
         revision=spec.revision if spec.revision is not None else revision,
     )
@@ -358,27 +371,3 @@ def adopt(spec: EngineSpec, noted: CollectionNotes) -> EngineSpec:
 def _dtype_name(spec: EngineSpec) -> str:
     """Dtype that the spec's engine would compute in, as `BackboneInfo.dtype` names it; loads nothing."""
     return str(parse_dtype(spec.dtype, parse_devices(spec.device)[0])).removeprefix("torch.")
-
-
-def find_or_make(
-    database: Database, name: str, spec: EngineSpec, given: CollectionNotes, embedder: str, *, create: bool
-) -> tuple[Collection, EngineSpec]:
-    """Get a collection, or make it with its notes; and the spec with the model that it names if the caller names none.
-
-    Raises:
-        InputError: If it is absent under ``create=False``; nothing is made then.
-    """
-    found = find_collection(database.client, name)
-    if found is None and rebuilding.finish(database, name):
-        found = find_collection(database.client, name)
-    if found is not None:
-        noted = CollectionNotes.read(found.metadata)
-        if given.model is None and noted.model is not None:
-            spec = adopt(EngineSpec(**{**vars(spec), "model": noted.model}), noted)
-        return found, spec
-    if not create:
-        return require_collection(database.client, name), spec
-    passage = given.passage if given.passage is not None else str(PassageRule())
-    notes = CollectionNotes(embedder=embedder, passage=passage)  # the model when it has been loaded, at the first write
-    with database.writing():
-        return make_collection(database.client, name, notes), spec

@@ -87,6 +87,9 @@ class EngineSpec:
             object.__setattr__(self, "device", str(device))
         if isinstance(dtype, torch.dtype):
             object.__setattr__(self, "dtype", dtype_name(dtype))
+        for name, wanted in (("device", "'cpu' or 'cuda:1'"), ("dtype", "'bf16' or 'fp32'")):
+            if not isinstance(getattr(self, name), str | None):
+                raise InputError(f"{name} is {getattr(self, name)!r}; wanted a name such as {wanted}, or None.")
 
     def engine(self) -> Reranker:
         """Give this process's engine for the spec, loading it on the first call (or after it was closed).

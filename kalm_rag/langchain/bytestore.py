@@ -11,6 +11,7 @@ from langchain_core.stores import BaseStore
 
 from kalm_rag.checks import check_items, check_passages
 from kalm_rag.errors import InputError, StateMismatchError, StoreFormatError
+from kalm_rag.index.settings import HasStates, read_store
 from kalm_rag.states import Layout, PassageStates, StateBatch, pack_token_ids, to_bytes, unpack_batch
 from kalm_rag.store import Reference, StateStore
 
@@ -34,6 +35,8 @@ class StateByteStore(BaseStore[str, bytes]):
     """
 
     def __init__(self, store: StateStore, collection_id: str = "kalm_rag:bytes") -> None:
+        if isinstance(store, str | HasStates) or read_store(store) is None:
+            raise InputError(f"store is {type(store).__name__}; wanted an open StateStore: kalm_rag.open_store(...).")
         self._store = store
         self._collection_id = collection_id
 

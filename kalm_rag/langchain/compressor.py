@@ -28,12 +28,9 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, Owners, RankedCandidate
-from kalm_rag.index.lazy_engine import (
-    is_blank,
-    rank_candidates,
-    unscored_candidates,
-)
+from kalm_rag.index.lazy_engine import is_blank, rank_candidates, unscored_candidates
 from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
+from kalm_rag.index.settings import place_of
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.inputs import (
     CONFIG_SPECS,
@@ -43,7 +40,7 @@ from kalm_rag.langchain.inputs import (
     configured_instructions,
     read_input,
 )
-from kalm_rag.langchain.settings import EngineSettings, place_of
+from kalm_rag.langchain.settings import EngineSettings
 
 SCORE = "relevance_score"
 """Metadata key of P(yes) in [0, 1]: the key that LangChain's rerankers use."""
@@ -218,8 +215,7 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
         owners: Owners | None = None,
     ) -> list[Document]:
         """Rerank without a trace of its own, for a step that has one; see `compress_documents`."""
-        blank = is_blank(query)
-        check_documents(documents)
+        blank, documents = is_blank(query), check_documents(documents)
         if not documents:
             return []
         if blank:
@@ -298,6 +294,10 @@ class KaLMRerank(RunnableSerializable[Any, list[Document]]):
         if compressor is None:
             check_names(settings, KaLMDocumentCompressor.model_fields, type(self).__name__)
             compressor = KaLMDocumentCompressor(**settings)
+        if not isinstance(compressor, KaLMDocumentCompressor | Mapping):  # a mapping is one that was written down
+            raise InputError(
+                f"compressor is {type(compressor).__name__}; wanted a KaLMDocumentCompressor, or its settings by name."
+            )
         super().__init__(compressor=compressor, name=name)  # type: ignore[call-arg]
 
     @classmethod

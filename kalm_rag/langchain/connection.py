@@ -5,12 +5,7 @@ The Chroma side of `kalm_rag.langchain.vectorstore`, which writes and searches.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import threading
 from collections.abc import Callable
-from dataclasses import replace
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import chromadb
@@ -22,26 +17,29 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index import ChromaIndex
 from kalm_rag.index.candidates import Missing, check_missing
-from kalm_rag.index.clients import Database
-from kalm_rag.index.collection import CollectionNotes, check_vectors, find_collection, require_collection
+from kalm_rag.index.collection import COSINE, CollectionNotes, check_vectors
 from kalm_rag.index.embedders import BUNDLED, Embedder, wrap_embedder
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine, spec_of
-from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
-from kalm_rag.index.rebuilding import finish
+from kalm_rag.index.passage_rule import PassageRule
+from kalm_rag.index.place import CollectionPlace
 from kalm_rag.index.results import RebuildReport
+from kalm_rag.index.settings import (
+    ENGINE_FIELDS,
+    HasStates,
+    Place,
+    check_reranker,
+    lasting_place,
+    place_of,
+    read_store,
+)
 from kalm_rag.langchain.embeddings import KaLMEmbeddings
-from kalm_rag.langchain.settings import HasStates, Place, place_of, read_store
 from kalm_rag.states import Codec
 from kalm_rag.store import StateStore
 
 if TYPE_CHECKING:
     from chromadb.api import CreateCollectionConfiguration
     from typing_extensions import Self
-
-_CHROMAS = [name for name in signature(Chroma.__init__).parameters if name != "self"]
-"""Arguments that Chroma's own class takes."""
-_REMOTE_OR_FOLDER = ("persist_directory", "host", "chroma_cloud_api_key")
 
 
 class ChromaWithStates(Chroma, HasStates):
@@ -81,81 +79,73 @@ class ChromaWithStates(Chroma, HasStates):
         missing: Missing = "encode",
         passage: str | None = None,
     ) -> None:
-        store = read_store(store)
-        self._settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self._settings = held = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        held["store"] = read_store(store)
         named = model, revision, device, dtype, decoder_weights, compiled or None, prefix_cache_bytes
-        if reranker is not None and any(value is not None for value in named):
+        if check_reranker(reranker) is not None and any(value is not None for value in named):
             raise InputError("reranker and model settings were both given; wanted one of them.")
         self._missing = check_missing(missing)
-        self._spec = EngineSpec(
+        spec = EngineSpec(
             model=model if model is not None else "pico",
-            revision=revision,
-            device=device,
-            dtype=dtype,
             ratio=ratio,
-            batch_size=batch_size,
-            decoder_weights=decoder_weights,
-            compiled=compiled,
-            prefix_cache_bytes=prefix_cache_bytes,
+            **{field: held[field] for field in ENGINE_FIELDS - {"model"}},
         )
-        self._codec = None if codec is None else Codec.parse(codec)
-        self._given = CollectionNotes(
+        given = CollectionNotes(
             model=reranker.info.name if reranker is not None else model,
             revision=revision,
             passage=None if passage is None else str(PassageRule(passage)),
         )
-        self._lock = threading.RLock()
-        self._home: CollectionHome | None = None
+        codec = None if codec is None else Codec.parse(codec)
+        embeddings, self._place = self._embeddings_and_place()
         self._checked_embedder = False
-        self._connect()
+        opened, collection = self._place.open(passage=given.passage, model=model)
         try:
-            if embedding_function is None and self._chroma_collection is not None:
+            self._home = CollectionHome(
+                opened,
+                collection,
+                spec,
+                given,
+                reranker=reranker,
+                store=held["store"],
+                codec=codec,
+                ratio=ratio,
+                place=self._place,
+            )
+            super().__init__(collection_name, embeddings, client=opened.client, relevance_score_fn=relevance_score_fn)
+            if embedding_function is None:
                 self._check_embedder()
         except BaseException:
-            self.close()
+            opened.close()
             raise
 
-    def _connect(self) -> None:
-        """Open the database and the collection; again, after `close`."""
-        held, given, client = self._settings, self._given, self._settings["client"]
-        self._closed = False
-        opened = None
-        if client is None and held["client_settings"] is None and held["persist_directory"] is not None:
-            within = {name: held[name] for name in ("tenant", "database") if held[name] is not None}
-            create = bool(held["create_collection_if_not_exists"])
-            opened = Database.open(held["persist_directory"], create=create, **within)
-            finish(opened, held["collection_name"])
-            client = opened.client
+    def _embeddings_and_place(self) -> tuple[Embeddings, CollectionPlace]:
+        """What makes the vectors, and the collection that is for them."""
+        held = self._settings
         embeddings, metadata = held["embedding_function"], held["collection_metadata"] or {}
         configuration = held["collection_configuration"]
         if embeddings is None:
-            embeddings = _bundled(held["device"], held["reranker"])
+            reranker = held["reranker"]
+            ready = reranker if reranker is not None and reranker.info.family == "pico" else None
+            embeddings = KaLMEmbeddings(held["device"], ready)
             if configuration is None and "hnsw:space" not in metadata:
-                configuration = {"hnsw": {"space": "cosine"}}
-        notes = CollectionNotes(
-            model=given.model if given.model is not None else self._spec.model,
-            revision=given.revision,
+                configuration = COSINE
+        elif not hasattr(embeddings, "embed_documents"):
+            raise InputError(
+                f"embedding_function is {type(embeddings).__name__}; wanted LangChain Embeddings, or None for the "
+                f"bundled ones."
+            )
+        place = CollectionPlace(
+            name=held["collection_name"],
+            folder=held["persist_directory"],
+            api_key=held["chroma_cloud_api_key"],
+            settings=held["client_settings"],
+            **{name: held[name] for name in ("host", "port", "ssl", "headers", "tenant", "database", "client")},
+            keep_memory=True,
+            create=bool(held["create_collection_if_not_exists"]),
+            options={"metadata": metadata, "configuration": configuration},
             embedder=BUNDLED if isinstance(embeddings, KaLMEmbeddings) else type(embeddings).__name__,
-            passage=given.passage if given.passage is not None else DOCUMENT,
         )
-        as_chroma = {name: held[name] for name in _CHROMAS}
-        copied = {name: copy.copy(held[name]) for name in ("headers", "client_settings")}  # Chroma writes into them
-        changed = {"embedding_function": embeddings, "collection_configuration": configuration, "client": client}
-        noted = {"collection_metadata": {**notes.metadata(), **metadata}}
-        try:
-            with contextlib.nullcontext() if opened is None or self._is_there(client) else opened.writing():
-                if opened is not None:  # it may have been opened again, to see what others wrote
-                    changed["client"] = opened.client
-                super().__init__(**{**as_chroma, **copied, **changed, **noted})
-        except BaseException:
-            if opened is not None:
-                opened.close()
-            raise
-        if opened is None:  # a client in memory stays, and one of the app's
-            owned = held["client"] is None and any(held[name] is not None for name in _REMOTE_OR_FOLDER)
-            opened = Database(self._client, owned=owned)
-        self._database = opened
-        self._database.watch(self._follow)
+        return embeddings, place
 
     @property
     def reranker(self) -> Reranker:
@@ -176,30 +166,19 @@ class ChromaWithStates(Chroma, HasStates):
         """Where the states are: the given store's file, the database's folder, or what kind of live store."""
         if self._settings["store"] is not None:
             return place_of(self._settings["store"])
-        folder = self._database.folder
+        folder = self._home.folder
         return str(folder) if folder is not None else {"live": "KaLMChroma in memory or on a server"}
 
     @property
     def home(self) -> CollectionHome:
-        """The collection with its engine and states, both made on first use."""
-        with self._lock:
-            if self._home is None or self._home.collection_id != str(self._collection.id):  # reset_collection
-                noted = CollectionNotes.read(self._collection.metadata)
-                reranker = self._settings["reranker"]
-                spec = self._spec
-                if self._given.model is None and noted.model is not None:
-                    spec = replace(spec, model=noted.model)
-                self._home = CollectionHome(
-                    self._database,
-                    self._collection,
-                    spec,
-                    self._given,
-                    reranker=reranker,
-                    store=self._settings["store"],
-                    codec=self._codec,
-                    ratio=self._spec.ratio,
-                )
-            return self._home
+        """The collection with its engine and states, both made on first use.
+
+        Raises:
+            InputError: After `delete_collection`.
+        """
+        if self._chroma_collection is None:
+            raise InputError(f"collection {self._collection_name!r} was deleted. Make another store for a new one.")
+        return self._home
 
     @property
     def index(self) -> ChromaIndex:
@@ -219,20 +198,21 @@ class ChromaWithStates(Chroma, HasStates):
 
         What is in memory only stays, and so does a client, store or engine of the app's.
         """
-        with self._lock:
-            home, self._home = self._home, None
-            if home is not None:
-                home.close()
-            self._database.close()
-            self._closed = True
+        self._home.close()
 
     @property
     def _collection(self) -> chromadb.Collection:
-        """The Chroma collection, for LangChain's own methods, too; opened again after `close`."""
-        with self._lock:
-            if self._closed:
-                self._connect()
-        return super()._collection
+        """The Chroma collection of now, for LangChain's own methods, too; opened again after `close`."""
+        return self.home.collection
+
+    @property
+    def _client(self) -> chromadb.ClientAPI:
+        """The Chroma client of now, likewise."""
+        return self._home.database.client
+
+    @_client.setter
+    def _client(self, client: chromadb.ClientAPI) -> None:
+        """Chroma's own constructor notes the client that it was given, which is this one."""
 
     def refresh(self) -> None:
         """See what other processes wrote to the folder since this was opened, or last wrote.
@@ -240,8 +220,7 @@ class ChromaWithStates(Chroma, HasStates):
         Raises:
             InputError: If the client is the app's own: open another one, and the store over it.
         """
-        self._collection  # noqa: B018 - opened again, if it was closed
-        self._database.refresh()
+        self.home.database.refresh()
 
     def rebuild(self) -> RebuildReport:
         """Make the collection again out of its own records, when its vector index is broken; see `ChromaIndex.rebuild`.
@@ -249,12 +228,7 @@ class ChromaWithStates(Chroma, HasStates):
         Raises:
             StoreError: If Chroma fails, or records can't be read at all.
         """
-        report = self.index.rebuild()
-        self._follow()
-        return report
-
-    def _is_there(self, client: chromadb.ClientAPI) -> bool:
-        return find_collection(client, self._settings["collection_name"]) is not None
+        return self.index.rebuild()
 
     def _check_embedder(self) -> None:
         """Refuse another embedder than made the collection's vectors, once: a search would give nonsense silently.
@@ -270,11 +244,6 @@ class ChromaWithStates(Chroma, HasStates):
             check_vectors(self._collection, embedder, self.home.rule, "embedding_function=")
         self._checked_embedder = True
 
-    def _follow(self) -> None:
-        """After the client was opened again: its collection, for LangChain's own methods."""
-        self._client = self._database.client
-        self._chroma_collection = require_collection(self._client, self._collection_name)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of a chain or a retriever is over the same collection, engine and states."""
         return self
@@ -286,7 +255,7 @@ class ChromaWithStates(Chroma, HasStates):
             InputError: If only this process has them, or the settings hold secrets.
         """
         held = self._settings
-        if all(held[name] is None for name in _REMOTE_OR_FOLDER) or held["client"] is not None:
+        if not self._place.lasting or held["client"] is not None:
             raise InputError("only a KaLMChroma made with persist_directory or host can be pickled.")
         signed = held["client_settings"] is not None and held["client_settings"].chroma_client_auth_credentials
         secrets = [name for name in ("headers", "chroma_cloud_api_key") if held[name]]
@@ -295,22 +264,11 @@ class ChromaWithStates(Chroma, HasStates):
                 f"{', '.join(secrets) or 'client_settings'} may hold secrets, which are not written down. Make the "
                 f"KaLMChroma where it is used."
             )
-        place = None if held["store"] is None else place_of(held["store"])
-        if isinstance(place, dict):
-            raise InputError(
-                f"KaLMChroma uses a live {place['live']}, which can't be pickled. Give store= a folder or a .sqlite3 "
-                f"file, which every process can open."
-            )
-        written = {**held, "store": place, "reranker": None}
+        written = {**held, "store": lasting_place(held["store"], "KaLMChroma"), "reranker": None}
         if held["reranker"] is not None:
             layout = self.store.layout
             written |= {**spec_of(held["reranker"]), "ratio": layout.ratio, "codec": layout.codec}
         return _reopen, (type(self), written)
-
-
-def _bundled(device: str | None, reranker: Reranker | None) -> KaLMEmbeddings:
-    """The default vectors, from the engine at hand if it is pico."""
-    return KaLMEmbeddings(device, reranker if reranker is not None and reranker.info.family == "pico" else None)
 
 
 def _reopen(kind: type[ChromaWithStates], settings: dict[str, Any]) -> ChromaWithStates:

@@ -11,6 +11,7 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
 from kalm_rag.index.lazy_engine import EngineSpec, spec_of
+from kalm_rag.index.settings import check_reranker
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,7 @@ class KaLMEmbeddings(Embeddings):
     name = BUNDLED
 
     def __init__(self, device: str | None = None, reranker: Reranker | None = None) -> None:
+        check_reranker(reranker)
         if reranker is not None and reranker.info.family != "pico":
             raise InputError(f"reranker is {reranker.info.name}, which makes no vectors; wanted an engine over pico.")
         self._spec = EngineSpec(device=device)

@@ -11,7 +11,7 @@ from langchain_core.runnables import ConfigurableFieldSpec, RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from pydantic import BaseModel, Field
 
-from kalm_rag.checks import unknown_argument_hint
+from kalm_rag.checks import check_items, unknown_argument_hint
 from kalm_rag.errors import InputError
 
 CONFIG_KEY = "kalm_instructions"
@@ -85,17 +85,19 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
             raise InputError(f"{where} has no argument {name}.{hint}")
 
 
-def check_documents(documents: object) -> None:
-    """Refuse what is no list of documents.
+def check_documents(documents: Iterable[Document]) -> list[Document]:
+    """Read documents of any iterable once.
 
     Raises:
         InputError: If it is none; the first item that is no `Document` is named.
     """
-    if isinstance(documents, str | Mapping) or not isinstance(documents, Sequence):
+    if isinstance(documents, str | Mapping):
         raise InputError(f"documents is {type(documents).__name__}; wanted a list of Document.")
-    for position, document in enumerate(documents):
+    read = check_items(documents, "documents", "a list of Document")
+    for position, document in enumerate(read):
         if not isinstance(document, Document):
             raise InputError(f"document {position} is {type(document).__name__}; wanted a langchain_core Document.")
+    return read
 
 
 def configured_instructions(config: RunnableConfig | None) -> Any:  # noqa: ANN401 - whatever the app put there

@@ -10,14 +10,15 @@ import contextlib
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from langchain_chroma import Chroma
+from langchain_chroma.vectorstores import DEFAULT_K
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 
-from kalm_rag.checks import check_passages
+from kalm_rag.checks import check_items, check_passages
 from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.errors import InputError, StoreError
 from kalm_rag.index.candidates import Owners
@@ -29,11 +30,12 @@ from kalm_rag.instructions import Instructions
 from kalm_rag.langchain.compressor import KaLMDocumentCompressor
 from kalm_rag.langchain.connection import ChromaWithStates
 from kalm_rag.langchain.embeddings import KaLMEmbeddings
-from kalm_rag.langchain.inputs import check_names
+from kalm_rag.langchain.inputs import check_documents, check_names
 from kalm_rag.langchain.retriever import KaLMRetriever
 from kalm_rag.store import GcReport, sweep_folder
 from kalm_rag.store.base import GRACE_SECONDS
 from kalm_rag.store.chroma import drop_companions
+from kalm_rag.store.rows import chunked
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -172,8 +174,8 @@ class KaLMChroma(ChromaWithStates):
         _refuse(kwargs, "add_texts", allowed=("batch_size",))
         if isinstance(metadatas, Mapping):
             raise InputError("metadatas is one dict; wanted a list with one per text. Put it in brackets.")
-        passages = check_passages(list(texts) if not isinstance(texts, str) else texts)
-        given = ids if ids is not None else [None] * len(passages)
+        passages = check_passages(texts)
+        given = check_items(ids, "ids") if ids is not None else [None] * len(passages)
         named = [i if i is not None else str(uuid.uuid4()) for i in given]
         metas: list[Mapping[str, Any] | None] = list(metadatas if metadatas is not None else [])
         metas += [None] * (len(passages) - len(metas))
@@ -182,7 +184,7 @@ class KaLMChroma(ChromaWithStates):
 
     def add_documents(self, documents: Iterable[Document], **kwargs: Any) -> list[str]:  # noqa: ANN401
         """Add documents under their ids, or new ones; see `add_texts`. Reads an iterator once."""
-        taken = list(documents)
+        taken = check_documents(documents)
         kwargs.setdefault("ids", [document.id for document in taken])
         return self.add_texts(
             [document.page_content for document in taken], [document.metadata for document in taken], **kwargs
@@ -198,14 +200,14 @@ class KaLMChroma(ChromaWithStates):
         Raises:
             InputError: If an id is unknown (nothing is written then), or occurs twice, or lengths differ.
         """
-        wanted = check_passages(ids, "ids")
+        wanted, taken = check_passages(ids, "ids"), check_documents(documents)
         known = {document.id for document in self.get_by_ids(wanted)} if wanted else set()
         unknown = [i for i in wanted if i not in known]
         if unknown:
             raise InputError(
                 f"{len(unknown)} of {len(wanted)} ids are unknown (first: {unknown[0]!r}). Add them first."
             )
-        self._upsert(wanted, [d.page_content for d in documents], [d.metadata for d in documents])
+        self._upsert(wanted, [d.page_content for d in taken], [d.metadata for d in taken])
 
     def delete(
         self,
@@ -224,28 +226,28 @@ class KaLMChroma(ChromaWithStates):
             kwargs: Refused.
 
         Raises:
-            InputError: If neither ids nor a filter is given.
+            InputError: If neither ids nor a filter is given, or the filter is none that Chroma reads.
         """
         _refuse(kwargs, "delete")
         if ids is None and where is None and where_document is None:
             raise InputError("delete got neither ids nor a filter. Use reset_collection() to delete everything.")
         wanted = [] if ids is None else check_passages(ids, "ids")
         if (where is not None or where_document is not None) and (ids is None or wanted):
-            found = self._collection.get(
-                ids=wanted or None,
-                where=None if where is None else dict(where),
-                where_document=None if where_document is None else dict(where_document),
-                include=[],
-            )
-            wanted = found["ids"]
+            with chroma_errors(f"collection {self._collection_name!r}"):
+                wanted = self._collection.get(
+                    ids=wanted or None,
+                    where=None if where is None else dict(where),
+                    where_document=None if where_document is None else dict(where_document),
+                    include=[],
+                )["ids"]
         if wanted:
             CollectionWriter(self.home).delete(wanted)  # needs no model
 
     def delete_collection(self) -> None:
         """Delete the collection and its references; unused states go with the next `gc`, those on a server at once."""
         home, collection = self.home, self._collection
-        gone, stores = home.collection_id, home.stores()
-        with self._database.writing():
+        gone, stores, database = home.collection_id, home.stores(), home.database
+        with database.writing():
             # lists in the metadata of a collection that is dropped whole turn up in new records (Chroma 1.5)
             with contextlib.suppress(StoreError), chroma_errors("delete"):
                 while ids := collection.get(limit=PAGE, include=[])["ids"]:
@@ -253,32 +255,77 @@ class KaLMChroma(ChromaWithStates):
             super().delete_collection()
         for store in stores:
             store.unreference(gone, [reference.record_id for reference in store.references(gone)])
-        if self._database.remote and self._settings["store"] is None:
+        if home.folder is None and self._settings["store"] is None:  # its states are gone with it
             home.lazy.close()
-            drop_companions(self._database.client, self._collection_name)
-        self._home = None
+            if database.remote:
+                drop_companions(database.client, self._collection_name)
 
     def reset_collection(self) -> None:
         """Delete the collection with its references, and make it anew."""
-        with self._database.writing():
-            super().reset_collection()
+        home, rule = self.home, str(self.home.rule)
+        with home.database.writing():
+            self.delete_collection()
+            self._chroma_collection = self._place.find_or_make(home.database, rule)
+            home.find_again()
 
     def add_images(
         self, uris: list[str], metadatas: list[dict[str, Any]] | None = None, ids: list[str] | None = None
     ) -> list[str]:
         """Add images, as `langchain_chroma.Chroma` does: without states, so that they come back unscored."""
-        with self._database.writing():
+        with self.home.database.writing():
             return super().add_images(uris, metadatas, ids)
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Get documents in the order asked for, each once; unknown ids and records without text are left out."""
-        wanted = list(dict.fromkeys(ids))
+        wanted = list(dict.fromkeys(check_passages(ids, "ids")))
         found: dict[str, Document] = {}
-        for start in range(0, len(wanted), PAGE):
-            page = self._collection.get(ids=wanted[start : start + PAGE], include=["documents", "metadatas"])
+        for some in chunked(wanted, PAGE):
+            with chroma_errors(f"collection {self._collection_name!r}"):
+                page = self._collection.get(ids=some, include=["documents", "metadatas"])
             rows = zip(page["ids"], page["documents"] or [], page["metadatas"] or [], strict=True)
             found |= {i: Document(text, metadata=meta or {}, id=i) for i, text, meta in rows if text is not None}
         return [found[i] for i in wanted if i in found]
+
+    def similarity_search_with_score(
+        self,
+        query: str,
+        k: int = DEFAULT_K,
+        filter: dict[str, Any] | None = None,
+        where_document: dict[str, Any] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> list[tuple[Document, float]]:
+        """Search as `langchain_chroma.Chroma` does; a filter that Chroma doesn't read is refused by name.
+
+        Args:
+            query: The question.
+            k: Documents wanted.
+            filter: Chroma metadata filter.
+            where_document: Chroma document filter.
+            kwargs: Of Chroma's ``query``.
+
+        Returns:
+            Documents with their distances, nearest first: lower is nearer.
+
+        Raises:
+            InputError: If a filter is none that Chroma reads.
+            StoreError: If Chroma fails.
+        """
+        vector = cast("Embeddings", self._embedding_function).embed_query(query)
+        return self.similarity_search_by_vector_with_relevance_scores(vector, k, filter, where_document, **kwargs)
+
+    def similarity_search_by_vector_with_relevance_scores(
+        self,
+        embedding: list[float],
+        k: int = DEFAULT_K,
+        filter: dict[str, Any] | None = None,
+        where_document: dict[str, Any] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> list[tuple[Document, float]]:
+        """Search by a vector that is at hand; see `similarity_search_with_score`."""
+        with chroma_errors(f"collection {self._collection_name!r}"):
+            return super().similarity_search_by_vector_with_relevance_scores(
+                embedding, k, filter, where_document, **kwargs
+            )
 
     def as_compressor(self, **settings: Any) -> KaLMDocumentCompressor:  # noqa: ANN401
         """Give a compressor over this store's states; `settings` are arguments of `KaLMDocumentCompressor`."""
@@ -396,9 +443,9 @@ class KaLMChroma(ChromaWithStates):
 
     def gc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
         """Drop states that no record uses; see `ChromaIndex.gc`. Of a folder also after `delete_collection`."""
-        folder = self._database.folder
+        folder = self._home.folder
         if self._chroma_collection is None and folder is not None and self._settings["store"] is None:
-            scopes = ("", self._database.scope)
+            scopes = ("", str(folder))
             return sweep_folder(folder, all_collection_ids(folder), scopes=scopes, younger_than=younger_than)
         return self.home.gc(younger_than=younger_than)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import chromadb
 from llama_index.core.bridge.pydantic import BaseModel, Field, field_serializer, field_validator
 
 from kalm_rag.errors import InputError
-from kalm_rag.index.clients import Database
-from kalm_rag.index.collection import chroma_errors
+from kalm_rag.index.place import CollectionPlace
 
-_CHROMAS_HEADERS = ("Content-Type", "User-Agent")
-"""What Chroma's client adds to the headers by itself."""
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+
+_PLACE_FIELDS = ("host", "port", "ssl", "headers", "tenant", "database")
 
 
 class CollectionFields(BaseModel):
@@ -43,42 +44,34 @@ class CollectionFields(BaseModel):
             )
         return value
 
-    def connect(self) -> Database:
-        """Open the database.
+    def place(self, client: ClientAPI | None, **how: Any) -> CollectionPlace:  # noqa: ANN401
+        """Where the fields say that the collection is, for `CollectionPlace.open`.
+
+        Args:
+            client: An open client, in place of the fields.
+            **how: How the collection is made; see `CollectionPlace`.
 
         Raises:
-            InputError: If the fields name no place, or no server answers there.
-            StoreError: If Chroma fails.
+            InputError: If the fields name no place.
         """
-        within = {name: value for name in ("tenant", "database") if (value := getattr(self, name)) is not None}
-        if self.collection_name and self.persist_dir is not None:
-            return Database.open(self.persist_dir, **within)
-        if self.collection_name and self.host is not None:
-            port = int(self.port) if self.port is not None else 8000
-            headers = None if self.headers is None else dict(self.headers)  # Chroma adds its own to it
-            with chroma_errors(f"Chroma server {self.host}:{port}"):
-                client = chromadb.HttpClient(host=self.host, port=port, ssl=self.ssl, headers=headers, **within)
-            return Database(client, owned=True)
-        raise InputError(
-            "no collection was given; wanted chroma_collection=, or collection_name= with persist_dir= or host= and "
-            "port=."
+        if not self.collection_name or (client is None and self.persist_dir is None and self.host is None):
+            raise InputError(
+                "no collection was given; wanted chroma_collection=, or collection_name= with persist_dir= or host= "
+                "and port=."
+            )
+        return CollectionPlace(
+            name=self.collection_name,
+            folder=self.persist_dir,
+            client=client,
+            **{name: getattr(self, name) for name in _PLACE_FIELDS},
+            **how,
         )
 
-    def note_connection(self, collection: chromadb.Collection) -> None:
+    def note_place(self, collection: chromadb.Collection) -> None:
         """Fill the fields that lead back to a collection, so that serialisation doesn't lose it."""
-        source: Any = collection._client
-        settings = source._system.settings
-        found: dict[str, Any] = {"collection_name": collection.name}
-        found |= {"tenant": collection.tenant, "database": collection.database}
-        if settings.chroma_server_host is not None:
-            found |= {"host": settings.chroma_server_host, "port": settings.chroma_server_http_port}
-            found["ssl"] = bool(settings.chroma_server_ssl_enabled)
-            sent = settings.chroma_server_headers or {}
-            given = {name: value for name, value in sent.items() if name not in _CHROMAS_HEADERS}
-            found["headers"] = given or None
-        elif settings.is_persistent:
-            found["persist_dir"] = settings.persist_directory
-        self.__dict__.update(found)
+        found = CollectionPlace.of(collection)
+        self.__dict__.update(collection_name=found.name, persist_dir=found.folder)
+        self.__dict__.update({name: getattr(found, name) for name in _PLACE_FIELDS})
 
     def check_written(self) -> None:
         """Refuse to pickle what can't be found again from the fields.

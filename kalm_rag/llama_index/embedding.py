@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.bridge.pydantic import ConfigDict, Field
+from llama_index.core.bridge.pydantic import Field
 
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Owners, load_states
@@ -42,8 +42,6 @@ class KaLMEmbedding(EngineFields, BaseEmbedding):
         384
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
-
     model_name: str = Field(default=BUNDLED, description="What makes the vectors.")
     embed_batch_size: int = Field(
         default=BATCH, gt=0, le=2048, description="Passages per call: encoded together, kept in one transaction."
@@ -55,7 +53,7 @@ class KaLMEmbedding(EngineFields, BaseEmbedding):
         return "KaLMEmbedding"
 
     def _embedder(self) -> BundledEmbedder:
-        engine, _ = self._parts.get()
+        engine, _ = self.lazy.get()
         if engine.info.family != "pico":
             raise InputError(
                 f"model {engine.info.name} makes no retrieval vectors; wanted pico. Use another embed_model with it."
@@ -73,7 +71,7 @@ class KaLMEmbedding(EngineFields, BaseEmbedding):
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         embedder = self._embedder()
-        engine, store = self._parts.get()
+        engine, store = self.lazy.get()
         loaded = load_states(
             engine, store, texts, missing="encode", timings=Timings(), owners=Owners.nobody(len(texts))
         )

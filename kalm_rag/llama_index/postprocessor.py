@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_validator
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serializer, field_validator
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -77,8 +77,6 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         >>> best[0].text
         "Paris is France's capital."
     """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
 
     top_n: int | None = Field(default=3, description="Most nodes given back; None gives all.")
     threshold: float | None = Field(default=None, description="Keep only P(yes) >= this.")
@@ -157,7 +155,7 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         Raises:
             InputError: If the query is blank.
         """
-        return self._parts.get()[0].preview(query, self._current())
+        return self.lazy.get()[0].preview(query, self._current())
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
@@ -220,7 +218,7 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
     def _rank(self, nodes: list[NodeWithScore], query: str, instructions: Instructions | None) -> list[RankedCandidate]:
         if is_blank(query):  # an agent's, or an empty rewriting: the app goes on, and no model is loaded
             return unscored_candidates(len(nodes), top_n=self.top_n, threshold=self.threshold)
-        engine, store = self._parts.get()
+        engine, store = self.lazy.get()
         return rank_candidates(
             engine,
             store,

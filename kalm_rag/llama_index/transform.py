@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from llama_index.core.bridge.pydantic import ConfigDict, model_validator
+from llama_index.core.bridge.pydantic import model_validator
 from llama_index.core.schema import BaseNode, TransformComponent
 from typing_extensions import Self
 
@@ -58,8 +58,6 @@ class KaLMStateTransform(PassageFields, TransformComponent):
         1
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
-
     @model_validator(mode="after")
     def _check_place(self) -> Self:
         if self.store is None:
@@ -78,7 +76,7 @@ class KaLMStateTransform(PassageFields, TransformComponent):
             StoreError: If states can't be written.
         """
         texts = [text for node in nodes if (text := read_node(node, self.rule)) is not None]
-        engine, store = self._parts.get()
+        engine, store = self.lazy.get()
         for start in range(0, len(texts), BATCH):
             kept = keep_states(engine, store, texts[start : start + BATCH], Timings())
             store.put_many(list(kept.fresh.values()))
@@ -90,7 +88,7 @@ class KaLMStateTransform(PassageFields, TransformComponent):
 
     def to_dict(self, **kwargs: object) -> dict[str, Any]:
         """Write down the fields, the model's fingerprint, and ``run``, new each time; loads the model."""
-        engine, _ = self._parts.get()
+        engine, _ = self.lazy.get()
         return {**super().to_dict(**kwargs), "fingerprint": engine.info.fingerprint, "run": uuid.uuid4().hex}
 
     @classmethod

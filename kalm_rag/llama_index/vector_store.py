@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import chromadb
 import numpy as np
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_validator
 from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
 from llama_index.vector_stores.chroma import ChromaVectorStore
@@ -23,24 +22,22 @@ from typing_extensions import Self
 
 from kalm_rag.checks import check_passages
 from kalm_rag.errors import InputError
-from kalm_rag.index.clients import Database
 from kalm_rag.index.collection import (
     SAME_VECTOR,
     CollectionNotes,
     check_vectors,
     chroma_errors,
     cosine,
-    passage_rule,
-    require_collection,
 )
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
 from kalm_rag.index.home import CollectionHome
-from kalm_rag.index.passage_rule import PassageRule
-from kalm_rag.index.rebuilding import finish
+from kalm_rag.index.lazy_engine import LazyEngine
+from kalm_rag.index.place import CollectionPlace
+from kalm_rag.index.settings import HasStates, Place, place_of
 from kalm_rag.index.writer import CollectionWriter
 from kalm_rag.llama_index.connection import CollectionFields, check_collection
 from kalm_rag.llama_index.embedding import KaLMEmbedding
-from kalm_rag.llama_index.fields import PassageFields, describe_store
+from kalm_rag.llama_index.fields import PassageFields
 from kalm_rag.llama_index.nodes import read_node, records_of
 from kalm_rag.llama_index.postprocessor import KaLMNodePostprocessor
 from kalm_rag.llama_index.upkeep import CollectionUpkeep
@@ -115,10 +112,7 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
         'Paris is the capital of France.'
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=("pydantic_model_",))
-
     codec: str | None = Field(default=None, frozen=True, description="exact, bf16 or int8; None: as stored, or exact.")
-    _given: tuple[Any, Any] = PrivateAttr()
     _writer: CollectionWriter = PrivateAttr()
     _embeddings_checked: bool = PrivateAttr(default=False)
     _bundled_checked: bool = PrivateAttr(default=False)
@@ -131,56 +125,39 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
         **fields: Any,  # noqa: ANN401 - pydantic checks each
     ) -> None:
         super(ChromaVectorStore, self).__init__(**fields)  # ChromaVectorStore's own drops what it doesn't know
-        self._given = (client, None if chroma_collection is None else check_collection(chroma_collection))
-        owner, self._collection = self._open()
+        if chroma_collection is not None:
+            given = check_collection(chroma_collection)
+            place = CollectionPlace(name=given.name, client=client, collection=given)
+        else:
+            place = self.place(client, options=self.collection_kwargs)
+        model, rule = (self.model if "model" in fields else None), str(self.rule)
+        database, self._collection = place.open(passage=rule, model=None if self.reranker is not None else model)
         try:
-            self.note_connection(self._collection)
-            self._home = self._make_home(owner, names_model="model" in fields)
+            self.note_place(self._collection)
+            self._home = CollectionHome(
+                database,
+                self._collection,
+                self._spec(),
+                CollectionNotes(model=model, revision=self.revision),
+                reranker=self.reranker,
+                store=self.store.lazy if isinstance(self.store, HasStates) else self.store,
+                codec=self.codec,
+                ratio=self.ratio,
+                default_passage=rule,
+                place=place,
+            )
+            if self.reranker is None:
+                self.__dict__["model"] = self._home.lazy.spec.model  # the collection says whose states lie beside it
+            self._follow_rule(self._home.rule, f"collection {self._collection.name!r}")
         except BaseException:
-            owner.close()
+            database.close()
             raise
-        self._parts = self._home.lazy
         self._writer = CollectionWriter(self._home)
 
-    def _make_home(self, owner: Database, *, names_model: bool) -> CollectionHome:
-        """Follow what the collection notes, and bring it together with engine and states."""
-        noted = CollectionNotes.read(self._collection.metadata)
-        if noted.model is not None and self.reranker is None and not names_model:
-            self.__dict__["model"] = noted.model  # the collection says whose states lie beside it
-        rule = _noted_rule(self._collection, noted)
-        if rule is not None:
-            self._follow_rule(rule, f"collection {self._collection.name!r}")
-        return CollectionHome(
-            owner,
-            self._collection,
-            self._spec(),
-            CollectionNotes(model=self.model if names_model else None, revision=self.revision, passage=str(self.rule)),
-            reranker=self.reranker,
-            store=getattr(self.store, "parts", self.store),
-            codec=self.codec,
-            ratio=self.ratio,
-            reopen=partial(self._open, make=False),
-        )
-
-    def _open(self, *, make: bool = True) -> tuple[Database, chromadb.Collection]:
-        """Database and collection: those given, or by name and place. A collection that is there keeps its notes."""
-        client, collection = self._given
-        if collection is not None:
-            return Database(client) if client is not None else Database.of_collection(collection), collection
-        owner = Database(client) if client is not None else self.connect()
-        if not make:
-            return owner, require_collection(owner.client, cast("str", self.collection_name))
-        notes = CollectionNotes(model=self.model, revision=self.revision, passage=str(self.rule))
-        metadata = {**(self.collection_kwargs.get("metadata") or {}), **notes.metadata()}
-        try:
-            finish(owner, cast("str", self.collection_name))
-            with owner.writing(), chroma_errors(f"collection {self.collection_name!r}"):
-                return owner, owner.client.get_or_create_collection(
-                    cast("str", self.collection_name), **{**self.collection_kwargs, "metadata": metadata}
-                )
-        except BaseException:
-            owner.close()
-            raise
+    @property
+    def lazy(self) -> LazyEngine:
+        """Engine and store, made on first use."""
+        return self._home.lazy
 
     def _live(self) -> chromadb.Collection:
         """The collection as the client of now has it; `ChromaVectorStore`'s own methods read `_collection`."""
@@ -227,7 +204,7 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
             InputError: If the collection holds vectors of another embedder.
         """
         if not self._bundled_checked and CollectionNotes.read(self._live().metadata).embedder != BUNDLED:
-            check_vectors(self._live(), BundledEmbedder(self._parts.engine()), self.rule, "embed_model=")
+            check_vectors(self._live(), BundledEmbedder(self.lazy.engine()), self.rule, "embed_model=")
         self._bundled_checked = True
         return KaLMEmbedding(store=self)
 
@@ -345,7 +322,7 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
         """Refuse to mix vectors: where a collection notes the bundled embedder, look at one of the new ones, once."""
         if self._embeddings_checked or not nodes or self._home.notes().embedder != BUNDLED:
             return
-        if self._parts.engine().info.family == "pico":
+        if self.lazy.engine().info.family == "pico":
             node = nodes[0]
             modes = (MetadataMode.EMBED, MetadataMode.NONE)
             readings = {read_node(node, self.rule), *(node.get_content(metadata_mode=mode) for mode in modes)}
@@ -365,25 +342,14 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
         with chroma_errors(f"collection {collection.name!r}"):
             return list(collection.get(where=where, include=[])["ids"])
 
-    def place(self) -> str | dict[str, str]:
+    def states_place(self) -> Place:
         """Where the states are, for the components that share them."""
         if self.store is not None:
-            return cast("str | dict[str, str]", describe_store(self.store))
+            return place_of(self.store)
         if self.persist_dir is not None:
             return str(store_file(self.persist_dir))
         return {"live": "ChromaStore" if self.host is not None else "MemoryStore"}
 
-    def _written_store(self) -> str | dict[str, str] | None:
-        """The default store is found again beside the collection, so it isn't written down."""
-        return None if self.store is None else describe_store(self.store)
-
     def __reduce__(self) -> tuple[Any, ...]:
         self.check_written()
         return super().__reduce__()
-
-
-def _noted_rule(collection: chromadb.Collection, noted: CollectionNotes) -> PassageRule | None:
-    """How a collection's records are read, as far as another door has decided it already."""
-    if noted.passage is None and noted.embedder is None:  # nobody's yet, or made by this door before rules were noted
-        return None
-    return passage_rule(collection, noted)

@@ -6,13 +6,14 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import chromadb
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from toy import IDS, QUERY, TEXTS, reopen, toy_vectors
 
@@ -142,6 +143,52 @@ def test_a_model_that_is_none_is_noted_nowhere(tmp_path: Path, pico: Reranker) -
         assert index.home.notes().model == "pico"
 
 
+@pytest.mark.parametrize("door", ["langchain", "llama_index"])
+def test_a_frameworks_door_notes_a_model_that_was_loaded(tmp_path: Path, pico: Reranker, door: str) -> None:
+    """It noted the name as it was typed before anything was loaded: no later opening of the collection worked."""
+    pytest.importorskip("langchain_chroma" if door == "langchain" else "llama_index.vector_stores.chroma")
+
+    def enter(model: str | None = None) -> Any:
+        named = {} if model is None else {"model": model}
+        if door == "langchain":
+            from kalm_rag.langchain import KaLMChroma
+
+            return KaLMChroma("docs", persist_directory=str(tmp_path / "db"), **named)
+        from kalm_rag.llama_index import KaLMChromaVectorStore
+
+        return KaLMChromaVectorStore.from_params("docs", persist_dir=str(tmp_path / "db"), **named)
+
+    def write(store: Any) -> None:
+        if door == "langchain":
+            store.add_texts(TEXTS, ids=IDS)
+            return
+        from llama_index.core.schema import TextNode
+
+        vectors = pico.backbone.embed_query("x").tolist()  # type: ignore[attr-defined]
+        store.add([TextNode(id_=i, text=t, embedding=vectors) for i, t in zip(IDS, TEXTS, strict=True)])
+
+    def noted() -> CollectionNotes:
+        with closing(chromadb.PersistentClient(str(tmp_path / "db"))) as client:
+            return CollectionNotes.read(client.get_collection("docs").metadata)
+
+    with pytest.raises(ModelError, match="no model named 'picco'"):
+        enter("picco")
+    assert not (tmp_path / "db").exists()
+    store = enter("some/repository")
+    with pytest.raises(ModelError, match="some/repository"):
+        write(store)
+    store.close()
+    assert noted().model is None
+    store = enter()
+    assert noted().model is None
+    write(store)
+    store.close()
+    assert (noted().model, noted().dtype) == ("pico", "float32")
+    again = enter()
+    assert again.verify().clean
+    again.close()
+
+
 def test_vectors_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path, tiny: Reranker) -> None:
     narrow: list[bool] = []
 
@@ -265,6 +312,7 @@ VALUES = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(metadata=st.dictionaries(st.text(max_size=6), VALUES, max_size=3))
+@example(metadata={"n": -0.0})
 def test_what_is_taken_is_kept_by_chroma(metadata: dict[str, Any]) -> None:
     client = chromadb.EphemeralClient()
     collection = client.get_or_create_collection("fuzzed", embedding_function=None)

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,14 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, MissingDependencyError, StateMismatchError, StoreError
 from kalm_rag.index.clients import LOCK_FILE
 from kalm_rag.index.lazy_engine import EngineSpec, release_engines
-from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMEmbeddings, KaLMRetriever
+from kalm_rag.langchain import (
+    KaLMChroma,
+    KaLMDocumentCompressor,
+    KaLMEmbeddings,
+    KaLMRerank,
+    KaLMRetriever,
+    StateByteStore,
+)
 from kalm_rag.store import FILE_NAME
 
 
@@ -94,6 +102,72 @@ def test_bad_writes(chroma: KaLMChroma) -> None:
         chroma.delete(["id-0"], force=True)
     with pytest.raises(InputError, match="unknown arguments: metadata"):
         chroma.add_texts(["x"], metadata=[{}])
+
+
+@pytest.mark.parametrize("bad", [{"place": {"$near": 3}}, {"$and": []}, {"place": None}], ids=repr)
+def test_a_filter_that_is_none_is_refused_by_name(chroma: KaLMChroma, bad: dict[str, Any]) -> None:
+    """Chroma's own ValueError came out, which names neither the collection nor this library."""
+    chroma.add_documents(documents())
+    for ask in (
+        lambda: chroma.delete(where=bad),
+        lambda: chroma.rerank(QUERY, filter=bad),
+        lambda: chroma.similarity_search(QUERY, filter=bad),
+        lambda: KaLMRetriever(vectorstore=chroma, keep_retrieval_score=True).invoke(QUERY, filter=bad),
+        lambda: asyncio.run(chroma.arerank(QUERY, filter=bad)),
+    ):
+        with pytest.raises(InputError, match=r"collection 'test-.*': "):
+            ask()
+    with pytest.raises(InputError, match=r"collection 'test-.*': "):
+        chroma.rerank(QUERY, where_document={"$sounds like": "honey"})
+    assert len(chroma.get()["ids"]) == 5
+
+
+def test_a_filter_over_the_bundled_vectors(pico: Reranker) -> None:
+    """There the search goes another way, with the query as the decoder reads it."""
+    store = KaLMChroma(f"bundled-{uuid.uuid4()}", reranker=pico)
+    store.add_texts(TEXTS)
+    with pytest.raises(InputError, match=r"collection 'bundled-.*': "):
+        store.rerank(QUERY, filter={"place": {"$near": 3}})
+
+
+def test_ids_and_documents_of_another_kind(chroma: KaLMChroma) -> None:
+    """A string of ids was taken character by character: three records got the ids a, b and c."""
+    chroma.add_documents(documents())
+    with pytest.raises(InputError, match=r"ids is one string; wanted a list of strings. Put it in brackets"):
+        chroma.add_texts(["x", "y", "z"], ids="abc")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="ids is one string; wanted a list"):
+        chroma.get_by_ids("abc")
+    with pytest.raises(InputError, match="id 1 is int; wanted a string"):
+        chroma.get_by_ids(["id-0", 1])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="id 0 is int; wanted a string"):
+        chroma.add_texts(["x"], ids=[1])  # type: ignore[list-item]
+    for add in (chroma.add_documents, lambda given: chroma.update_documents(["id-0"], given)):
+        with pytest.raises(InputError, match="documents is str; wanted a list of Document"):
+            add("some text")  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="document 0 is str; wanted a langchain_core Document"):
+            add(["some text"])  # type: ignore[list-item]
+    assert sorted(chroma.get()["ids"]) == [f"id-{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KaLMChroma(3), "collection_name is int; wanted a string"),  # type: ignore[arg-type]
+        (lambda: KaLMChroma("docs", client="my-db"), r"client is str; wanted an open Chroma client"),  # type: ignore[arg-type]
+        (lambda: KaLMChroma("docs", "all-MiniLM-L6-v2"), "embedding_function is str; wanted LangChain Embeddings"),  # type: ignore[arg-type]
+        (lambda: KaLMChroma("docs", persist_directory="a", host="b"), "folder and host were both given"),
+        (lambda: KaLMChroma("docs", persist_directory=3), "folder is int; wanted the path"),  # type: ignore[arg-type]
+        (lambda: KaLMChroma("docs", reranker="pico"), "reranker is str; wanted a kalm_rag.Reranker"),  # type: ignore[arg-type]
+        (lambda: KaLMEmbeddings(3), "device is 3; wanted"),  # type: ignore[arg-type]
+        (lambda: KaLMEmbeddings(reranker="pico"), "reranker is str; wanted a kalm_rag.Reranker"),  # type: ignore[arg-type]
+        (lambda: KaLMRerank(3), "compressor is int; wanted a KaLMDocumentCompressor"),  # type: ignore[arg-type]
+        (lambda: StateByteStore("my-db"), "store is str; wanted an open StateStore"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_another_kind(make: Callable[[], object], message: str) -> None:
+    """They came as an AttributeError from inside Chroma, or at the first use."""
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 def test_thousands_in_one_call(chroma: KaLMChroma) -> None:
@@ -355,7 +429,7 @@ def test_nothing_is_made_for_a_collection_that_is_not_there(tiny: Reranker, tmp_
 def test_a_second_writer_waits_or_fails_by_name(tiny: Reranker, tmp_path: Path) -> None:
     store = KaLMChroma("docs", VECTORS, str(tmp_path), reranker=tiny)
     store.add_texts(["one"], ids=["1"])
-    store._database.lock_seconds = 0.05
+    store.home.database.lock_seconds = 0.05
     writes = (
         lambda: store.add_texts(["two"], ids=["2"]),
         lambda: store.update_documents(["1"], [Document("changed")]),

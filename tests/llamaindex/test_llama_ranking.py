@@ -177,7 +177,7 @@ class TestBadInput:
             KaLMNodePostprocessor(**fields)
 
     def test_both_model_and_reranker(self, tiny: Reranker) -> None:
-        with pytest.raises(ValidationError, match="both reranker and model were given"):
+        with pytest.raises(ValidationError, match="reranker and model were both given"):
             KaLMNodePostprocessor(reranker=tiny, model="pico")
 
     def test_engine_fields_are_fixed(self) -> None:

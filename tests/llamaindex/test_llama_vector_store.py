@@ -257,6 +257,15 @@ class TestVectorStore:
                 make(client)
             with pytest.raises(InputError, match=r"is AsyncCollection; wanted .* Open it with chromadb.HttpClient"):
                 make(AsyncCollection(client=object(), model=collection._model))
+        with pytest.raises(InputError, match="is int; wanted an open chromadb Collection"):
+            KaLMChromaVectorStore(3)
+        for named in ({"chroma_collection": collection}, {"collection_name": "x"}):
+            with pytest.raises(InputError, match="client is str; wanted an open Chroma client"):
+                KaLMChromaVectorStore(**named, client="my-db")
+        with pytest.raises(InputError, match="folder and host were both given"):
+            KaLMChromaVectorStore(collection_name="x", persist_dir="a", host="b")
+        with pytest.raises(InputError, match="port is 'http'; wanted a whole number"):
+            KaLMChromaVectorStore(collection_name="x", host="b", port="http")
         store = MemoryStore(tiny.layout("int8"))
         vectors = KaLMChromaVectorStore.from_collection(collection, reranker=tiny, store=store)
         vectors.add(make_nodes())
