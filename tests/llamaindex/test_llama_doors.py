@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import hashlib
 import logging
@@ -30,6 +31,7 @@ from kalm_rag.errors import InputError, StateMismatchError, StoreError
 from kalm_rag.index.clients import LOCK_FILE
 from kalm_rag.index.collection import CollectionNotes
 from kalm_rag.llama_index import KaLMChromaVectorStore, KaLMNodePostprocessor, KaLMStateTransform
+from kalm_rag.models.pico.encoder import MiniLMEncoder
 
 TITLED = [{"title": f"Title {i}"} for i in range(len(TEXTS))]
 
@@ -95,6 +97,30 @@ class TestCost:
         assert vectors.verify().clean
         vectors.as_embedding().get_text_embedding("Of no record.")
         assert stored(vectors) == 30
+
+    @pytest.mark.parametrize("how", ["retriever", "aretriever", "twice", "postprocessor"])
+    def test_a_query_is_read_once(
+        self, pico: Reranker, collection: Any, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        """The embedding reads it for the search, the postprocessor for the decoder: one pass for both."""
+        vectors = KaLMChromaVectorStore(collection, reranker=pico)
+        context = StorageContext.from_defaults(vector_store=vectors)
+        nodes = [TextNode(id_=f"n{i}", text=text) for i, text in enumerate(TEXTS)]
+        index = VectorStoreIndex(nodes, storage_context=context, embed_model=vectors.as_embedding())
+        retriever, post = index.as_retriever(similarity_top_k=4), vectors.as_postprocessor(missing="raise")
+        passes: list[int] = []
+        real = MiniLMEncoder.hidden
+        monkeypatch.setattr(MiniLMEncoder, "hidden", lambda self, ids: (passes.append(len(ids)), real(self, ids))[1])
+        query = f"Which river is the longest, asked by {how}?"
+        if how == "postprocessor":
+            assert post.postprocess_nodes(scored(nodes), query_str=query)
+        elif how == "aretriever":
+            found = asyncio.run(retriever.aretrieve(query))
+            assert asyncio.run(post.apostprocess_nodes(found, query_str=query))
+        else:
+            for _ in range(2 if how == "twice" else 1):
+                assert post.postprocess_nodes(retriever.retrieve(query), query_str=query)
+        assert passes == [1]
 
     def test_cut_passages_are_told(self, pico: Reranker, collection: Any, caplog: pytest.LogCaptureFixture) -> None:
         """LlamaIndex's default splitter makes 1,024 tokens; what a model doesn't read was cut without a word."""
