@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, PrivateAttr, StrictInt, field_serializer, field_validator, model_validator
 from typing_extensions import Self
@@ -44,7 +44,22 @@ class HasStates(ABC):
         """Where its states are."""
 
 
-class EngineSettings(BaseModel, HasStates):
+class ByName(BaseModel):
+    """A component whose arguments all have names."""
+
+    if not TYPE_CHECKING:  # type checkers read the fields
+
+        def __init__(self, *unnamed: object, **fields: object) -> None:
+            if unnamed:
+                names = ", ".join([*type(self).model_fields][:3])
+                raise InputError(
+                    f"{type(self).__name__} got {type(unnamed[0]).__name__} without a name; wanted its arguments by "
+                    f"name: {names}, ..."
+                )
+            super().__init__(**fields)
+
+
+class EngineSettings(ByName, HasStates):
     """Fields of engine and states. `EngineSpec` says what those of the engine mean."""
 
     model: str = Field(default="pico", description="Model name, repository id or folder.")

@@ -20,6 +20,7 @@ from kalm_rag.checks import check_count, check_cut, check_text
 from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Owners
+from kalm_rag.index.settings import ByName
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.compressor import RETRIEVAL_RANK, RETRIEVAL_SCORE, KaLMDocumentCompressor
 from kalm_rag.langchain.inputs import CONFIG_SPECS, check_names, configured_instructions
@@ -50,7 +51,7 @@ class KeepsStates(Protocol):
         ...
 
 
-class KaLMRetriever(BaseRetriever):
+class KaLMRetriever(ByName, BaseRetriever):
     """Takes `fetch_k` candidates from a vector store and gives the `k` that the decoder finds most relevant.
 
     Over a `KaLMChroma` the candidates' stored states are used. Over any other vector store (or with a `compressor` of

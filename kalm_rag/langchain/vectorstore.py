@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from langchain_chroma import Chroma
 from langchain_chroma.vectorstores import DEFAULT_K
@@ -18,7 +18,7 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 
-from kalm_rag.checks import check_items, check_passages
+from kalm_rag.checks import check_count, check_items, check_passages
 from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.errors import InputError, StoreError
 from kalm_rag.index.candidates import Owners
@@ -39,6 +39,20 @@ from kalm_rag.store.rows import chunked
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _named(method: Method) -> Method:
+    """One of Chroma's own methods, whose errors come back as ours: what the caller got wrong as an `InputError`."""
+
+    @wraps(method)
+    def named(self: KaLMChroma, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with chroma_errors(f"collection {self._collection_name!r}"):
+            return method(self, *args, **kwargs)
+
+    return cast("Method", named)
 
 
 class KaLMChroma(ChromaWithStates):
@@ -101,6 +115,11 @@ class KaLMChroma(ChromaWithStates):
         >>> [document.id for document in store.rerank("What is the capital of France?", k=2)]
         ['paris', 'spain']
     """
+
+    get = _named(Chroma.get)
+    similarity_search_by_vector = _named(Chroma.similarity_search_by_vector)
+    similarity_search_by_vector_with_relevance_scores = _named(Chroma.similarity_search_by_vector_with_relevance_scores)
+    max_marginal_relevance_search_by_vector = _named(Chroma.max_marginal_relevance_search_by_vector)
 
     @classmethod
     def from_texts(  # type: ignore[override]
@@ -313,20 +332,6 @@ class KaLMChroma(ChromaWithStates):
         vector = cast("Embeddings", self._embedding_function).embed_query(query)
         return self.similarity_search_by_vector_with_relevance_scores(vector, k, filter, where_document, **kwargs)
 
-    def similarity_search_by_vector_with_relevance_scores(
-        self,
-        embedding: list[float],
-        k: int = DEFAULT_K,
-        filter: dict[str, Any] | None = None,
-        where_document: dict[str, Any] | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> list[tuple[Document, float]]:
-        """Search by a vector that is at hand; see `similarity_search_with_score`."""
-        with chroma_errors(f"collection {self._collection_name!r}"):
-            return super().similarity_search_by_vector_with_relevance_scores(
-                embedding, k, filter, where_document, **kwargs
-            )
-
     def as_compressor(self, **settings: Any) -> KaLMDocumentCompressor:  # noqa: ANN401
         """Give a compressor over this store's states; `settings` are arguments of `KaLMDocumentCompressor`."""
         own = {"store": self, "missing": self._missing, "passage": str(self.home.rule)}
@@ -380,6 +385,8 @@ class KaLMChroma(ChromaWithStates):
         if k is not None and "top_n" in settings:
             raise InputError("k and top_n were both given; wanted one of them.")
         check_names(settings, (*KaLMDocumentCompressor.model_fields, "k"), "rerank")
+        check_count(k if k is not None else 1, "k")
+        check_count(fetch_k, "fetch_k")
         wanted: dict[str, Any] = {} if k is None else {"k": k}
         return KaLMRetriever(
             vectorstore=self,

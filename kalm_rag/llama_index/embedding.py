@@ -8,6 +8,7 @@ import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import Field
 
+from kalm_rag.checks import check_passages
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Owners, load_states
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
@@ -73,7 +74,12 @@ class KaLMEmbedding(EngineFields, BaseEmbedding):
         embedder = self._embedder()
         engine, store = self.lazy.get()
         loaded = load_states(
-            engine, store, texts, missing="encode", timings=Timings(), owners=Owners.nobody(len(texts))
+            engine,
+            store,
+            check_passages(texts, "texts"),
+            missing="encode",
+            timings=Timings(),
+            owners=Owners.nobody(len(texts)),
         )
         vectors = np.empty((0, 0)) if loaded.states is None else embedder.from_states(loaded.states)
         return [[float(x) for x in vector] for vector in vectors]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, TextNode
 from llama_index.core.vector_stores.utils import (
@@ -14,7 +14,7 @@ from llama_index.core.vector_stores.utils import (
     node_to_metadata_dict,
 )
 
-from kalm_rag.checks import check_text
+from kalm_rag.checks import check_items, check_text
 from kalm_rag.errors import InputError
 from kalm_rag.index.collection import check_ids, check_metadata
 from kalm_rag.index.passage_rule import PassageRule
@@ -24,6 +24,22 @@ logger = logging.getLogger(__name__)
 
 SCORE_KEY = "retrieval_score"
 """Metadata key of the score a node came with; the name that LlamaIndex's own rerankers use."""
+
+
+Kind = TypeVar("Kind")
+
+
+def check_nodes(nodes: Iterable[Kind], kind: type) -> list[Kind]:
+    """Read nodes of any iterable once.
+
+    Raises:
+        InputError: If it is none; the first item of another kind is named.
+    """
+    read = check_items(nodes, "nodes", f"a list of {kind.__name__}")
+    for position, node in enumerate(read):
+        if not isinstance(node, kind):
+            raise InputError(f"node {position} is {type(node).__name__}; wanted a {kind.__name__}.")
+    return read
 
 
 def node_text(node: BaseNode, mode: MetadataMode) -> str | None:

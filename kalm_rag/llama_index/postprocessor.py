@@ -24,7 +24,7 @@ from kalm_rag.index.candidates import Missing, RankedCandidate, check_missing
 from kalm_rag.index.lazy_engine import is_blank, rank_candidates, unscored_candidates
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.llama_index.fields import PassageFields
-from kalm_rag.llama_index.nodes import read_node, with_score
+from kalm_rag.llama_index.nodes import check_nodes, read_node, with_score
 from kalm_rag.llama_index.steering import calling_engine, override, overriding
 
 logger = logging.getLogger(__name__)
@@ -206,6 +206,7 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         if query is None:
             raise InputError("no query was given; wanted query_str= or query_bundle=, which nodes are ranked for.")
         check_text(query.query_str, "query")
+        check_nodes(nodes, NodeWithScore)
         check_cut(self.top_n, self.threshold)
         check_missing(self.missing)
         if not nodes:

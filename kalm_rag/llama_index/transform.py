@@ -16,7 +16,7 @@ from kalm_rag.index.candidates import keep_states
 from kalm_rag.index.results import Timings
 from kalm_rag.index.writer import BATCH
 from kalm_rag.llama_index.fields import PassageFields
-from kalm_rag.llama_index.nodes import read_node
+from kalm_rag.llama_index.nodes import check_nodes, read_node
 
 
 class KaLMStateTransform(PassageFields, TransformComponent):
@@ -75,7 +75,7 @@ class KaLMStateTransform(PassageFields, TransformComponent):
         Raises:
             StoreError: If states can't be written.
         """
-        texts = [text for node in nodes if (text := read_node(node, self.rule)) is not None]
+        texts = [text for node in check_nodes(nodes, BaseNode) if (text := read_node(node, self.rule)) is not None]
         engine, store = self.lazy.get()
         for start in range(0, len(texts), BATCH):
             kept = keep_states(engine, store, texts[start : start + BATCH], Timings())

@@ -20,7 +20,7 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.chroma.base import _to_chroma_filter
 from typing_extensions import Self
 
-from kalm_rag.checks import check_passages
+from kalm_rag.checks import check_passages, check_text
 from kalm_rag.errors import InputError
 from kalm_rag.index.collection import (
     SAME_VECTOR,
@@ -38,7 +38,7 @@ from kalm_rag.index.writer import CollectionWriter
 from kalm_rag.llama_index.connection import CollectionFields, check_collection
 from kalm_rag.llama_index.embedding import KaLMEmbedding
 from kalm_rag.llama_index.fields import PassageFields
-from kalm_rag.llama_index.nodes import read_node, records_of
+from kalm_rag.llama_index.nodes import check_nodes, read_node, records_of
 from kalm_rag.llama_index.postprocessor import KaLMNodePostprocessor
 from kalm_rag.llama_index.upkeep import CollectionUpkeep
 from kalm_rag.states import Codec
@@ -224,7 +224,7 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
             StoreError: If the states can't be written, or another process keeps writing to the same folder. Batches
                 finished before stay.
         """
-        given = list(nodes)
+        given = check_nodes(nodes, BaseNode)
         distinct = list({node.node_id: node for node in given}.values())
         records = records_of(distinct, flat_metadata=self.flat_metadata)
         self._check_embeddings(distinct)
@@ -241,18 +241,18 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
 
     def delete(self, ref_doc_id: str, **delete_kwargs: object) -> None:
         """Delete the nodes of a document, and their references."""
-        self._writer.delete(self._matching({"document_id": ref_doc_id}))
+        self._writer.delete(self._matching({"document_id": check_text(ref_doc_id, "ref_doc_id")}))
 
     def delete_nodes(self, node_ids: list[str] | None = None, filters: Filters = None, **delete_kwargs: object) -> None:
         """Delete nodes by id, by filter, or those of the ids that the filter lets through; neither deletes nothing."""
+        wanted = None if node_ids is None else check_passages(node_ids, "node_ids")
         if isinstance(filters, list):
             filters = MetadataFilters(filters=[*filters])
-        if filters is None or not filters.filters:
-            self._writer.delete(check_passages(node_ids, "node_ids") if node_ids is not None else [])
+        if filters is None or (isinstance(filters, MetadataFilters) and not filters.filters):
+            self._writer.delete(wanted if wanted is not None else [])
             return
-        found = self._matching(_to_chroma_filter(filters))
-        wanted = None if node_ids is None else set(check_passages(node_ids, "node_ids"))
-        self._writer.delete(found if wanted is None else [i for i in found if i in wanted])
+        found = self._matching(filters)
+        self._writer.delete(found if wanted is None else [i for i in found if i in set(wanted)])
 
     def clear(self) -> None:
         """Delete all nodes, and all references of the collection."""
@@ -272,8 +272,9 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
             InputError: If the filter is none that Chroma reads.
             StoreError: If Chroma fails.
         """
+        wanted = None if node_ids is None else check_passages(node_ids, "node_ids")
         with chroma_errors(f"collection {self._live().name!r}"):
-            return super().get_nodes(node_ids, filters)
+            return super().get_nodes(wanted, filters)
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:  # noqa: ANN401 - LlamaIndex's
         """Search by vector; see LlamaIndex's `ChromaVectorStore.query`.
@@ -337,9 +338,13 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
                 )
         self._embeddings_checked = True
 
-    def _matching(self, where: Any) -> list[str]:  # noqa: ANN401 - Chroma's filter
+    def _matching(self, which: MetadataFilters | dict[str, Any] | None) -> list[str]:
+        """Ids of the records that LlamaIndex's filters, or Chroma's own, let through."""
+        if which is not None and not isinstance(which, MetadataFilters | dict):
+            raise InputError(f"filters is {type(which).__name__}; wanted MetadataFilters, or a list of them.")
         collection = self._live()
         with chroma_errors(f"collection {collection.name!r}"):
+            where = _to_chroma_filter(which) if isinstance(which, MetadataFilters) else which
             return list(collection.get(where=where, include=[])["ids"])
 
     def states_place(self) -> Place:

@@ -112,6 +112,9 @@ def test_a_filter_that_is_none_is_refused_by_name(chroma: KaLMChroma, bad: dict[
         lambda: chroma.delete(where=bad),
         lambda: chroma.rerank(QUERY, filter=bad),
         lambda: chroma.similarity_search(QUERY, filter=bad),
+        lambda: chroma.max_marginal_relevance_search(QUERY, filter=bad),
+        lambda: chroma.similarity_search_by_vector([0.0] * 6, filter=bad),
+        lambda: chroma.get(where=bad),
         lambda: KaLMRetriever(vectorstore=chroma, keep_retrieval_score=True).invoke(QUERY, filter=bad),
         lambda: asyncio.run(chroma.arerank(QUERY, filter=bad)),
     ):
@@ -119,6 +122,8 @@ def test_a_filter_that_is_none_is_refused_by_name(chroma: KaLMChroma, bad: dict[
             ask()
     with pytest.raises(InputError, match=r"collection 'test-.*': "):
         chroma.rerank(QUERY, where_document={"$sounds like": "honey"})
+    with pytest.raises(InputError, match="k is 'x'; wanted a whole number"):
+        chroma.rerank(QUERY, k="x")  # type: ignore[arg-type]
     assert len(chroma.get()["ids"]) == 5
 
 
@@ -161,6 +166,8 @@ def test_ids_and_documents_of_another_kind(chroma: KaLMChroma) -> None:
         (lambda: KaLMEmbeddings(3), "device is 3; wanted"),  # type: ignore[arg-type]
         (lambda: KaLMEmbeddings(reranker="pico"), "reranker is str; wanted a kalm_rag.Reranker"),  # type: ignore[arg-type]
         (lambda: KaLMRerank(3), "compressor is int; wanted a KaLMDocumentCompressor"),  # type: ignore[arg-type]
+        (lambda: KaLMRetriever(3), "KaLMRetriever got int without a name; wanted its arguments by name"),  # type: ignore[call-arg, misc]
+        (lambda: KaLMDocumentCompressor("pico"), "KaLMDocumentCompressor got str without a name"),  # type: ignore[call-arg, misc]
         (lambda: StateByteStore("my-db"), "store is str; wanted an open StateStore"),  # type: ignore[arg-type]
     ],
 )

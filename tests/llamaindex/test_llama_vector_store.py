@@ -6,6 +6,7 @@ import asyncio
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import chromadb
@@ -18,7 +19,7 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
-from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
+from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters, VectorStoreQuery
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_nodes import (
     EMBEDDING,
@@ -40,7 +41,7 @@ from stores import running_chroma
 from kalm_rag import Instructions, Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.lazy_engine import release_engines
-from kalm_rag.llama_index import KaLMChromaVectorStore
+from kalm_rag.llama_index import KaLMChromaVectorStore, KaLMEmbedding, KaLMNodePostprocessor, KaLMStateTransform
 from kalm_rag.store.memory import MemoryStore
 
 
@@ -337,6 +338,33 @@ class TestVectorStore:
         assert len(engine_of(index, vectors.as_postprocessor()).query(QUERY).source_nodes) == 3
         vectors.backfill()
         assert vectors.verify().clean
+
+
+def test_arguments_of_another_kind(vectors: KaLMChromaVectorStore, pico: Reranker) -> None:
+    """They came as an AttributeError from inside LlamaIndex or Chroma; a string of ids was taken for its characters."""
+    vectors.add(make_nodes())
+    post = vectors.as_postprocessor()
+    unsupported = MetadataFilters(filters=[MetadataFilter(key="topic", value="t", operator=FilterOperator.TEXT_MATCH)])
+    tries: list[tuple[Callable[[], object], str]] = [
+        (lambda: vectors.add("text"), "nodes is one string; wanted a list of BaseNode"),  # type: ignore[arg-type]
+        (lambda: vectors.add(["text"]), "node 0 is str; wanted a BaseNode"),  # type: ignore[list-item]
+        (lambda: KaLMStateTransform(store=vectors)(["text"]), "node 0 is str; wanted a BaseNode"),  # type: ignore[list-item]
+        (lambda: vectors.delete(3), "ref_doc_id is int; wanted a string"),  # type: ignore[arg-type]
+        (lambda: vectors.delete_nodes("n0"), "node_ids is one string; wanted a list"),  # type: ignore[arg-type]
+        (lambda: vectors.delete_nodes(["n0"], filters="x"), "filters is str; wanted MetadataFilters"),  # type: ignore[arg-type]
+        (lambda: vectors.delete_nodes(filters=unsupported), "collection 'c-.*': Filter operator .* not supported"),
+        (lambda: vectors.get_nodes(filters=unsupported), "collection 'c-.*': Filter operator .* not supported"),
+        (lambda: vectors.get_nodes("n0"), "node_ids is one string; wanted a list"),  # type: ignore[arg-type]
+        (lambda: vectors.get_nodes([1]), "node_id 0 is int; wanted a string"),  # type: ignore[list-item]
+        (lambda: post.postprocess_nodes(["text"], query_str=QUERY), "node 0 is str; wanted a NodeWithScore"),  # type: ignore[list-item]
+        (lambda: KaLMEmbedding(reranker=pico).get_text_embedding(3), "text 0 is int; wanted a string"),  # type: ignore[arg-type]
+        (lambda: KaLMNodePostprocessor(3), "KaLMNodePostprocessor got int without a name; wanted its"),  # type: ignore[call-arg, misc]
+        (lambda: KaLMEmbedding("pico"), "KaLMEmbedding got str without a name"),  # type: ignore[call-arg, misc]
+    ]
+    for attempt, message in tries:
+        with pytest.raises(InputError, match=message):
+            attempt()
+    assert len(vectors.get_nodes()) == 4
 
 
 def test_a_new_collection_notes_its_model(tmp_path: Path, tiny_folder: Path) -> None:
