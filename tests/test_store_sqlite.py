@@ -703,6 +703,21 @@ def test_opening_a_locked_file_waits_as_long_as_told(path: Path, filled: list[Pa
     check_kept(path, filled)
 
 
+def test_a_file_that_is_being_made_has_no_layouts_yet(path: Path) -> None:
+    """Whoever swept or opened a folder while another process made the file was told that it is broken."""
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as maker:
+        maker.execute("PRAGMA journal_mode=WAL")
+        maker.execute("PRAGMA application_id=0")  # writes the file's first page, and no table
+        assert path.stat().st_size > 0
+        assert stored_layout(path, LAYOUT.fingerprint) is None
+        assert collection_layouts(path, "c") == []
+        with pytest.raises(StoreFormatError, match="it is empty"):
+            SqliteStore.open(path, LAYOUT, read_only=True)
+    SqliteStore.open(path, LAYOUT).close()
+    assert stored_layout(path, LAYOUT.fingerprint) == LAYOUT
+
+
 def test_file_deleted_under_an_open_store(path: Path, filled: list[PassageStates]) -> None:
     store = SqliteStore.open(path, LAYOUT)
     store._pool._close_idle()

@@ -71,6 +71,10 @@ ADDED = (
 )
 
 
+class EmptyStoreError(StoreFormatError):
+    """The file has no tables: it was opened to be read, and nobody wrote, or another process is making it now."""
+
+
 def page_size(layout: Layout) -> int:
     """Bytes per page: the power of two that half a typical passage fills.
 
@@ -157,7 +161,7 @@ def recognise(connection: sqlite3.Connection, path: Path) -> bool:
 
 def _create(connection: sqlite3.Connection, path: Path, mode: str, layout: Layout | None, timeout: float) -> None:
     if mode != "rwc" or layout is None:
-        raise StoreFormatError(f"{path} holds no state store (it is empty). Index first, with read_only=False.")
+        raise EmptyStoreError(f"{path} holds no state store (it is empty). Index first, with read_only=False.")
     connection.execute(f"PRAGMA page_size={page_size(layout)}")  # before the first table, or it has no effect
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # gc gives space back in steps; a VACUUM locks everyone out
     use_wal(connection, timeout)

@@ -24,7 +24,7 @@ from kalm_rag.store.connections import ConnectionPool, transaction, translate
 from kalm_rag.store.namespaces import make_namespace, read_namespace, read_namespaces
 from kalm_rag.store.repair import drop_damaged, find_damage
 from kalm_rag.store.rows import StoredRow, assemble, chunked, make_row
-from kalm_rag.store.schema import check_ascending, marks, open_pool
+from kalm_rag.store.schema import EmptyStoreError, check_ascending, marks, open_pool
 from kalm_rag.store.sweep import drop_unused, forget_collection, give_back_space
 
 CHUNK = 500  # values in one statement; SQLite's older limit is 999
@@ -281,6 +281,9 @@ def _read_layouts(path: Path, timeout: float, where: str = "1", values: Sequence
     check_seconds(timeout, "timeout")
     if not path.exists() or path.stat().st_size == 0:
         return []
-    pool, _ = open_pool(path, None, read_only=True, timeout=timeout)
+    try:
+        pool, _ = open_pool(path, None, read_only=True, timeout=timeout)
+    except EmptyStoreError:  # a process that makes it has not come to its tables yet
+        return []
     with contextlib.closing(pool), pool.borrow() as connection:
         return [layout for _, layout in read_namespaces(connection, path, where, values)]
