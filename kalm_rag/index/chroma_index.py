@@ -39,6 +39,7 @@ from kalm_rag.index.writer import CollectionWriter, Records
 from kalm_rag.instructions import Instructions, as_instructions
 from kalm_rag.states import Codec
 from kalm_rag.store import GcReport, StateStore
+from kalm_rag.store.arguments import check_store
 from kalm_rag.store.base import GRACE_SECONDS
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class ChromaIndex:
         if path is not None and client is not None:
             raise InputError("both path and client were given; wanted one of them.")
         check_missing(missing)
+        check_store(store)
         wrapped = None if embedder is None or embedder == BUNDLED else wrap_embedder(embedder)
         given = CollectionNotes(
             model=None if model is None else model.info.name if isinstance(model, Reranker) else model,

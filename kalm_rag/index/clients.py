@@ -87,14 +87,11 @@ class Database:
             InputError: If the path is a file, or no database under ``create=False``; nothing is made then.
             StoreError: If Chroma can't open it.
         """
-        if path is not None and not create and not (Path(path).expanduser() / "chroma.sqlite3").exists():
-            _check_folder(Path(path).expanduser())
+        folder = None if path is None else _folder(path)
+        if folder is not None and not create and not (folder / "chroma.sqlite3").exists():
             raise InputError(f"no Chroma database in {path}. Index some text first, or name another folder.")
-        path = (
-            None if path is None else Path(path).expanduser().resolve()
-        )  # one folder, one client, however it is spelled
-        before = None if path is None else _last_write(path)  # or a write meanwhile would be missed
-        return cls(_open_client(path, **client_fields), owned=True, last_write=before)
+        before = None if folder is None else _last_write(folder)  # or a write meanwhile would be missed
+        return cls(_open_client(folder, **client_fields), owned=True, last_write=before)
 
     @classmethod
     def of_collection(cls, collection: Collection) -> Database:
@@ -235,26 +232,36 @@ _HANDLES = 2
 """References that one client holds on Chroma's system: its own and its admin client's."""
 
 
-def _open_client(path: str | os.PathLike[str] | None, **fields: str) -> ClientAPI:
-    if path is None:
+def _open_client(folder: Path | None, **fields: str) -> ClientAPI:
+    if folder is None:
         return chromadb.EphemeralClient(settings=_settings("ephemeral"), **fields)
-    folder = Path(path).expanduser()
-    _check_folder(folder)
     _check_unlocked(folder)
     try:
         return chromadb.PersistentClient(str(folder), settings=_settings(str(folder)), **fields)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as err:  # Chroma's Rust part raises panics as BaseException
+        if str(folder) not in SharedSystemClient._identifier_to_refcount:  # half made, it would be the next one's
+            SharedSystemClient._identifier_to_system.pop(str(folder), None)
         raise StoreError(
             f"Chroma can't open the database {folder} ({type(err).__name__}: {str(err)[:200]}). Check that the folder "
             f"can be read and written, and that tenant and database exist."
         ) from err
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """The folder that a path names: one folder, one client, however it is spelled."""
+    try:
+        folder = Path(path).expanduser().resolve()
+        is_file = folder.exists() and not folder.is_dir()
+    except (TypeError, ValueError, RuntimeError, OSError) as err:  # bytes; a NUL; no such user's home; too long
+        raise InputError(
+            f"path is {path!r:.200}, which is no folder here ({type(err).__name__}: {str(err)[:80]}). "
+            f"Name the folder of a Chroma database."
+        ) from err
+    if is_file:
         raise InputError(f"{folder} is a file; wanted the folder of a Chroma database.")
+    return folder
 
 
 def _settings(identifier: str) -> Settings:

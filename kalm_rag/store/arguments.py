@@ -119,6 +119,16 @@ def check_sweep(
     return live, set(check_ids(scopes, "scopes")), before
 
 
+def check_store(store: object) -> None:
+    """Refuse what holds no states.
+
+    Raises:
+        InputError: If it is neither None nor a `StateStore`.
+    """
+    if store is not None and not (callable(getattr(store, "get_many", None)) and hasattr(store, "layout")):
+        raise InputError(f"store is {type(store).__name__}; wanted a StateStore, as open_store(...) gives, or None.")
+
+
 def check_same_layout(stored: Layout, wanted: Layout, where: str) -> None:
     """Refuse to open a namespace under another layout than the one it was made with.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import chromadb
 import pytest
@@ -194,3 +197,25 @@ def test_foreign_errors_come_out_as_ours(tmp_path: Path, tiny: Reranker) -> None
                 index.query(QUERY, **options)  # type: ignore[arg-type]
         with pytest.raises(InputError, match=r"id 0 is empty|ids\[0\] is empty"):
             index.add([""], ["x"])
+
+
+@pytest.mark.parametrize("path", ["\0", b"x", 3, "x" * 5000, "a\ud800", "~nobody-of-this-name/x"], ids=repr)
+def test_paths_that_are_none_are_told(tmp_path: Path, tiny: Reranker, path: Any) -> None:
+    with pytest.raises(InputError, match=r"path is .* is no folder here"):
+        reopen(path, tiny)
+    with pytest.raises(InputError, match="store is int; wanted a StateStore"):
+        reopen(tmp_path / "db", tiny, store=3)
+    assert not (tmp_path / "db").exists()
+
+
+def test_who_opens_again_gets_no_half_made_client(tmp_path: Path, tiny: Reranker) -> None:
+    """Every second opening failed on what the first had left: 'RustBindingsAPI' object has no attribute 'bindings'."""
+    file = tmp_path / "chroma.sqlite3"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE migrations (none_of_chromas TEXT)")
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"can't open the database .*no such column"):
+            reopen(tmp_path, tiny)
+    file.unlink()
+    with reopen(tmp_path, tiny) as index:
+        assert len(index) == 0
