@@ -10,9 +10,9 @@ import weakref
 from collections.abc import Sequence
 
 from kalm_rag.states import Layout, PassageStates, split_batch
-from kalm_rag.store import Reference, StateStore
-from kalm_rag.store.base import Fetched
+from kalm_rag.store import Fetched, Reference, StateStore
 from kalm_rag.store.memory import MemoryStore
+from kalm_rag.store.rows import StoredRow
 
 CACHE_BYTES = 256 * 1024 * 1024
 """Most bytes of states kept in memory per model and ratio, for adapters without a store (2,700 full-length passages
@@ -27,12 +27,7 @@ _lock = threading.Lock()
 
 
 class CacheStore(MemoryStore):
-    """A memory store with an upper bound: the least recently used states make room. Keeps no references.
-
-    Args:
-        layout: Model, width, ratio, codec and dtype.
-        max_bytes: Most bytes of payload held.
-    """
+    """A memory store with a bound on its bytes of payload: the least recently used states make room."""
 
     def __init__(self, layout: Layout, max_bytes: int = CACHE_BYTES) -> None:
         super().__init__(layout)
@@ -55,16 +50,9 @@ class CacheStore(MemoryStore):
         found = [keys[position] for position in fetched.found]
         return {} if fetched.batch is None else dict(zip(found, split_batch(fetched.batch, found), strict=True))
 
-    def put_many(
-        self,
-        states: Sequence[PassageStates],
-        references: Sequence[Reference] = (),
-        *,
-        scope: str = "",
-        wait: float | None = None,
-    ) -> None:
+    def _put(self, rows: list[StoredRow], references: list[Reference], scope: str, wait: float | None) -> None:
         """Keep states, then drop the least recently used until the bound holds; references are not kept."""
-        super().put_many(states)
+        super()._put(rows, [], scope, wait)
         with self._lock:
             self._held = sum(len(row.payload) for row in self._rows.values())
             while self._held > self.max_bytes:

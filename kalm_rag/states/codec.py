@@ -25,7 +25,6 @@ from kalm_rag.states.passage import PassageStates, StateBatch
 FORMATS = {False: 1, True: 2}
 """Versions of the byte format written by `pack_states`, by whether token ids are kept."""
 
-
 MOST_IDS = 1 << 16
 """Token ids that can be kept are below this: two bytes each."""
 
@@ -43,11 +42,7 @@ class Codec(str, Enum):
 
     @classmethod
     def parse(cls, value: str | Codec) -> Codec:
-        """Read a codec name.
-
-        Raises:
-            InputError: If there is no such codec.
-        """
+        """Read a codec name; InputError if there is no such codec."""
         try:
             return cls(value)
         except ValueError as err:
@@ -103,10 +98,14 @@ class Layout:
         return FORMATS[self.keeps_token_ids]
 
     @property
+    def fields(self) -> tuple[str, int, int, str, str, int]:
+        """What a store writes down of a layout: fingerprint, width, ratio, codec, dtype, byte format."""
+        return (self.fingerprint, self.hidden_size, self.ratio, self.codec.value, self.state_dtype, self.format)
+
+    @property
     def checksum(self) -> int:
         """CRC-32 over all fields, to be written beside them: one changed byte in a ratio gives other, wrong states."""
-        fields = (self.fingerprint, self.hidden_size, self.ratio, self.codec.value, self.state_dtype, self.format)
-        return zlib.crc32(repr(fields).encode())
+        return zlib.crc32(repr(self.fields).encode())
 
     @property
     def element(self) -> torch.dtype:
@@ -114,11 +113,7 @@ class Layout:
         return self.codec.element(DTYPES[self.state_dtype])
 
     def payload_bytes(self, tokens: int) -> int:
-        """Bytes of one passage's payload.
-
-        Args:
-            tokens: Tokens that were read, >= 1.
-        """
+        """Bytes of one passage's payload, of which `tokens` >= 1 were read."""
         scale = 4 if self.codec is Codec.INT8 else 0
         rows = -(-tokens // self.ratio) * (self.hidden_size * self.element.itemsize + scale)
         return rows + (2 * tokens if self.keeps_token_ids else 0)
@@ -155,14 +150,7 @@ def to_bytes(tensor: Tensor) -> bytes:
 
 
 def pack_states(states: PassageStates, layout: Layout) -> bytes:
-    """Write one passage's states as bytes, in a namespace's layout; `unpack_batch` reads them.
-
-    Args:
-        states: On the CPU; float elements, which the codec may round.
-        layout: The namespace's.
-
-    Returns:
-        ``layout.payload_bytes(states.tokens)`` bytes.
+    """Write one passage's states (on the CPU, float) as ``layout.payload_bytes(states.tokens)`` bytes.
 
     Raises:
         StateMismatchError: If they belong to another model, width or ratio than the namespace.
@@ -177,14 +165,7 @@ def pack_states(states: PassageStates, layout: Layout) -> bytes:
 
 
 def pack_token_ids(token_ids: Tensor) -> bytes:
-    """Write token ids as unsigned 16-bit numbers, two bytes each.
-
-    Args:
-        token_ids: Any integer dtype, shape ``(T,)``, each in [0, 65535].
-
-    Raises:
-        InputError: If one doesn't fit.
-    """
+    """Write token ids, shape ``(T,)``, as unsigned 16-bit numbers; InputError if one doesn't fit."""
     ids = token_ids.cpu().numpy()
     if ids.size and not 0 <= ids.min() <= ids.max() < MOST_IDS:
         raise InputError(f"token ids run from {ids.min()} to {ids.max()}; wanted 0 to {MOST_IDS - 1}.")
@@ -192,11 +173,7 @@ def pack_token_ids(token_ids: Tensor) -> bytes:
 
 
 def check_layout(states: PassageStates, layout: Layout) -> None:
-    """Refuse states that don't belong into a namespace.
-
-    Raises:
-        StateMismatchError: Naming what differs, found and wanted.
-    """
+    """Refuse states that don't belong into a namespace; the StateMismatchError names what differs."""
     found = (states.fingerprint, states.vectors.shape[1], states.ratio)
     wanted = (layout.fingerprint, layout.hidden_size, layout.ratio)
     for name, have, want in zip(("model fingerprint", "width", "ratio"), found, wanted, strict=True):

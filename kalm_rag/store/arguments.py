@@ -1,4 +1,4 @@
-"""What every store checks of its arguments before anything is read or written."""
+"""What every store checks of its arguments before anything is read or written; raises InputError by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from kalm_rag.checks import check_items
 from kalm_rag.errors import InputError, StateMismatchError
 from kalm_rag.states import Layout
-from kalm_rag.store.base import Reference
+from kalm_rag.store.rows import Reference
 
 MOST_SECONDS = 2**21
 """Bound on waits and ages (24 days): SQLite counts milliseconds in 32 bits."""
@@ -26,11 +26,7 @@ def is_row_name(name: str) -> bool:
 
 
 def check_keys(keys: Iterable[str]) -> list[str]:
-    """Read keys of any iterable, and refuse what can't be one.
-
-    Raises:
-        InputError: If `keys` is one string, or a key is not 64 lower-case hex digits.
-    """
+    """Read keys of any iterable; each must be 64 lower-case hex digits."""
     read = check_items(keys, "keys")
     for key in read:
         if not (isinstance(key, str) and len(key) == 64 and not key.strip("0123456789abcdef")):
@@ -39,26 +35,14 @@ def check_keys(keys: Iterable[str]) -> list[str]:
 
 
 def check_names(names: Iterable[str]) -> list[str]:
-    """Read names for `StateStore.discard`, each once.
-
-    Raises:
-        InputError: If one is neither a key nor what `StateStore.verify` gives.
-    """
+    """Read names for `StateStore.discard`, each once: keys, and what `StateStore.verify` gives."""
     read = check_items(names, "names")
     check_keys(n for n in read if not (isinstance(n, str) and (n == DAMAGED_INDEX or is_row_name(n))))
     return list(dict.fromkeys(read))
 
 
 def check_ids(ids: Iterable[str], what: str = "ids") -> list[str]:
-    """Read collection or record ids of any iterable, each once, and refuse those that no store can write.
-
-    Args:
-        ids: The ids.
-        what: The caller's argument, in the plural, as the message names it.
-
-    Raises:
-        InputError: If `ids` is one string, or an id is not text (a UUID, say) or holds lone surrogates.
-    """
+    """Read ids of any iterable, each once; what is no text (a UUID, say) or no valid Unicode can't be written."""
     read = check_items(ids, what)
     one = what.removesuffix("s")
     for value in read:
@@ -74,21 +58,13 @@ def check_ids(ids: Iterable[str], what: str = "ids") -> list[str]:
 
 
 def check_seconds(seconds: object, name: str) -> None:
-    """Refuse what is no span of time.
-
-    Raises:
-        InputError: If it is negative, no number, or not below `MOST_SECONDS`.
-    """
+    """Refuse what is no span of time below `MOST_SECONDS`."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < MOST_SECONDS:
         raise InputError(f"{name} is {seconds!r}; wanted seconds, 0 or more and below {MOST_SECONDS}.")
 
 
 def check_put(references: Iterable[Reference], scope: str, wait: float | None) -> list[Reference]:
-    """Read references of any iterable, and refuse arguments of `StateStore.put_many` that can't be stored or meant.
-
-    Raises:
-        InputError: Naming the id, key, scope or wait.
-    """
+    """Read references of any iterable, and check what else `StateStore.put_many` takes."""
     read = check_items(references, "references", "a list of Reference")
     for reference in read:
         if not isinstance(reference, Reference):
@@ -104,15 +80,7 @@ def check_put(references: Iterable[Reference], scope: str, wait: float | None) -
 def check_sweep(
     live_collections: Iterable[str] | None, scopes: Iterable[str], younger_than: float
 ) -> tuple[set[str] | None, set[str], float]:
-    """Read the arguments of `StateStore.gc`.
-
-    Returns:
-        Live collections (None: no references go), scopes, and the unix seconds up to which what was written may go.
-
-    Raises:
-        InputError: If ids or scopes are one string or hold what is no text (a UUID), or `younger_than` is negative or
-            no number.
-    """
+    """Read the arguments of `StateStore.gc`; the last becomes the unix seconds up to which what was written may go."""
     check_seconds(younger_than, "younger_than")
     live = None if live_collections is None else set(check_ids(live_collections, "live_collections"))
     before = time.time() - younger_than if younger_than else 2.0**53  # 0: also what a clock that is ahead wrote
@@ -130,11 +98,7 @@ def check_store(store: object) -> None:
 
 
 def check_same_layout(stored: Layout, wanted: Layout, where: str) -> None:
-    """Refuse to open a namespace under another layout than the one it was made with.
-
-    Raises:
-        StateMismatchError: Showing both, and what to do.
-    """
+    """Refuse to open a namespace under another layout than the one it was made with (StateMismatchError)."""
     if stored != wanted:
         raise StateMismatchError(
             f"{where} holds states of model {stored.fingerprint} as {_describe(stored)}; asked for "

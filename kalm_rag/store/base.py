@@ -6,42 +6,21 @@ reference rows ``(collection id, record id) -> key`` for deletion, verification 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from kalm_rag.states import Layout, PassageStates, StateBatch
+from kalm_rag.states import Layout, PassageStates
+from kalm_rag.store.arguments import check_ids, check_keys, check_names, check_put, check_sweep
+from kalm_rag.store.rows import Fetched, Reference, StoredRow, assemble, make_row
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
 
 GRACE_SECONDS = 600.0
 """Age below which `StateStore.gc` leaves states and references alone: whoever wrote them may not be done yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """One record of a collection that uses a state."""
-
-    collection_id: str
-    record_id: str
-    key: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fetched:
-    """What `StateStore.get_many` found.
-
-    Attributes:
-        batch: States of the found keys, in the order asked for (missing ones left out); None if none was found.
-        found: Positions in the request that `batch`'s rows stand for, ascending.
-        missing: Positions in the request without stored states, ascending.
-    """
-
-    batch: StateBatch | None
-    found: list[int]
-    missing: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +38,7 @@ class StoreStats:
     states: int
     references: int
     payload_bytes: int
-    disk_bytes: int
+    disk_bytes: int = 0
     other_namespaces: dict[str, int]
 
 
@@ -67,27 +46,38 @@ class StoreStats:
 class GcReport:
     """What `StateStore.gc` removed: passages and bytes of payload."""
 
-    states: int
-    payload_bytes: int
+    states: int = 0
+    payload_bytes: int = 0
+
+    def __add__(self, other: GcReport) -> GcReport:
+        return GcReport(states=self.states + other.states, payload_bytes=self.payload_bytes + other.payload_bytes)
 
 
-class StateStore(Protocol):
-    """States of one namespace. Safe to use from several threads; the SQLite one from several processes too."""
+class StateStore(ABC):
+    """States of one namespace. Safe to use from several threads; the SQLite one from several processes too.
+
+    All calls raise StoreError if the store can't be read or written (then nothing of the call is kept), ClosedError
+    after `close`, and InputError for ids that are not valid text, keys that are no sha256 in hex and numbers out of
+    range: the public methods check for all stores, the ``_`` methods trust what they get.
+    """
 
     layout: Layout
+    place: str
+    """Names the store in messages."""
 
     def get_many(self, keys: Sequence[str]) -> Fetched:
         """Fetch states, packed into a padded batch; a key may be asked for twice.
 
         Raises:
             StoreFormatError: If a stored state is damaged (checksum, length). Never a wrong score.
-            StoreError: If the store can't be read.
         """
-        ...
+        wanted = check_keys(keys)
+        return assemble(wanted, self._read(list(dict.fromkeys(wanted))), self.layout, self.place)
 
     def missing(self, keys: Sequence[str]) -> set[str]:
         """Which of the keys have no stored states (reads no vectors)."""
-        ...
+        wanted = dict.fromkeys(check_keys(keys))
+        return wanted.keys() - self._present(list(wanted))
 
     def put_many(
         self,
@@ -99,8 +89,8 @@ class StateStore(Protocol):
     ) -> None:
         """Keep states and references in one transaction.
 
-        A key that is there already keeps its states, and its age starts anew (see `gc`). A reference of a record that
-        pointed elsewhere is moved. A reference may name a key stored before.
+        A key that is there already keeps its states (even damaged ones: see `verify`), and its age starts anew (see
+        `gc`). A reference of a record that pointed elsewhere is moved. A reference may name a key stored before.
 
         Args:
             states: What to keep.
@@ -113,23 +103,27 @@ class StateStore(Protocol):
 
         Raises:
             StateMismatchError: If states belong to another model, width or ratio than the namespace.
-            InputError: If an id is not text or not valid Unicode, a key is no sha256, or `wait` is negative.
-            StoreError: If they can't be written (read-only, disk full, locked); then nothing of the call is kept.
         """
-        ...
+        kept = list(states)
+        check_keys([passage.key for passage in kept])
+        rows = [make_row(passage, self.layout) for passage in kept]  # computed before a transaction is open
+        self._put(rows, check_put(references, scope, wait), scope, wait)
 
     def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
         """Forget records; their states stay until `gc`. Returns how many references there were."""
-        ...
+        check_ids([collection_id])
+        return self._unreference(collection_id, check_ids(record_ids))
 
     def references(self, collection_id: str) -> Iterator[Reference]:
-        """All records of one collection that are known here, in any order."""
-        ...
+        """All records of one collection that are known here, in any order; writes meanwhile may be seen or not."""
+        check_ids([collection_id])
+        return self._references(collection_id)
 
+    @abstractmethod
     def collections(self) -> dict[str, int]:
         """Collection ids that have references, with their counts."""
-        ...
 
+    @abstractmethod
     def verify(self) -> list[str]:
         """Read everything in the namespace; give a name to each thing that is damaged, for `discard`.
 
@@ -138,20 +132,14 @@ class StateStore(Protocol):
 
         Raises:
             StoreFormatError: If the store is damaged so that rows can't be read at all.
-            StoreError: If it can't be read.
         """
-        ...
 
     def discard(self, names: Iterable[str]) -> int:
         """Drop states by key, and what `verify` named; returns how many states went.
 
         References stay, but for damaged ones. What is dropped is missing afterwards: backfill encodes it again.
-
-        Raises:
-            InputError: If a name is neither a key nor one that `verify` gives.
-            StoreError: If it can't be written.
         """
-        ...
+        return self._discard(check_names(names))
 
     def gc(
         self,
@@ -171,34 +159,16 @@ class StateStore(Protocol):
                 that share the store stay. "" stands for those that were never told.
             younger_than: Seconds; states stored or put again, and collections written to, less than this ago are left
                 alone. 0 when nobody else writes.
-
-        Raises:
-            InputError: If `younger_than` is negative or no number.
-            StoreError: If it can't be written.
         """
-        ...
+        return self._sweep(*check_sweep(live_collections, scopes, younger_than))
 
+    @abstractmethod
     def stats(self) -> StoreStats:
         """Count what is stored."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
-        """Release files and connections; later calls raise `ClosedError`."""
-        ...
-
-    def __enter__(self) -> StateStore: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class Closing:
-    """A store as a context manager: leaving closes it."""
-
-    def close(self) -> None:
-        """Release what is held."""
-        raise NotImplementedError
+        """Release files and connections, after calls under way."""
 
     def __enter__(self) -> Self:
         return self
@@ -207,3 +177,25 @@ class Closing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @abstractmethod
+    def _read(self, keys: list[str]) -> dict[str, StoredRow]: ...
+
+    @abstractmethod
+    def _present(self, keys: list[str]) -> set[str]: ...
+
+    @abstractmethod
+    def _put(self, rows: list[StoredRow], references: list[Reference], scope: str, wait: float | None) -> None: ...
+
+    @abstractmethod
+    def _unreference(self, collection_id: str, record_ids: list[str]) -> int: ...
+
+    @abstractmethod
+    def _references(self, collection_id: str) -> Iterator[Reference]: ...
+
+    @abstractmethod
+    def _discard(self, names: list[str]) -> int: ...
+
+    @abstractmethod
+    def _sweep(self, live: set[str] | None, scopes: set[str], before: float) -> GcReport:
+        """What `gc` does to whatever was written up to `before` (unix seconds)."""

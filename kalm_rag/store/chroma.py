@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from chromadb.api import ClientAPI
 from chromadb.errors import NotFoundError
 
 from kalm_rag.errors import ClosedError, InputError, StoreError
-from kalm_rag.states import Layout, PassageStates
-from kalm_rag.store.arguments import (
-    DAMAGED_ROW,
-    check_ids,
-    check_keys,
-    check_names,
-    check_put,
-    check_same_layout,
-    check_sweep,
-    is_row_name,
-)
-from kalm_rag.store.base import GRACE_SECONDS, Closing, Fetched, GcReport, Reference, StoreStats
+from kalm_rag.states import Layout
+from kalm_rag.store.arguments import DAMAGED_ROW, check_same_layout, is_row_name
+from kalm_rag.store.base import GcReport, StateStore, StoreStats
 from kalm_rag.store.chroma_calls import (
     FoundRecord,
     companions,
@@ -44,6 +34,7 @@ from kalm_rag.store.companion import (
     companion_name,
     is_reference,
     is_state_id,
+    of_collection,
     read_marks,
     read_reference,
     read_row,
@@ -52,14 +43,18 @@ from kalm_rag.store.companion import (
     state_record,
     write_marks,
 )
-from kalm_rag.store.rows import StoredRow, assemble, chunked, damage, make_row
+from kalm_rag.store.rows import Reference, StoredRow, chunked, damage
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
 
 READ_IDS = 256  # payloads of one answer: 256 states of 19 kB are 7 MB
 PAGE_IDS = 5000  # ids or references of one answer; `get` fails above 32,766
 EMBEDDING = [0.0]  # explicit, or Chroma downloads a model to make one
 
 
-class ChromaStore(Closing):
+class ChromaStore(StateStore):
     """States of one model in a companion collection ``<name>-kalm-states-<fingerprint prefix>``.
 
     Chroma has no transactions. `put_many` writes states first and references after: cut off in between it leaves
@@ -71,27 +66,21 @@ class ChromaStore(Closing):
     Make one with `ChromaStore.open` or `open_store`.
     """
 
-    def __init__(self, client: ClientAPI, collection: Any, layout: Layout, prefix: str, writable: bool) -> None:  # noqa: ANN401 (Collection | None, untyped in chromadb)
+    def __init__(
+        self, client: ClientAPI, collection: Collection | None, layout: Layout, prefix: str, writable: bool
+    ) -> None:
         self.layout = layout
         self.writable = writable
         self._client, self._collection, self._prefix = client, collection, prefix
         self._name = companion_name(prefix, layout.fingerprint)
+        self.place = f"companion collection {self._name}"
         self._closed = False
 
     @classmethod
     def open(cls, client: ClientAPI, layout: Layout, *, name: str = "", read_only: bool = False) -> ChromaStore:
-        """Open or make the companion collection.
+        """Open or make the companion collection, see `open_store`; the caller keeps and closes the client.
 
-        Args:
-            client: A chromadb client; the caller keeps and closes it.
-            layout: Model, width, ratio, codec and dtype. Must be what is stored, when the model's states are there.
-            name: Collection the states belong to, first part of the companion's name; "" for one companion a database.
-            read_only: Make nothing, refuse to write.
-
-        Raises:
-            StoreError: If the server can't be reached or refuses.
-            StoreFormatError: If the companion is not ours, or newer than this release.
-            StateMismatchError: If it holds the model's states with another ratio, codec or width.
+        `name` is the collection the states belong to, first part of the companion's; "" for one companion a database.
         """
         companion = companion_name(name, layout.fingerprint)
         with translated(companion):
@@ -107,57 +96,35 @@ class ChromaStore(Closing):
                     collection.modify(metadata={**collection.metadata, **write_marks(layout)})
         return cls(client, collection, layout, name, not read_only)
 
-    def get_many(self, keys: Sequence[str]) -> Fetched:
-        """Fetch states; see `StateStore.get_many`."""
-        keys = check_keys(keys)
+    def _read(self, keys: list[str]) -> dict[str, StoredRow]:
         rows: dict[str, StoredRow] = {}
-        for chunk in chunked(dict.fromkeys(keys), READ_IDS):
+        for chunk in chunked(keys, READ_IDS):
             for record_id, fields in self._get(ids=["s:" + key for key in chunk]):
                 rows[record_id[2:]] = read_row(record_id, fields)
-        return assemble(keys, rows, self.layout, f"companion collection {self._name}")
+        return rows
 
-    def missing(self, keys: Sequence[str]) -> set[str]:
-        """Which keys have no states; asks for ids only."""
-        keys = check_keys(keys)
-        absent = set(keys)
-        for chunk in chunked(dict.fromkeys(keys), PAGE_IDS):
-            absent -= {record_id[2:] for record_id, _ in self._get(ids=["s:" + key for key in chunk], fields=False)}
-        return absent
+    def _present(self, keys: list[str]) -> set[str]:
+        present: set[str] = set()
+        for chunk in chunked(keys, PAGE_IDS):
+            present |= {record_id[2:] for record_id, _ in self._get(ids=["s:" + key for key in chunk], fields=False)}
+        return present
 
-    def put_many(
-        self,
-        states: Sequence[PassageStates],
-        references: Sequence[Reference] = (),
-        *,
-        scope: str = "",
-        wait: float | None = None,
-    ) -> None:
-        """Keep states, then references (see the class for when it is cut off). There is no lock to wait for.
-
-        Raises:
-            StoreError: If the server can't be reached or refuses; states sent before may be kept, references not.
-        """
-        references = check_put(references, scope, wait)
-        rows: dict[str, StoredRow] = {}  # Chroma refuses an id that comes twice in a call
-        for row in (make_row(passage, self.layout) for passage in states):
-            rows.setdefault(row.key, row)
-        absent, now = self.missing(list(rows)), int(time.time())
-        self._write("add", [state_record(rows[key], now) for key in rows if key in absent])  # add leaves what is there
-        self._write("update", [("s:" + key, {"created": now}) for key in rows if key not in absent])
+    def _put(self, rows: list[StoredRow], references: list[Reference], scope: str, wait: float | None) -> None:
+        distinct: dict[str, StoredRow] = {}  # Chroma refuses an id that comes twice in a call
+        for row in rows:
+            distinct.setdefault(row.key, row)
+        there, now = self._present(list(distinct)), int(time.time())
+        new = [state_record(row, now) for key, row in distinct.items() if key not in there]
+        self._write("add", new)  # add leaves what is there
+        self._write("update", [("s:" + key, {"created": now}) for key in distinct if key in there])
         moved = {reference_id(r.collection_id, r.record_id): r for r in references}
         self._write("upsert", [reference_record(record_id, r, scope, now) for record_id, r in moved.items()])
 
-    def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
-        """Forget records; their states stay until `gc`."""
-        check_ids([collection_id])
-        ids = check_ids(record_ids)
-        return self._delete(reference_id(collection_id, record_id) for record_id in ids)
+    def _unreference(self, collection_id: str, record_ids: list[str]) -> int:
+        return self._delete(reference_id(collection_id, record_id) for record_id in record_ids)
 
-    def references(self, collection_id: str) -> Iterator[Reference]:
-        """Known records of a collection, in no order; writes going on meanwhile may be seen or not."""
-        check_ids([collection_id])
-        where = {"$and": [{"kind": "reference"}, {"collection_id": collection_id}]}
-        for _, fields in self._scan(where, PAGE_IDS):
+    def _references(self, collection_id: str) -> Iterator[Reference]:
+        for _, fields in self._scan(of_collection(collection_id), PAGE_IDS):
             yield read_reference(fields)
 
     def collections(self) -> dict[str, int]:
@@ -169,7 +136,7 @@ class ChromaStore(Closing):
         return counts
 
     def verify(self) -> list[str]:
-        """Read every state and reference, page by page; name what is damaged. See `StateStore.verify`."""
+        """Read every state and reference, page by page; name what is damaged."""
         wrong = []
         for record_id, fields in self._scan({"kind": "state"}, READ_IDS):
             if not is_state_id(record_id):
@@ -181,26 +148,16 @@ class ChromaStore(Closing):
                 wrong.append(DAMAGED_ROW + record_id)
         return wrong
 
-    def discard(self, names: Iterable[str]) -> int:
-        """Drop states by key, and what `verify` named; see `StateStore.discard`."""
-        unique = check_names(names)
-        rows = [name.removeprefix(DAMAGED_ROW) for name in unique if is_row_name(name)]
+    def _discard(self, names: list[str]) -> int:
+        rows = [name.removeprefix(DAMAGED_ROW) for name in names if is_row_name(name)]
         self._delete(record_id for record_id in rows if record_id.startswith("r:"))
-        states = ["s:" + name for name in unique if not is_row_name(name)]
+        states = ["s:" + name for name in names if not is_row_name(name)]
         return self._delete([*states, *(record_id for record_id in rows if not record_id.startswith("r:"))])
 
-    def gc(
-        self,
-        live_collections: Iterable[str] | None = None,
-        *,
-        scopes: Iterable[str] = ("",),
-        younger_than: float = GRACE_SECONDS,
-    ) -> GcReport:
-        """Drop references of collections that are gone, then unused states (which are read); see `StateStore.gc`."""
-        live, known, before = check_sweep(live_collections, scopes, younger_than)
+    def _sweep(self, live: set[str] | None, scopes: set[str], before: float) -> GcReport:
         self._check_open(writing=True)
         if live is not None:
-            for collection_id in self._gone(live, known, before):
+            for collection_id in self._gone(live, scopes, before):
                 self._forget_collection(collection_id)
         states = size = offset = 0
         while True:
@@ -230,8 +187,7 @@ class ChromaStore(Closing):
         ]
 
     def _forget_collection(self, collection_id: str) -> None:
-        where = {"$and": [{"kind": "reference"}, {"collection_id": collection_id}]}
-        while page := self._page(where, PAGE_IDS, 0, fields=False):
+        while page := self._page(of_collection(collection_id), PAGE_IDS, 0, fields=False):
             self._delete(record_id for record_id, _ in page)
 
     def _unused(self, state_ids: list[str]) -> list[str]:
@@ -250,29 +206,22 @@ class ChromaStore(Closing):
         sizes = [
             len(read_row(record_id, fields).payload) for record_id, fields in self._scan({"kind": "state"}, READ_IDS)
         ]
-        others = {}
-        for layout, collection in self._others():
-            with translated(self._name):
-                others[layout.fingerprint] = sum(
-                    1 for _ in scan_records(collection, {"kind": "state"}, PAGE_IDS, False)
-                )
+        with translated(self._name):
+            others = {
+                read_marks(c).fingerprint: sum(1 for _ in scan_records(c, {"kind": "state"}, PAGE_IDS, False))
+                for c in companions(self._client, self._prefix)
+                if c.name != self._name
+            }
         return StoreStats(
             states=len(sizes),
             references=sum(self.collections().values()),
             payload_bytes=sum(sizes),
-            disk_bytes=0,
             other_namespaces=others,
         )
 
     def close(self) -> None:
-        """Let go of the client, which stays open; later calls raise `ClosedError`."""
+        """Let go of the client, which stays open."""
         self._closed = True
-
-    def _others(self) -> Iterator[tuple[Layout, Any]]:
-        with translated(self._name):
-            collections = [c for c in companions(self._client, self._prefix) if c.name != self._name]
-        for collection in collections:
-            yield read_marks(collection), collection
 
     def _get(self, ids: list[str], fields: bool = True) -> list[FoundRecord]:
         self._check_open()
@@ -289,11 +238,11 @@ class ChromaStore(Closing):
         with translated(self._name):
             return page_of_records(self._collection, where, limit, offset, fields)
 
-    def _scan(self, where: dict[str, Any], page: int, fields: bool = True) -> Iterator[FoundRecord]:
+    def _scan(self, where: dict[str, Any], page: int) -> Iterator[FoundRecord]:
         self._check_open()
         if self._collection is not None:
             with translated(self._name):
-                yield from scan_records(self._collection, where, page, fields)
+                yield from scan_records(self._collection, where, page)
 
     def _write(self, verb: str, records: list[Record]) -> None:
         self._check_open(writing=True)
@@ -311,16 +260,16 @@ class ChromaStore(Closing):
         for chunk in chunked(ids, PAGE_IDS):
             there = [record_id for record_id, _ in self._get(ids=chunk, fields=False)]  # delete counts unknown ids too
             with translated(self._name):
-                if there:
+                if there and self._collection is not None:
                     self._collection.delete(ids=there)
             count += len(there)
         return count
 
     def _check_open(self, writing: bool = False) -> None:
         if self._closed:
-            raise ClosedError(f"companion collection {self._name} is closed; open the store again.")
+            raise ClosedError(f"{self.place} is closed; open the store again.")
         if writing and not self.writable:
-            raise StoreError(f"companion collection {self._name} was opened read-only; open it with read_only=False.")
+            raise StoreError(f"{self.place} was opened read-only; open it with read_only=False.")
 
 
 def _number(fields: dict[str, Any], name: str) -> float:
@@ -330,11 +279,7 @@ def _number(fields: dict[str, Any], name: str) -> float:
 
 
 def read_layout(client: ClientAPI, fingerprint: str, name: str = "") -> Layout | None:
-    """What layout a model's states have in the server, or None when there are none.
-
-    Raises:
-        StoreError: If the server can't be reached; StoreFormatError if the companion is not ours.
-    """
+    """What layout a model's states have in the server, or None when there are none."""
     companion = companion_name(name, fingerprint)
     with translated(companion):
         collection = find_collection(client, companion)
@@ -342,31 +287,19 @@ def read_layout(client: ClientAPI, fingerprint: str, name: str = "") -> Layout |
 
 
 def collection_layouts(client: ClientAPI, collection_id: str, name: str = "") -> list[Layout]:
-    """Layouts of all models whose states records of a collection use.
-
-    Raises:
-        StoreError: If the server can't be reached; StoreFormatError if a companion is damaged.
-    """
-    where = {"$and": [{"kind": "reference"}, {"collection_id": collection_id}]}
+    """Layouts of all models whose states records of a collection use."""
+    where = of_collection(collection_id)
     with translated(companion_name(name, "")):
         found = [c for c in companions(client, name) if page_of_records(c, where, 1, 0, fields=False)]
     return [read_marks(collection) for collection in found]
 
 
 def drop_companions(client: ClientAPI, name: str) -> list[str]:
-    """Delete the companions of a collection that was deleted, with all states in them.
-
-    Args:
-        client: Of the database that held the collection.
-        name: Name of the deleted collection.
+    """Delete the companions of the deleted collection `name`, with all states in them.
 
     Returns:
         Names of the companions that were deleted; none where another collection shares them (names that are equal in
         their first 400 characters).
-
-    Raises:
-        InputError: If `name` is empty: that companion belongs to all collections.
-        StoreError: If the server can't be reached or refuses.
     """
     if not name:
         raise InputError("name is ''; wanted the name of the deleted collection. Use gc() for a shared companion.")

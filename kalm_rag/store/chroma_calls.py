@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from chromadb.api import ClientAPI
 from chromadb.errors import NotFoundError
 
 from kalm_rag.errors import KalmRagError, StoreError
 from kalm_rag.store.companion import companion_name
 
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
 FoundRecord = tuple[str, dict[str, Any]]
 """Id and metadata of one record."""
 
 
-def companions(client: ClientAPI, name: str) -> list[Any]:
+def companions(client: ClientAPI, name: str) -> list[Collection]:
     """Companions of one collection, of every model."""
     start = companion_name(name, "")
     named = [c.name for c in client.list_collections() if c.name.startswith(start)]
@@ -27,7 +30,7 @@ def companions(client: ClientAPI, name: str) -> list[Any]:
     return [c for c in found if "kalm_layout" in (c.metadata if c.metadata is not None else {})]
 
 
-def find_collection(client: ClientAPI, companion: str) -> Any:  # noqa: ANN401 (Collection | None, untyped in chromadb)
+def find_collection(client: ClientAPI, companion: str) -> Collection | None:
     """Give a collection, its embedding function unused, or None."""
     try:
         return client.get_collection(companion, embedding_function=None)
@@ -36,10 +39,7 @@ def find_collection(client: ClientAPI, companion: str) -> Any:  # noqa: ANN401 (
 
 
 def scan_records(
-    collection: Any,  # noqa: ANN401 (Collection, untyped in chromadb)
-    where: dict[str, Any],
-    page: int,
-    fields: bool,
+    collection: Collection, where: dict[str, Any], page: int, fields: bool = True
 ) -> Iterator[FoundRecord]:
     """All records that match, page by page; without their metadata if `fields` is False."""
     offset = 0
@@ -52,11 +52,7 @@ def scan_records(
 
 
 def page_of_records(
-    collection: Any,  # noqa: ANN401 (Collection, untyped in chromadb)
-    where: dict[str, Any],
-    limit: int,
-    offset: int,
-    fields: bool,
+    collection: Collection, where: dict[str, Any], limit: int, offset: int, fields: bool = True
 ) -> list[FoundRecord]:
     """One page of the records that match, in Chroma's order."""
     return pairs(collection.get(where=where, include=["metadatas"] if fields else [], limit=limit, offset=offset))

@@ -1,6 +1,6 @@
 """What a companion collection holds: its name, its marks, and the records for states and references.
 
-Pure functions over dicts; knows no chromadb. The store over them is `chroma.py`.
+Pure functions over dicts; never calls chromadb. The store over them is `chroma.py`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import binascii
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kalm_rag.errors import StoreFormatError
 from kalm_rag.states import FORMATS, Codec, Layout
-from kalm_rag.store.base import Reference
-from kalm_rag.store.rows import StoredRow
+from kalm_rag.store.rows import Reference, StoredRow
+
+if TYPE_CHECKING:
+    from chromadb.api.models.Collection import Collection
 
 SCHEMA_VERSION = 1
 BODY_BYTES = 8 << 20
 """Bytes of one call. Servers refuse bodies from 45 MB on (measured), proxies before them often far smaller ones."""
 
 CHECKSUM_KEY = "kalm_checksum"
+FIELDS = ("fingerprint", "hidden_size", "ratio", "codec", "state_dtype", "format")
 Record = tuple[str, dict[str, "str | int"]]
 
 
@@ -32,23 +35,12 @@ def companion_name(name: str, fingerprint: str) -> str:
 
 def write_marks(layout: Layout) -> dict[str, str | int]:
     """Metadata of a new companion collection: what it is, and the layout of its states."""
-    fields = {
-        "fingerprint": layout.fingerprint,
-        "hidden_size": layout.hidden_size,
-        "ratio": layout.ratio,
-        "codec": layout.codec.value,
-        "state_dtype": layout.state_dtype,
-        "format": layout.format,
-    }
+    fields = dict(zip(FIELDS, layout.fields, strict=True))
     return {"kalm_schema": SCHEMA_VERSION, "kalm_layout": json.dumps(fields), CHECKSUM_KEY: layout.checksum}
 
 
-def read_marks(collection: Any) -> Layout:  # noqa: ANN401 (Collection, untyped in chromadb)
-    """Read back what `write_marks` wrote.
-
-    Raises:
-        StoreFormatError: If the collection is not a companion, or newer than this release.
-    """
+def read_marks(collection: Collection) -> Layout:
+    """Read back what `write_marks` wrote; StoreFormatError if it is no companion, damaged, or of a newer release."""
     marks = collection.metadata if collection.metadata is not None else {}
     version = marks.get("kalm_schema", 0)
     if isinstance(version, int) and version > SCHEMA_VERSION:  # first: a newer layout may not be readable at all
@@ -108,15 +100,16 @@ def reference_record(own_id: str, reference: Reference, scope: str, created: int
 
 
 def read_reference(fields: dict[str, Any]) -> Reference:
-    """Read a reference record.
-
-    Raises:
-        StoreFormatError: If a field is missing.
-    """
+    """Read a reference record; StoreFormatError if a field is missing."""
     try:
         return Reference(collection_id=fields["collection_id"], record_id=fields["record_id"], key=fields["key"])
     except KeyError as err:
         raise StoreFormatError(f"a reference record lacks {err}: {fields!r}. Delete the companion, backfill.") from err
+
+
+def of_collection(collection_id: str) -> dict[str, Any]:
+    """Filter for the references of one collection."""
+    return {"$and": [{"kind": "reference"}, {"collection_id": collection_id}]}
 
 
 def is_state_id(record_id: str) -> bool:

@@ -29,11 +29,8 @@ REBUILD = "Move the file away and run `kalm-rag verify --repair` or backfill(): 
 def connect(path: Path, mode: str, timeout: float) -> sqlite3.Connection:
     """Open one connection, in autocommit, usable from any thread (one at a time).
 
-    Args:
-        path: The database file.
-        mode: ``rwc``, ``rw``, ``ro``, or ``immutable`` (reads a file that nobody writes, in a folder that can't be
-            written: WAL's helper files can't be made there).
-        timeout: Seconds to wait for another process's write.
+    `mode` is ``rwc``, ``rw``, ``ro``, or ``immutable``: reads a file that nobody writes, in a folder that can't be
+    written, where WAL's helper files can't be made. `timeout`: seconds to wait for another process's write.
     """
     query = "mode=ro&immutable=1" if mode == "immutable" else f"mode={mode}"
     connection = sqlite3.connect(
@@ -54,11 +51,7 @@ def connect(path: Path, mode: str, timeout: float) -> sqlite3.Connection:
 
 
 def use_wal(connection: sqlite3.Connection, timeout: float) -> None:
-    """Switch to write-ahead logging; SQLite's own timeout doesn't cover this, so wait here.
-
-    Raises:
-        sqlite3.OperationalError: If others keep the file locked for `timeout` seconds.
-    """
+    """Switch to write-ahead logging; SQLite's own timeout doesn't cover this, so wait `timeout` seconds here."""
     end = time.monotonic() + timeout
     while True:
         try:
@@ -75,9 +68,7 @@ def use_wal(connection: sqlite3.Connection, timeout: float) -> None:
 def transaction(connection: sqlite3.Connection, wait: float | None = None) -> Iterator[None]:
     """One write transaction, all or nothing. Do no computing inside: others wait for it.
 
-    Args:
-        connection: In autocommit.
-        wait: Seconds to wait for another writer; None takes the connection's own timeout.
+    `wait`: seconds to wait for another writer; None takes the connection's own timeout.
     """
     with _busy_timeout(connection, wait):
         connection.execute("BEGIN IMMEDIATE")  # a deferred one can fail at its first write without waiting
@@ -145,10 +136,6 @@ class ConnectionPool:
     locks. Even a child that opens its own connection then skips locking; when the parent closes, the log file is
     deleted under the child and its commits are lost (seen: 3 of 5 rows). So idle connections are closed before
     each `os.fork`, and borrowed ones are waited for.
-
-    Args:
-        opener: Makes a connection.
-        path: The file, for error messages.
     """
 
     def __init__(self, opener: Callable[[], sqlite3.Connection], path: Path) -> None:
@@ -164,12 +151,7 @@ class ConnectionPool:
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection for one short piece of work; SQLite's errors come out as ours.
-
-        Raises:
-            ClosedError: After `close`.
-            StoreError: Or its child StoreFormatError, from SQLite.
-        """
+        """Lend a connection for one short piece of work; SQLite's errors come out as ours."""
         self._start()
         connection: sqlite3.Connection | None = None
         try:

@@ -20,11 +20,7 @@ NAMESPACE_COLUMNS = "id, fingerprint, hidden_size, ratio, codec, state_dtype, fo
 
 
 def read_namespace(connection: sqlite3.Connection, fingerprint: str, path: Path) -> tuple[int, Layout] | None:
-    """Look up a model's namespace: its number and layout, or None.
-
-    Raises:
-        StoreFormatError: If its row is damaged, or its states are in a byte format of a newer release.
-    """
+    """Look up a model's namespace: its number and layout, or None."""
     found = read_namespaces(connection, path, "fingerprint=?", (fingerprint,))
     return found[0] if found else None
 
@@ -32,11 +28,7 @@ def read_namespace(connection: sqlite3.Connection, fingerprint: str, path: Path)
 def read_namespaces(
     connection: sqlite3.Connection, path: Path, where: str = "1", values: Sequence[object] = ()
 ) -> list[tuple[int, Layout]]:
-    """Read namespaces, all or those of a condition: their numbers and layouts.
-
-    Raises:
-        StoreFormatError: If a row is damaged, or its states are in a byte format of a newer release.
-    """
+    """Read namespaces, all or those of a condition: numbers and layouts. StoreFormatError if damaged or newer."""
     checksum = "checksum" if has_column(connection, "namespaces", "checksum") else "NULL"  # an old file, read-only
     query = f"SELECT {checksum}, {NAMESPACE_COLUMNS} FROM namespaces WHERE {where}"
     return [_read_row(row[1:], row[0], path) for row in connection.execute(query, values).fetchall()]
@@ -67,19 +59,11 @@ def _read_row(row: tuple[Any, ...], checksum: object, path: Path) -> tuple[int, 
 
 def make_namespace(connection: sqlite3.Connection, layout: Layout) -> None:
     """Write a model's namespace, unless another process was first."""
-    values = (
-        layout.fingerprint,
-        layout.hidden_size,
-        layout.ratio,
-        layout.codec.value,
-        layout.state_dtype,
-        layout.format,
-    )
     with transaction(connection):
         connection.execute(
             "INSERT OR IGNORE INTO namespaces (fingerprint, hidden_size, ratio, codec, state_dtype, format) "
             "VALUES (?, ?, ?, ?, ?, ?)",
-            values,
+            layout.fields,
         )
         sign_namespaces(connection)
 

@@ -34,7 +34,7 @@ def open_store(
     Args:
         where: ``":memory:"``; a folder (the store is its `FILE_NAME`, beside Chroma's files); the path of a file that
             ends in ``.sqlite3``; or a chromadb client (a companion collection: only where no folder can be reached).
-        layout: Model, width, ratio, codec and dtype; `stored_layout` gives what is there.
+        layout: How the model's states are kept; `stored_layout` gives what is there.
         name: For a client: the collection that the states belong to. Unused otherwise.
         read_only: Make and write nothing.
         timeout: For a file: seconds to wait while another process writes.
@@ -57,16 +57,13 @@ def open_store(
 def stored_layout(where: Where, fingerprint: str, *, name: str = "", timeout: float = 30.0) -> Layout | None:
     """What layout a model's states have in a store, so that an index can adopt it; None when none are there.
 
-    Takes what `open_store` takes.
-
-    Raises:
-        StoreError: If there is a store that can't be opened (StoreFormatError: foreign, damaged, newer).
-        InputError: If `where` is not something `open_store` takes.
+    Takes what `open_store` takes, and raises what it raises. Nothing is made.
     """
     if where == MEMORY:
         return None
     if isinstance(where, (str, os.PathLike)):
-        return sqlite.read_layout(store_file(where), fingerprint, timeout)
+        found = sqlite.read_layouts(store_file(where), timeout, "fingerprint=?", (fingerprint,))
+        return found[0] if found else None
     from kalm_rag.store import chroma
 
     return chroma.read_layout(_client(where), fingerprint, name)
@@ -75,22 +72,15 @@ def stored_layout(where: Where, fingerprint: str, *, name: str = "", timeout: fl
 def collection_layouts(where: Where, collection_id: str, *, name: str = "", timeout: float = 30.0) -> list[Layout]:
     """Layouts of all models whose stored states a collection's records use, read without any model.
 
-    Who deletes, verifies or sweeps opens each with `open_store` and needs no engine for it. Nothing is made.
-
-    Args:
-        where: As in `open_store`. Nothing is known of ``":memory:"``: the list is empty.
-        collection_id: ``str(collection.id)`` of Chroma.
-        name: For a client: the collection that the states belong to.
-        timeout: For a file: seconds to wait while another process has it for itself.
-
-    Raises:
-        StoreError: If there is a store that can't be opened (StoreFormatError: foreign, damaged, newer).
-        InputError: If `where` is not something `open_store` takes.
+    Who deletes, verifies or sweeps opens each with `open_store` and needs no engine for it. Takes and raises what
+    `open_store` does; `collection_id` is ``str(collection.id)`` of Chroma. Nothing is made, and nothing is known of
+    ``":memory:"``: the list is empty.
     """
     if where == MEMORY:
         return []
     if isinstance(where, (str, os.PathLike)):
-        return sqlite.collection_layouts(store_file(where), collection_id, timeout)
+        uses = "id IN (SELECT namespace FROM uses WHERE collection_id=?)"
+        return sqlite.read_layouts(store_file(where), timeout, uses, (collection_id,))
     from kalm_rag.store import chroma
 
     return chroma.collection_layouts(_client(where), collection_id, name)
@@ -103,16 +93,9 @@ def sweep_folder(
     scopes: Iterable[str] = ("",),
     younger_than: float = GRACE_SECONDS,
 ) -> GcReport:
-    """Run `StateStore.gc` over the states of all models in a folder or file; needs no model and no collection.
+    """Run `StateStore.gc` over the states of all models in a folder or ``.sqlite3`` file; needs no model.
 
-    Args:
-        where: A folder or ``.sqlite3`` file; nothing is made where there is none.
-        live_collections: As in `StateStore.gc`, as for the next two.
-        scopes: Databases that `live_collections` speaks for.
-        younger_than: Seconds.
-
-    Returns:
-        What went, all models together.
+    Takes what `StateStore.gc` takes; nothing is made where there is no file. Returns what went, all models together.
 
     Raises:
         StoreError: If it can't be opened or written; StoreFormatError if it is foreign, damaged or newer.
@@ -120,21 +103,15 @@ def sweep_folder(
     """
     file = store_file(where)
     live, known, _ = check_sweep(live_collections, scopes, younger_than)
-    states = payload = 0
-    for layout in sqlite.all_layouts(file):
+    report = GcReport()
+    for layout in sqlite.read_layouts(file):
         with SqliteStore.open(file, layout) as store:
-            report = store.gc(live, scopes=known, younger_than=younger_than)
-        states, payload = states + report.states, payload + report.payload_bytes
-    return GcReport(states=states, payload_bytes=payload)
+            report += store.gc(live, scopes=known, younger_than=younger_than)
+    return report
 
 
 def store_file(where: str | os.PathLike[str]) -> Path:
-    """Path of the store's file for a folder, or for the file itself. A leading ``~`` is the user's home.
-
-    Raises:
-        InputError: If it is empty, holds a NUL, is bytes, or names the home of an unknown user.
-        StoreError: If it is a file that doesn't end in ``.sqlite3``.
-    """
+    """Path of the store's file for a folder, or for the file itself. A leading ``~`` is the user's home."""
     text = os.fspath(where)
     if not isinstance(text, str) or not text or "\0" in text:
         raise InputError(f"store path is {text!r}; wanted a folder, a .sqlite3 file or ':memory:'.")

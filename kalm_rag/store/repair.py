@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,9 +29,6 @@ def find_damage(reading: Lender, namespace: int, layout: Layout) -> list[str]:
     """Read every state and reference of a namespace; give names of what is damaged, for `drop_damaged`.
 
     Rows of no namespace at all are told too: theirs was changed, and nobody else would find them.
-
-    Raises:
-        StoreFormatError: If the file is damaged so that rows can't be read at all.
     """
     wrong: list[str] = []
     last = -1
@@ -57,25 +54,12 @@ def find_damage(reading: Lender, namespace: int, layout: Layout) -> list[str]:
         return wrong + ([DAMAGED_INDEX] if _index_damaged(connection) else [])
 
 
-def drop_damaged(writing: Lender, namespace: int, names: Iterable[str]) -> int:
-    """Drop states by key, or what `find_damage` named; returns how many states went.
-
-    Raises:
-        InputError: If a row's name holds no number.
-        StoreFormatError: If the file is damaged so that they can't be dropped.
-    """
-    keys: list[bytes] = []
-    rows: list[int] = []
-    rebuild = False
-    for name in dict.fromkeys(names):
-        if name == DAMAGED_INDEX:
-            rebuild = True
-        elif is_row_name(name):
-            rows.append(_row_number(name))
-        else:
-            keys.append(bytes.fromhex(name))
+def drop_damaged(writing: Lender, namespace: int, names: list[str]) -> int:
+    """Drop states by key, or what `find_damage` named (each name once); returns how many states went."""
+    rows = [_row_number(name) for name in names if is_row_name(name)]
+    keys = [bytes.fromhex(name) for name in names if not is_row_name(name) and name != DAMAGED_INDEX]
     count = 0
-    if rows or rebuild:
+    if rows or DAMAGED_INDEX in names:
         with writing() as connection:
             count += _drop_rows(connection, rows)
             _drop_damaged_references(connection)

@@ -6,14 +6,37 @@ import itertools
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from kalm_rag.errors import StoreFormatError
-from kalm_rag.states import Layout, PassageStates, pack_states, unpack_batch
-from kalm_rag.store.arguments import check_keys
-from kalm_rag.store.base import Fetched
+from kalm_rag.states import Layout, PassageStates, StateBatch, pack_states, unpack_batch
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """One record of a collection that uses a state."""
+
+    collection_id: str
+    record_id: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What `StateStore.get_many` found.
+
+    Attributes:
+        batch: States of the found keys, in the order asked for (missing ones left out); None if none was found.
+        found: Positions in the request that `batch`'s rows stand for, ascending.
+        missing: Positions in the request without stored states, ascending.
+    """
+
+    batch: StateBatch | None
+    found: list[int]
+    missing: list[int]
 
 
 class StoredRow(NamedTuple):
@@ -28,13 +51,7 @@ class StoredRow(NamedTuple):
 
 
 def make_row(states: PassageStates, layout: Layout) -> StoredRow:
-    """Turn states into what is stored (packs and checksums, so call it before a transaction is open).
-
-    Raises:
-        StateMismatchError: If they belong to another model, width or ratio than the namespace.
-        InputError: If their key is not a sha256 in hex.
-    """
-    check_keys([states.key])
+    """Turn states into what is stored; StateMismatchError if they belong to another namespace."""
     payload = pack_states(states, layout)
     check = row_checksum(layout.fingerprint, states.key, states.tokens, states.total_tokens, payload)
     return StoredRow(states.key, states.tokens, states.total_tokens, check, payload)
@@ -63,11 +80,7 @@ def damage(row: StoredRow, layout: Layout) -> str | None:
 
 
 def assemble(keys: Sequence[str], rows: Mapping[str, StoredRow], layout: Layout, where: str) -> Fetched:
-    """Check the rows that a store found and pack them into one batch, in the order of the request.
-
-    Raises:
-        StoreFormatError: If a row is damaged.
-    """
+    """Check the rows that a store found (StoreFormatError) and pack them into one batch, in the request's order."""
     for row in rows.values():
         wrong = damage(row, layout)
         if wrong is not None:

@@ -15,15 +15,7 @@ from typing import Any
 
 from kalm_rag.errors import StoreError, StoreFormatError
 from kalm_rag.states import Layout
-from kalm_rag.store.connections import (
-    REBUILD,
-    ConnectionPool,
-    SqliteErrors,
-    connect,
-    transaction,
-    translate,
-    use_wal,
-)
+from kalm_rag.store.connections import REBUILD, ConnectionPool, SqliteErrors, connect, transaction, translate, use_wal
 from kalm_rag.store.namespaces import has_column, sign_namespaces, unsigned_namespaces
 
 LOGGER = logging.getLogger(__name__)
@@ -90,10 +82,6 @@ def open_pool(path: Path, layout: Layout | None, *, read_only: bool, timeout: fl
     """Open the file, making it if it is not there; give its pool and whether it can be written.
 
     Where folder or file can't be written, reading still works. `layout` decides the page size of a new file only.
-
-    Raises:
-        StoreError: If it can't be opened, or isn't there and can't be made.
-        StoreFormatError: If it is foreign, damaged or newer than this release.
     """
     if read_only and not path.exists():
         raise StoreError(f"state store {path} doesn't exist, and read_only=True makes none. Index first.")
@@ -132,11 +120,7 @@ def _has_log(path: Path) -> bool:
 
 
 def recognise(connection: sqlite3.Connection, path: Path) -> bool:
-    """Tell whether the file is a state store (True) or empty (False).
-
-    Raises:
-        StoreFormatError: If it is another program's, or of a version this release doesn't read.
-    """
+    """Tell whether the file is a state store (True) or empty (False); anything else is a StoreFormatError."""
     # one statement, so one snapshot: read apart, a store being made by another process looks like a foreign file
     application, version, tables = connection.execute(
         "SELECT (SELECT application_id FROM pragma_application_id), (SELECT user_version FROM pragma_user_version), "
@@ -185,11 +169,7 @@ def _lacks(connection: sqlite3.Connection) -> list[str]:
 
 
 def check_ascending(values: Sequence[Any]) -> None:
-    """Refuse a page of rows that is out of order: a damaged tree can give the same rows for ever.
-
-    Raises:
-        sqlite3.DatabaseError: As SQLite does for trees that it finds damaged.
-    """
+    """Refuse, as SQLite does, rows that are out of order: a damaged tree can give the same ones for ever."""
     if not all(isinstance(b, type(a)) and a < b for a, b in itertools.pairwise(values)):
         raise sqlite3.DatabaseError("rows are out of order: the file is malformed")
 

@@ -5,32 +5,24 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kalm_rag.errors import StoreError
-from kalm_rag.states import Layout, PassageStates
-from kalm_rag.store.arguments import (
-    check_ids,
-    check_keys,
-    check_names,
-    check_put,
-    check_same_layout,
-    check_seconds,
-    check_sweep,
-)
-from kalm_rag.store.base import GRACE_SECONDS, Closing, Fetched, GcReport, Reference, StoreStats
+from kalm_rag.states import Layout
+from kalm_rag.store.arguments import check_same_layout, check_seconds
+from kalm_rag.store.base import GcReport, StateStore, StoreStats
 from kalm_rag.store.connections import ConnectionPool, transaction, translate
 from kalm_rag.store.namespaces import make_namespace, read_namespace, read_namespaces
 from kalm_rag.store.repair import drop_damaged, find_damage
-from kalm_rag.store.rows import StoredRow, assemble, chunked, make_row
+from kalm_rag.store.rows import Reference, StoredRow, chunked
 from kalm_rag.store.schema import EmptyStoreError, check_ascending, marks, open_pool
 from kalm_rag.store.sweep import drop_unused, forget_collection, give_back_space
 
 CHUNK = 500  # values in one statement; SQLite's older limit is 999
 
 
-class SqliteStore(Closing):
+class SqliteStore(StateStore):
     """States of one model in one SQLite file; many threads and many processes may use it at once.
 
     A call that returned is kept, whatever happens to the process afterwards (``kill -9`` included). A power cut or a
@@ -43,25 +35,16 @@ class SqliteStore(Closing):
     def __init__(self, pool: ConnectionPool, path: Path, layout: Layout, namespace: int, writable: bool) -> None:
         self.layout = layout
         self.path = path
+        self.place = f"state store {path}"
         self.writable = writable
         self._pool = pool
         self._namespace = namespace
 
     @classmethod
     def open(cls, path: str | Path, layout: Layout, *, read_only: bool = False, timeout: float = 30.0) -> SqliteStore:
-        """Open or make the file and the model's namespace in it.
+        """Open or make the file, its folder and the model's namespace in it, see `open_store`.
 
-        Args:
-            path: The file. Its folder is made when it isn't there.
-            layout: Model, width, ratio, codec and dtype. Must be what is stored, when the model's states are there.
-            read_only: Write nothing, not even an empty file. Without it a file that can't be written is read-only, too.
-            timeout: Seconds to wait while another process writes.
-
-        Raises:
-            StoreError: If it can't be opened or made.
-            StoreFormatError: If it is foreign, damaged or newer than this release.
-            StateMismatchError: If the model's states are there with another ratio, codec or width.
-            InputError: If `timeout` is negative or no number.
+        Under `read_only` not even an empty file is written; without it a file that can't be written is read-only, too.
         """
         path = Path(path)
         check_seconds(timeout, "timeout")
@@ -89,12 +72,10 @@ class SqliteStore(Closing):
             raise
         return cls(pool, path, layout, known[0] if known is not None else 0, writable)
 
-    def get_many(self, keys: Sequence[str]) -> Fetched:
-        """Fetch states; see `StateStore.get_many`."""
-        keys = check_keys(keys)
+    def _read(self, keys: list[str]) -> dict[str, StoredRow]:
         rows: dict[str, StoredRow] = {}
         with self._pool.borrow() as connection:
-            for chunk in chunked(dict.fromkeys(keys), CHUNK):
+            for chunk in chunked(keys, CHUNK):
                 for key, *rest in connection.execute(
                     "SELECT key, tokens, found, checksum, payload FROM states "
                     f"WHERE namespace=? AND key IN ({marks(chunk)})",
@@ -103,34 +84,18 @@ class SqliteStore(Closing):
                     if not isinstance(key, bytes):
                         raise sqlite3.DatabaseError("a key is malformed")
                     rows[key.hex()] = StoredRow(key.hex(), *rest)
-        return assemble(keys, rows, self.layout, f"state store {self.path}")
+        return rows
 
-    def missing(self, keys: Sequence[str]) -> set[str]:
-        """Which keys have no states; reads the index of keys only."""
-        keys = check_keys(keys)
-        absent = set(keys)
+    def _present(self, keys: list[str]) -> set[str]:
+        present = set()
         with self._pool.borrow() as connection:
-            for chunk in chunked(dict.fromkeys(keys), CHUNK):
+            for chunk in chunked(keys, CHUNK):  # reads the index of keys only
                 query = f"SELECT HEX(key) FROM states WHERE namespace=? AND key IN ({marks(chunk)})"
                 for (key,) in connection.execute(query, (self._namespace, *map(bytes.fromhex, chunk))):
-                    absent.discard(key.lower())  # HEX: never None, whatever was damaged
-        return absent
+                    present.add(key.lower())  # HEX: never None, whatever was damaged
+        return present
 
-    def put_many(
-        self,
-        states: Sequence[PassageStates],
-        references: Sequence[Reference] = (),
-        *,
-        scope: str = "",
-        wait: float | None = None,
-    ) -> None:
-        """Keep states and references; see `StateStore.put_many`.
-
-        A key that is there is left alone even if its row is damaged: finding out would mean reading all of it on each
-        write. `verify` and `discard` are for that.
-        """
-        rows = [make_row(passage, self.layout) for passage in states]
-        references = check_put(references, scope, wait)
+    def _put(self, rows: list[StoredRow], references: list[Reference], scope: str, wait: float | None) -> None:
         here = self._namespace
         values = [(here, bytes.fromhex(r.key), r.tokens, r.total_tokens, r.checksum, r.payload) for r in rows]
         uses = [(here, r.collection_id, r.record_id, bytes.fromhex(r.key)) for r in references]
@@ -154,20 +119,16 @@ class SqliteStore(Closing):
                 uses,
             )
 
-    def unreference(self, collection_id: str, record_ids: Iterable[str]) -> int:
-        """Forget records, all in one transaction; their states stay until `gc`."""
-        check_ids([collection_id])
-        ids = check_ids(record_ids)
+    def _unreference(self, collection_id: str, record_ids: list[str]) -> int:
         count = 0
-        with self._writing() as connection:
-            for chunk in chunked(ids, CHUNK):
+        with self._writing() as connection:  # all in one transaction
+            for chunk in chunked(record_ids, CHUNK):
                 query = f"DELETE FROM uses WHERE namespace=? AND collection_id=? AND record_id IN ({marks(chunk)})"
                 count += connection.execute(query, (self._namespace, collection_id, *chunk)).rowcount
         return count
 
-    def references(self, collection_id: str) -> Iterator[Reference]:
-        """Known records of a collection, by id. Read in pages, so that nothing is held while the caller works."""
-        check_ids([collection_id])
+    def _references(self, collection_id: str) -> Iterator[Reference]:
+        """By record id, in pages, so that nothing is held while the caller works."""
         last: str | None = None
         while True:
             with self._pool.borrow() as connection:
@@ -191,28 +152,16 @@ class SqliteStore(Closing):
             return dict(connection.execute(query, (self._namespace,)).fetchall())
 
     def verify(self) -> list[str]:
-        """Read every state and reference; name what is damaged. See `StateStore.verify`."""
+        """Read every state and reference; name what is damaged."""
         return find_damage(self._pool.borrow, self._namespace, self.layout)
 
-    def discard(self, names: Iterable[str]) -> int:
-        """Drop states by key, and what `verify` named; see `StateStore.discard`."""
-        return drop_damaged(self._writing, self._namespace, check_names(names))
+    def _discard(self, names: list[str]) -> int:
+        return drop_damaged(self._writing, self._namespace, names)
 
-    def gc(
-        self,
-        live_collections: Iterable[str] | None = None,
-        *,
-        scopes: Iterable[str] = ("",),
-        younger_than: float = GRACE_SECONDS,
-    ) -> GcReport:
-        """Drop references of collections that are gone, then unused states, then give the space back to the disk.
-
-        Readers are not held up, other writers only for moments. See `StateStore.gc`.
-        """
-        live, known, before = check_sweep(live_collections, scopes, younger_than)
+    def _sweep(self, live: set[str] | None, scopes: set[str], before: float) -> GcReport:
         if live is not None:
             for collection in self.collections().keys() - live:
-                forget_collection(self._writing, self._namespace, collection, known, before)
+                forget_collection(self._writing, self._namespace, collection, scopes, before)
         report = drop_unused(self._pool.borrow, self._writing, self._namespace, before)
         with self._pool.borrow() as connection:
             give_back_space(connection)
@@ -237,7 +186,7 @@ class SqliteStore(Closing):
         )
 
     def close(self) -> None:
-        """Close all connections; calls under way finish first. Later calls raise `ClosedError`."""
+        """Close all connections; calls under way finish first."""
         self._pool.close()
 
     @contextlib.contextmanager
@@ -248,36 +197,8 @@ class SqliteStore(Closing):
             yield connection
 
 
-def read_layout(path: Path, fingerprint: str, timeout: float = 30.0) -> Layout | None:
-    """What layout a model's states have in a file, or None when there are none; writes nothing.
-
-    Raises:
-        StoreError: If it can't be opened; StoreFormatError if it is foreign or damaged.
-    """
-    found = _read_layouts(path, timeout, "fingerprint=?", (fingerprint,))
-    return found[0] if found else None
-
-
-def collection_layouts(path: Path, collection_id: str, timeout: float = 30.0) -> list[Layout]:
-    """Layouts of all models whose states records of a collection use; writes nothing.
-
-    Raises:
-        StoreError: If it can't be opened; StoreFormatError if it is foreign or damaged.
-    """
-    chosen = "id IN (SELECT namespace FROM uses WHERE collection_id=?)"
-    return _read_layouts(path, timeout, chosen, (collection_id,))
-
-
-def all_layouts(path: Path, timeout: float = 30.0) -> list[Layout]:
-    """Layouts of all models that have a namespace in a file; writes nothing.
-
-    Raises:
-        StoreError: If it can't be opened; StoreFormatError if it is foreign or damaged.
-    """
-    return _read_layouts(path, timeout)
-
-
-def _read_layouts(path: Path, timeout: float, where: str = "1", values: Sequence[object] = ()) -> list[Layout]:
+def read_layouts(path: Path, timeout: float = 30.0, where: str = "1", values: Sequence[object] = ()) -> list[Layout]:
+    """Layouts of the models that have a namespace in a file, all or those of a condition; writes nothing."""
     check_seconds(timeout, "timeout")
     if not path.exists() or path.stat().st_size == 0:
         return []

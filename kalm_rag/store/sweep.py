@@ -40,7 +40,7 @@ def drop_unused(reading: Lender, writing: Lender, namespace: int, before: float)
     with reading() as connection:
         query = f"SELECT id FROM states s WHERE namespace=? AND {_UNUSED}"
         candidates = [row[0] for row in connection.execute(query, (namespace,))]
-    states = payload = 0
+    report = GcReport()
     for chunk in chunked(candidates, DROP_ROWS):
         # Asked again: a writer may have come between. Age is asked here only: in files of earlier releases it stands
         # behind the payload, and reading it for every state would read the whole file.
@@ -49,11 +49,11 @@ def drop_unused(reading: Lender, writing: Lender, namespace: int, before: float)
             query = f"SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM states s WHERE {chosen}"
             count, size = connection.execute(query, chunk).fetchone()
             connection.execute(f"DELETE FROM states AS s WHERE {chosen}", chunk)
-        states, payload = states + count, payload + size
+        report += GcReport(states=count, payload_bytes=size)
     with writing() as connection:  # what is known of collections that have no records any more
         here = "namespace=c.namespace AND collection_id=c.collection_id"
         connection.execute(f"DELETE FROM collections AS c WHERE NOT EXISTS (SELECT 1 FROM uses WHERE {here})")
-    return GcReport(states=states, payload_bytes=payload)
+    return report
 
 
 def give_back_space(connection: sqlite3.Connection) -> None:
