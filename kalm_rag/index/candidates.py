@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.relevance import rank_relevances
@@ -77,13 +77,7 @@ class CandidateStates:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptStates:
-    """What the writer knows of the texts of one batch.
-
-    Attributes:
-        keys: Content address of each text.
-        fresh: States encoded now, by key; what a store gives for them.
-        from_store: How many texts had stored states.
-    """
+    """What the writer knows of the texts of one batch: their keys, states encoded now, how many were stored."""
 
     keys: list[str]
     fresh: dict[str, PassageStates] = field(default_factory=dict)
@@ -125,15 +119,10 @@ class Ranking:
 
 
 def check_missing(missing: str) -> Missing:
-    """Read a policy for candidates without stored states.
-
-    Raises:
-        InputError: If there is no such policy.
-    """
-    for policy in get_args(Missing):
-        if missing == policy:
-            return policy  # type: ignore[no-any-return]
-    raise InputError(f"missing is {missing!r}; wanted one of {', '.join(get_args(Missing))}.")
+    """Read a policy for candidates without stored states."""
+    if missing not in get_args(Missing):
+        raise InputError(f"missing is {missing!r}; wanted one of {', '.join(get_args(Missing))}.")
+    return cast("Missing", missing)
 
 
 def load_states(
@@ -163,13 +152,11 @@ def load_states(
     rows = [i for i, text in enumerate(texts) if text is not None]
     wanted = [text for text in texts if text is not None]
     keys = [passage_key(text) for text in wanted]
-    if not rows:
-        return CandidateStates(rows=[], states=None, from_store=0, encoded=0)
     parts: list[tuple[Sequence[int], StateBatch]] = []  # which of `wanted`, and their states
     with timings.stage("fetch"):
         absent = list(range(len(wanted)))
-        for place in _places(store):
-            if not absent:
+        for place in (store, cache_beside(store)):
+            if not absent or place is None:
                 break
             fetched = place.get_many([keys[i] for i in absent])
             if fetched.batch is not None:
@@ -185,8 +172,7 @@ def load_states(
         with timings.stage("encode"):
             states = engine.encode([wanted[i] for i in absent])
             parts.append((absent, as_stored(states, store)))
-            owned = _owned([rows[i] for i in absent], [keys[i] for i in absent], owners)
-            encoded = _keep_if_possible(store, states, owned, owners)
+            encoded = _keep_if_possible(store, states, [rows[i] for i in absent], owners)
     scored = sorted(i for part, _ in parts for i in part)
     if not scored:
         return CandidateStates(rows=[], states=None, from_store=0, encoded=0)
@@ -197,14 +183,7 @@ def load_states(
 
 
 def keep_states(engine: Reranker, store: StateStore, texts: Sequence[str], timings: Timings) -> KeptStates:
-    """Encode those texts of new records that have no stored states; nothing is written yet.
-
-    Args:
-        engine: Encodes what is missing.
-        store: Where states will be kept.
-        texts: Texts that are read.
-        timings: Gets the stages ``fetch`` and ``encode``.
-    """
+    """Encode those texts of new records that have no stored states; nothing is written yet."""
     keys = [passage_key(text) for text in texts]
     with timings.stage("fetch"):
         absent = store.missing(keys)
@@ -230,25 +209,11 @@ def rank_texts(
     threshold: float | None = None,
     owners: Owners | None = None,
 ) -> Ranking:
-    """Get states of candidates and order them by relevance; see `load_states` for the arguments both take.
+    """Get states of candidates and order them by relevance; takes and raises what `load_states` does.
 
-    Args:
-        engine: Encodes and scores.
-        store: Where states are kept.
-        query: The question, or what `Reranker.prepare` made of it; then without `instructions`.
-        texts: Candidates in retrieval order; None marks one without text.
-        missing: Policy for texts without states.
-        timings: Gets the stages ``fetch``, ``encode`` and ``score``.
-        instructions: System and task text.
-        ratio: A multiple of the stored ratio; None takes the stored one.
-        threshold: Keep only P(yes) >= this; unscored ones are dropped too.
-        owners: Records the texts are of.
-
-    Raises:
-        InputError: As `Reranker.score`.
-        MissingStateError: Under ``missing="raise"``.
-        StateMismatchError: If `ratio` is no multiple of the stored one.
-        StoreFormatError: If a stored state is damaged.
+    `query` is the question, or what `Reranker.prepare` made of it, then without `instructions`. `ratio` is a multiple
+    of the stored ratio (else StateMismatchError); None takes the stored one. `threshold` keeps only P(yes) >= this, and
+    no unscored ones.
     """
     loaded = load_states(engine, store, texts, missing=missing, timings=timings, owners=owners)
     states = loaded.states
@@ -273,38 +238,26 @@ def as_stored(states: Sequence[PassageStates], store: StateStore) -> StateBatch:
     return unpack_batch(payloads, [s.tokens for s in states], [s.total_tokens for s in states], store.layout)
 
 
-def _places(store: StateStore) -> list[StateStore]:
-    """Where states may be, in the order in which they are asked."""
-    cache = cache_beside(store)
-    return [store] if cache is None else [store, cache]
-
-
 def _from_cache(store: StateStore, keys: Sequence[str]) -> dict[str, PassageStates]:
     """States that this process has in memory (embedded a moment ago, say), exactly as they were made."""
     cache = cache_beside(store)
     return {} if cache is None or store.layout.codec is not Codec.EXACT else cache.states(keys)
 
 
-def _owned(rows: Sequence[int], keys: Sequence[str], owners: Owners | None) -> list[Reference]:
-    if owners is None:
-        return []
-    named = [(owners.record_ids[row], key) for row, key in zip(rows, keys, strict=True)]
-    return [
-        Reference(collection_id=owners.collection_id, record_id=record_id, key=key)
-        for record_id, key in named
-        if record_id is not None
-    ]
-
-
 def _keep_if_possible(
-    store: StateStore, states: Sequence[PassageStates], references: Sequence[Reference], owners: Owners | None
+    store: StateStore, states: Sequence[PassageStates], rows: Sequence[int], owners: Owners | None
 ) -> int:
     """Keep states of records in the store, others in the process's cache; give how many distinct ones there are.
 
     Keeping never delays or takes away an answer that is ready: where the store is locked, full or read-only, states
-    stay in memory.
+    stay in memory. `rows` tells which of the `owners` the states are of.
     """
     distinct = {s.key: s for s in states}
+    references = [
+        Reference(collection_id=owners.collection_id, record_id=record_id, key=s.key)
+        for row, s in zip(rows, states, strict=True)
+        if owners is not None and (record_id := owners.record_ids[row]) is not None
+    ]
     used = {reference.key for reference in references} if owners is not None else distinct.keys()
     lasting = [s for key, s in distinct.items() if key in used]
     passing = [s for key, s in distinct.items() if key not in used]

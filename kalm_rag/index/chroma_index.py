@@ -7,10 +7,9 @@ collection now.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from kalm_rag.checks import check_count, check_cut, check_passages, check_query
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, InputError
-from kalm_rag.index.candidates import Missing, Owners, RankedCandidate, check_missing, rank_texts
+from kalm_rag.index.candidates import Missing, Owners, check_missing, rank_texts
 from kalm_rag.index.collection import (
     COSINE,
     MOST_CANDIDATES,
@@ -46,19 +45,7 @@ if TYPE_CHECKING:
     from chromadb.api import ClientAPI
     from chromadb.api.models.Collection import Collection
 
-logger = logging.getLogger(__name__)
-
 Metadatas = Sequence["Mapping[str, Any] | None"]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """One row of a vector search."""
-
-    id: str
-    document: str | None
-    metadata: Mapping[str, Any]
-    distance: float
 
 
 class ChromaIndex:
@@ -67,12 +54,6 @@ class ChromaIndex:
     Make one with `ChromaIndex.open`. Safe to use from many threads. Several processes may query one folder at once; of
     those that write, one at a time does, and the others wait. A process sees what another one wrote after `refresh`, or
     after it wrote itself.
-
-    Args:
-        home: The collection, its engine and store.
-        embedder: What makes this collection's vectors; None takes the bundled one.
-        missing: What to do with candidates without stored states: ``"encode"`` them and keep the states,
-            ``"raise"``, or ``"skip"`` (unscored, behind the scored ones).
 
     Example:
         >>> index = ChromaIndex.open()  # in memory; give a folder to keep it
@@ -113,26 +94,25 @@ class ChromaIndex:
         r"""Open a collection with its states, or make both. The model is loaded when it is first needed.
 
         Args:
-            path: Folder of a persistent Chroma database; made if absent. Give this or `client`, or neither for an
-                index in memory.
+            path: Folder of a persistent Chroma database. Give this or `client`, or neither for an index in memory.
             client: A Chroma client of yours (persistent, ephemeral or HTTP).
             collection: Name of the collection.
             model: Name or folder for `Reranker.from_pretrained`, or a ready engine (which stays yours to close). None
                 takes the one that the collection was made with, or else pico.
-            embedder: What makes the vectors: the name or folder of a sentence-transformers model, or an object, see
-                `kalm_rag.index.embedders.wrap_embedder`. None takes the bundled all-MiniLM-L6-v2, which costs nothing
-                extra with pico.
+            embedder: What makes the vectors, see `kalm_rag.index.embedders.wrap_embedder`. None takes the bundled
+                all-MiniLM-L6-v2, which costs nothing extra with pico.
             store: Where states go. None: SQLite in the database's folder; in memory for an ephemeral client; a
                 companion collection for a remote one.
             codec: ``exact``, ``bf16`` or ``int8``; None takes what is stored, or else exact.
             ratio: Tokens a state stands for when the store is made; None takes what is stored, or the engine's (4).
             device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
             dtype: ``bf16`` or ``fp32``; None takes what the collection's states were made in, or what fits the device
-                (bf16 on CUDA, fp32 on the CPU). What was indexed on a GPU is so read on a CPU as it is.
+                (bf16 on CUDA, fp32 on the CPU).
             revision: Commit, tag or branch of a repository; None takes the collection's, or the pinned one.
             passage: How a record becomes the text that is read, see `PassageRule`: ``"document"``, or a template such
                 as ``"{title}\n{text}"``. None takes the collection's own rule, or else ``"document"``.
-            missing: Policy for candidates without states.
+            missing: What to do with candidates without stored states: ``"encode"`` them and keep the states,
+                ``"raise"``, or ``"skip"`` (unscored, behind the scored ones).
             create: Make the collection if it is absent.
             change_model: Let a collection that was made with another model, dtype or passage rule go over to this one.
                 Its passages are then encoded again: run `backfill`, or leave it to the queries.
@@ -140,8 +120,7 @@ class ChromaIndex:
         Raises:
             InputError: If arguments don't go together, the collection is absent under ``create=False`` (nothing is made
                 then), or its vectors were not made by `embedder`.
-            StateMismatchError: If the collection was made with another model, dtype or passage rule, or states are
-                stored at another ratio or codec than asked for.
+            StateMismatchError: If it was made with another model, dtype, passage rule, ratio or codec.
             ModelError: If `model` is no name, no folder and no repository id.
             StoreError: If Chroma or the store can't be opened; StoreFormatError if the store is damaged.
         """
@@ -151,7 +130,7 @@ class ChromaIndex:
         check_store(store)
         wrapped = None if embedder is None or embedder == BUNDLED else wrap_embedder(embedder)
         given = CollectionNotes(
-            model=None if model is None else model.info.name if isinstance(model, Reranker) else model,
+            model=model.info.name if isinstance(model, Reranker) else model,
             revision=revision,
             passage=None if passage is None else str(PassageRule(passage)),
         )
@@ -195,14 +174,8 @@ class ChromaIndex:
 
     @property
     def collection(self) -> Collection:
-        """The Chroma collection.
-
-        Raises:
-            ClosedError: After `close`.
-        """
-        if self._closed:
-            raise ClosedError("this ChromaIndex was closed. Open it again with ChromaIndex.open(...).")
-        return self.home.collection
+        """The Chroma collection; ClosedError after `close`, as everything else."""
+        return self._open().collection
 
     @property
     def engine(self) -> Reranker:
@@ -251,39 +224,19 @@ class ChromaIndex:
         return self._writer.add(self._records(ids, texts, metadatas))
 
     def upsert(
-        self,
-        ids: Iterable[str],
-        texts: Iterable[str],
-        metadatas: Metadatas | None = None,
-        *,
-        refresh: bool = False,
+        self, ids: Iterable[str], texts: Iterable[str], metadatas: Metadatas | None = None, *, refresh: bool = False
     ) -> AddReport:
         """Add records, or replace those that exist; unchanged ones are left alone, unchanged texts not encoded.
 
-        Metadata is replaced as a whole (Chroma's own upsert would merge it with the old).
-
-        Args:
-            ids: Record ids, distinct.
-            texts: Passages, one per id.
-            metadatas: One mapping per id, or None.
-            refresh: Make the vectors of unchanged records again, too: the embedder has changed.
-
-        Raises:
-            InputError: If an id occurs twice, lengths differ, a text is no valid string, or Chroma can't keep metadata.
-            StoreError: If the states can't be written. Batches finished before stay.
+        Takes and raises what `add` does, except for ids that exist. Metadata is replaced as a whole (Chroma's own
+        upsert would merge it with the old). `refresh` makes the vectors of unchanged records again, too: the embedder
+        has changed.
         """
         return self._writer.upsert(self._records(ids, texts, metadatas), refresh=refresh)
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Delete records and their references; unused states go with a later `gc`. Unknown ids are ignored.
-
-        Returns:
-            How many records there were.
-
-        Raises:
-            InputError: If `ids` is a single string.
-        """
-        self.collection  # noqa: B018 - says so if this was closed
+        """Delete records; unused states go with a later `gc`. Unknown ids are ignored; returns how many there were."""
+        self._open()
         return self._writer.delete(check_passages(ids, "ids"))
 
     def query(
@@ -324,32 +277,33 @@ class ChromaIndex:
             raise InputError(f"fetch_k is {fetch_k}; wanted at most {MOST_CANDIDATES:,}: Chroma can't give more.")
         policy = check_missing(missing if missing is not None else self.missing)
         told = as_instructions(instructions)
-        self.collection  # noqa: B018 - says so if this was closed
-        engine, store = self.home.parts()
+        home = self._open()
+        engine, store = home.parts()
         timings = Timings()
         with timings.stage("embed"):
             asked = engine.prepare(text, told)
             vector = self.embedder.query(asked)
         with timings.stage("search"):
-            candidates = self._search(vector, fetch_k, where, where_document)
-        rule = self.home.rule
+            found = self._search(vector, fetch_k, where, where_document)
+        owners = Owners(collection_id=home.collection_id, record_ids=[hit.id for hit in found], scope=home.scope)
         ranking = rank_texts(
             engine,
             store,
             asked,
-            [rule.text(c.document, c.metadata, c.id) for c in candidates],
+            [home.rule.text(hit.text, hit.metadata, hit.id) for hit in found],
             missing=policy,
             timings=timings,
             ratio=ratio,
             threshold=threshold,
-            owners=Owners(
-                collection_id=self.home.collection_id, record_ids=[c.id for c in candidates], scope=self.home.scope
-            ),
+            owners=owners,
         )
         return QueryResult(
             query=text,
-            hits=[_hit(candidates, ranked) for ranked in ranking.candidates[:top_n]],
-            candidates=len(candidates),
+            hits=[
+                replace(found[r.index], margin=r.margin, probability=r.probability, truncated=r.truncated)
+                for r in ranking.candidates[:top_n]
+            ],
+            candidates=len(found),
             from_store=ranking.from_store,
             encoded=ranking.encoded,
             unscored=ranking.unscored,
@@ -372,66 +326,44 @@ class ChromaIndex:
         return await asyncio.to_thread(self.delete, ids)
 
     def refresh(self) -> None:
-        """See what other processes wrote since this was opened: a long-lived reader doesn't by itself.
-
-        Raises:
-            InputError: If the client is the app's own: open another one, and the index over it.
-        """
-        self.collection  # noqa: B018 - says so if this was closed
-        self.home.database.refresh()
+        """See what other processes wrote since this was opened; InputError if the client is the app's own."""
+        self._open().database.refresh()
 
     def verify(self, *, search: bool = True) -> VerifyReport:
         """Compare every record with its states, and every state with its checksum. Changes nothing.
 
-        Args:
-            search: Also look for every record by its own vector, to tell those that no search finds (a millisecond or
-                so per record).
+        `search`: also look for every record by its own vector, to tell those that no search finds (a millisecond each).
         """
-        self.collection  # noqa: B018 - says so if this was closed
-        return self.home.verify(search=search)
+        return self._open().verify(search=search)
 
     def backfill(self, *, show_progress: bool = False) -> BackfillReport:
         """Bring states up to the collection: encode what is missing or damaged, mend references.
 
-        This is how states are added to a collection that somebody else filled, or whose texts were edited behind
-        the index's back. Works through the collection in batches; safe to break off and run again.
-
-        Args:
-            show_progress: Whether to show a bar.
-
-        Raises:
-            StoreError: If the states can't be written. Batches finished before stay.
+        For a collection that somebody else filled, or whose texts were edited behind the index's back. Works in
+        batches; safe to break off (StoreError, say) and run again.
         """
-        self.collection  # noqa: B018 - says so if this was closed
-        return self.home.backfill(show_progress=show_progress)
+        return self._open().backfill(show_progress=show_progress)
 
     def gc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
         """Drop references of records and collections that are gone, then states that nothing refers to.
 
-        Needs no model. What was written less than `younger_than` seconds ago stays, so that another process may add
-        meanwhile.
+        What was written less than `younger_than` seconds ago stays, so that another process may add meanwhile.
         """
-        self.collection  # noqa: B018 - says so if this was closed
-        return self.home.gc(younger_than=younger_than)
+        return self._open().gc(younger_than=younger_than)
 
     def rebuild(self, *, show_progress: bool = False) -> RebuildReport:
         """Make the collection again out of its own records, when its vector index is broken or leaves records out.
 
         Vectors that can be read are kept; others are made of stored states, or by the embedder. Nothing is encoded that
-        has states. The collection keeps its name and gets a new id.
-
-        Raises:
-            StoreError: If Chroma fails, or records can't be read at all.
+        has states. The collection keeps its name and gets a new id. StoreError if records can't be read at all.
         """
-        self.collection  # noqa: B018 - says so if this was closed
-        return self.home.rebuild(self.embedder, show_progress=show_progress)
+        return self._open().rebuild(self.embedder, show_progress=show_progress)
 
     def close(self) -> None:
         """Release what `open` made: store, engine, and the client unless it is yours. Closing twice is fine."""
         self._closed = True
-        own, self._own_pico = self._own_pico, None
-        if own is not None:
-            own.close()
+        if self._own_pico is not None:
+            self._own_pico.close()
         self.home.close()
 
     def __enter__(self) -> ChromaIndex:
@@ -442,10 +374,15 @@ class ChromaIndex:
     ) -> None:
         self.close()
 
+    def _open(self) -> CollectionHome:
+        if self._closed:
+            raise ClosedError("this ChromaIndex was closed. Open it again with ChromaIndex.open(...).")
+        return self.home
+
     def _records(self, ids: Iterable[str], texts: Iterable[str], metadatas: Metadatas | None) -> Records:
-        self.collection  # noqa: B018 - says so if this was closed
-        checked_ids, documents, checked = check_records(ids, texts, metadatas)
-        return Records(ids=checked_ids, documents=documents, metadatas=checked)
+        self._open()
+        names, documents, checked = check_records(ids, texts, metadatas)
+        return Records(ids=names, documents=documents, metadatas=checked)
 
     def _check_vectors(self) -> None:
         """Refuse another embedder than the collection's; the bundled one is only loaded if its notes don't name it."""
@@ -456,32 +393,15 @@ class ChromaIndex:
 
     def _search(
         self, vector: list[float], fetch_k: int, where: Mapping[str, Any] | None, document: Mapping[str, Any] | None
-    ) -> list[_Candidate]:
+    ) -> list[Hit]:
+        """What a vector search gives, nearest first, not scored yet."""
+        columns: Any = ["documents", "metadatas", "distances"]
         with chroma_errors("search"):
             found = self.collection.query(
-                query_embeddings=[vector],
-                n_results=fetch_k,
-                where=where,
-                where_document=document,
-                include=["documents", "metadatas", "distances"],
+                query_embeddings=[vector], n_results=fetch_k, where=where, where_document=document, include=columns
             )
+        rows = zip(*(found[name][0] for name in ("ids", *columns)), strict=True)
         return [
-            _Candidate(i, text, dict(meta or {}), float(distance))
-            for i, text, meta, distance in zip(
-                found["ids"][0], found["documents"][0], found["metadatas"][0], found["distances"][0], strict=True
-            )
+            Hit(id=i, text=text, metadata=dict(metadata or {}), retrieval_rank=rank, distance=float(distance))
+            for rank, (i, text, metadata, distance) in enumerate(rows, 1)
         ]
-
-
-def _hit(candidates: Sequence[_Candidate], ranked: RankedCandidate) -> Hit:
-    candidate = candidates[ranked.index]
-    return Hit(
-        id=candidate.id,
-        text=candidate.document,
-        metadata=candidate.metadata,
-        retrieval_rank=ranked.index + 1,
-        distance=candidate.distance,
-        margin=ranked.margin,
-        probability=ranked.probability,
-        truncated=ranked.truncated,
-    )

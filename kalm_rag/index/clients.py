@@ -74,12 +74,10 @@ class Database:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] | None, *, create: bool = True, **client_fields: str) -> Database:
-        """Open a persistent Chroma database; one in memory for None.
-
-        A database that this process has open already keeps the settings it was opened with.
+        """Open a persistent Chroma database; one in memory for None. A ``~`` is the home folder.
 
         Args:
-            path: Its folder; a ``~`` is the home folder.
+            path: Its folder.
             create: Make the folder if there is no database in it.
             **client_fields: ``tenant`` and ``database`` of the client.
 
@@ -103,11 +101,7 @@ class Database:
 
     @property
     def client(self) -> ClientAPI:
-        """The client.
-
-        Raises:
-            ClosedError: After `close`.
-        """
+        """The client; ClosedError after `close`."""
         if self._client is None:
             raise ClosedError("this Chroma database was closed. Open it again.")
         return self._client

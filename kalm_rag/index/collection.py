@@ -11,7 +11,7 @@ import math
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,11 +84,7 @@ class CollectionNotes:
         return {key: value for key, value in named.items() if value is not None}
 
     def check(self, wanted: CollectionNotes, name: str) -> None:
-        """Refuse to open a collection under other terms than it was made with.
-
-        Args:
-            wanted: What the caller asked for; None where the collection may decide.
-            name: The collection's, for the message.
+        """Refuse to open the collection `name` under other terms than it was made with; None leaves it to decide.
 
         Raises:
             StateMismatchError: If model, revision, dtype or passage rule differ: its states would be made again.
@@ -124,6 +120,11 @@ def chroma_errors(what: str) -> Iterator[None]:
         raise StoreError(f"{what}: Chroma failed ({type(err).__name__}: {told[:300]}). {_advice(told)}") from err
 
 
+def collection_errors(collection: Collection) -> AbstractContextManager[None]:
+    """`chroma_errors` about one collection."""
+    return chroma_errors(f"collection {collection.name!r}")
+
+
 def _is_gone(err: BaseException) -> bool:
     return isinstance(err, NotFoundError) and "does not exist" in str(err)
 
@@ -143,12 +144,7 @@ def _advice(message: str) -> str:
 
 
 def find_collection(client: ClientAPI, name: str) -> Collection | None:
-    """Get a collection by name, or None; its own embedding function is never run.
-
-    Raises:
-        InputError: If it is no name that Chroma takes.
-        StoreError: If Chroma fails.
-    """
+    """Get a collection by name, or None; its own embedding function is never run."""
     check_text(name, "collection")
     try:
         with chroma_errors(f"collection {name!r}"):
@@ -160,11 +156,7 @@ def find_collection(client: ClientAPI, name: str) -> Collection | None:
 
 
 def require_collection(client: ClientAPI, name: str) -> Collection:
-    """Get a collection that must be there.
-
-    Raises:
-        InputError: If it is absent; the message lists those there are.
-    """
+    """Get a collection that must be there; the InputError lists those there are."""
     found = find_collection(client, name)
     if found is None:
         names = ", ".join(sorted(c.name for c in client.list_collections())) or "none"
@@ -175,14 +167,7 @@ def require_collection(client: ClientAPI, name: str) -> Collection:
 def make_collection(client: ClientAPI, name: str, notes: CollectionNotes, options: Mapping[str, Any]) -> Collection:
     """Make a collection with its notes; one that another door made a moment ago is given as it is.
 
-    Args:
-        client: Of the database.
-        name: The collection's.
-        notes: What is known of what will make it.
-        options: Further arguments of Chroma's ``create_collection``, ``metadata`` of the app's among them.
-
-    Raises:
-        InputError: If Chroma doesn't take the name or an option.
+    `options` are further arguments of Chroma's ``create_collection``, ``metadata`` of the app's among them.
     """
     metadata = {**(options.get("metadata") or {}), **notes.metadata()}
     with chroma_errors(f"collection {name!r}"):
@@ -197,7 +182,7 @@ def note(collection: Collection, notes: CollectionNotes) -> None:
     old = dict(collection.metadata or {})
     new = {**old, **notes.metadata()}
     if new != old and not any(key.startswith("hnsw:") for key in old):
-        with chroma_errors(f"collection {collection.name!r}"):
+        with collection_errors(collection):
             collection.modify(metadata=new)
 
 
@@ -206,7 +191,7 @@ def passage_rule(collection: Collection, notes: CollectionNotes | None = None) -
     noted = (notes if notes is not None else CollectionNotes.read(collection.metadata)).passage
     if noted is not None:
         return PassageRule(noted)
-    with chroma_errors(f"collection {collection.name!r}"):
+    with collection_errors(collection):
         sample = collection.get(limit=1, include=["metadatas"])["metadatas"]
     nodes = bool(sample) and _LLAMA_NODE in (sample[0] or {})
     return PassageRule("llama_index:embed" if nodes else DOCUMENT)
@@ -214,32 +199,33 @@ def passage_rule(collection: Collection, notes: CollectionNotes | None = None) -
 
 def records(collection: Collection, rule: PassageRule, *, texts: bool = True) -> Pages:
     """All records of a collection, page by page: ids, and the texts that are read if asked for (else None)."""
-    include: Any = (["documents", "metadatas"] if rule.needs_metadata else ["documents"]) if texts else []
+    include = (["documents", "metadatas"] if rule.needs_metadata else ["documents"]) if texts else []
+    for page in pages(collection, include):
+        ids, nothing = page["ids"], [None] * len(page["ids"])
+        if texts:
+            metadatas = page["metadatas"] if rule.needs_metadata else nothing
+            rows = zip(ids, page["documents"], metadatas, strict=True)
+            yield ids, [rule.text(document, metadata, i) for i, document, metadata in rows]
+        else:
+            yield ids, list(nothing)
+
+
+def pages(collection: Collection, include: list[str]) -> Iterator[dict[str, Any]]:
+    """All that a collection holds, as Chroma gives it, up to `PAGE` records at a time."""
     offset = 0
     while True:
-        with chroma_errors(f"collection {collection.name!r}"):
-            page = collection.get(limit=PAGE, offset=offset, include=include)
-        ids = page["ids"]
-        if not ids:
+        with collection_errors(collection):
+            page: Any = collection.get(limit=PAGE, offset=offset, include=include)
+        if not page["ids"]:
             return
-        documents = page["documents"] if texts else [None] * len(ids)
-        metadatas = page["metadatas"] if texts and rule.needs_metadata else [None] * len(ids)
-        yield (
-            ids,
-            [rule.text(d, m, i) for i, d, m in zip(ids, documents, metadatas, strict=True)] if texts else documents,
-        )
-        offset += len(ids)
+        yield page
+        offset += len(page["ids"])
 
 
 def check_records(
     ids: Iterable[str], texts: Iterable[str], metadatas: Iterable[Metadata | None] | None
 ) -> tuple[list[str], list[str], list[dict[str, Any] | None]]:
-    """Check one call's records before anything is written; copies, so that nothing of the caller's is kept.
-
-    Raises:
-        InputError: If an id is empty or occurs twice, lengths differ, a text is no valid string, or Chroma can't keep
-            the metadata.
-    """
+    """Check one call's records before anything is written; copies, so that nothing of the caller's is kept."""
     checked_ids = check_ids(ids)
     checked = check_passages(texts, "texts")
     metas = (
@@ -253,11 +239,7 @@ def check_records(
 
 
 def check_ids(ids: Iterable[str]) -> list[str]:
-    """Check record ids.
-
-    Raises:
-        InputError: If one is no valid string, empty, or occurs twice in the call.
-    """
+    """Check record ids: valid strings, not empty, each once in the call."""
     checked = check_passages(ids, "ids")
     seen: set[str] = set()
     for place, i in enumerate(checked):
@@ -273,10 +255,7 @@ def check_metadata(metadata: Metadata | None, record_id: str) -> dict[str, Any] 
     """Copy one record's metadata if Chroma can keep it whole; an empty mapping is None, which Chroma wants.
 
     Chroma's own check comes when states are written already, and lets through what it can't keep: a NaN comes back
-    as nothing, and in a list it makes the collection unreadable for good.
-
-    Raises:
-        InputError: Naming record and key.
+    as nothing, and in a list it makes the collection unreadable for good. An InputError names record and key.
     """
     if metadata is None:
         return None
@@ -346,11 +325,7 @@ def live_collections(database: Database, store: StateStore) -> list[str]:
 
 
 def all_collection_ids(folder: Path) -> list[str]:
-    """Ids of a local database's collections, over all tenants and databases.
-
-    Raises:
-        StoreError: If Chroma's file can't be read.
-    """
+    """Ids of a local database's collections, over all tenants and databases."""
     file = folder / "chroma.sqlite3"
     try:
         with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=10)) as connection:
@@ -369,7 +344,7 @@ def _is_uuid(text: str) -> bool:
 
 def vector_width(collection: Collection) -> int | None:
     """Width of a collection's vectors; None while it has none."""
-    with chroma_errors(f"collection {collection.name!r}"):
+    with collection_errors(collection):
         sample = collection.get(limit=1, include=["embeddings"])
     return len(sample["embeddings"][0]) if sample["ids"] and sample["embeddings"] is not None else None
 
@@ -377,20 +352,14 @@ def vector_width(collection: Collection) -> int | None:
 def check_vectors(collection: Collection, embedder: Embedder, rule: PassageRule, argument: str = "embedder=") -> None:
     """Refuse a collection whose vectors come from another embedder; a search would give nonsense silently.
 
-    Args:
-        collection: Which.
-        embedder: What would make the vectors of queries and of new records.
-        rule: How its records are read.
-        argument: What the door calls its embedder.
-
-    Raises:
-        InputError: If a stored vector is not what `embedder` makes of the record's text.
+    An InputError says that a stored vector is not what `embedder` makes of the record's text, as `rule` reads it, and
+    to pass `argument`.
     """
     told = CollectionNotes.read(collection.metadata).embedder
     if told == embedder.name == BUNDLED:
         return  # one model has this name; an app's embedder goes by its class, which many models share
     try:
-        with chroma_errors(f"collection {collection.name!r}"):
+        with collection_errors(collection):
             sample = collection.get(limit=1, include=["documents", "metadatas", "embeddings"])
     except StoreError as err:  # it must be opened to be made again
         logger.warning("vectors can't be read, so they are not compared with the embedder's: %s", err)

@@ -28,21 +28,16 @@ class Embedder(Protocol):
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of passages, shape ``(passages, width)``."""
-        ...
 
     def query(self, text: str | PreparedQuery) -> list[float]:
         """Vector of a query; one that an engine has prepared may give it for nothing."""
-        ...
 
 
 class BundledEmbedder:
     """Vectors of pico's frozen encoder: unit length, width 384.
 
     A passage's vector is the mean of its pooled states, so whoever has the states has the vector without another
-    encoder pass.
-
-    Args:
-        engine: An engine over pico.
+    encoder pass. `engine` must be over pico.
     """
 
     name = BUNDLED
@@ -51,17 +46,17 @@ class BundledEmbedder:
         self._engine = engine
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        """Encode passages and give their vectors, shape ``(passages, 384)``."""
+        """Encode passages and give their vectors."""
         return self.from_states(batch_states(self._engine.encode(texts, show_progress=False)))
 
     def from_states(self, states: StateBatch) -> np.ndarray:
-        """Vectors of passages whose states are at hand, shape ``(passages, 384)``."""
+        """Vectors of passages whose states are at hand."""
         backbone = cast("EmbeddingBackbone", self._engine.backbone)
         vectors, counts = states.on(backbone.device, torch.float32)
         return backbone.embed_states(vectors, counts).float().cpu().numpy()
 
     def query(self, text: str | PreparedQuery) -> list[float]:
-        """Vector of a query, length 384; of one that this model has prepared, without reading it again."""
+        """Vector of a query; of one that this model has prepared, without reading it again."""
         backbone = cast("EmbeddingBackbone", self._engine.backbone)
         vector = None
         if isinstance(text, PreparedQuery):
@@ -81,11 +76,7 @@ class AppEmbedder:
         self._query = query if query is not None else lambda text: passages([text])[0]
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of passages.
-
-        Raises:
-            InputError: If the app's embedder gives anything but one finite vector per text.
-        """
+        """Vectors of passages; InputError if the app's embedder gives anything but one finite vector per text."""
         vectors = np.asarray(self._passages(list(texts)), dtype=np.float32)
         if vectors.ndim != 2 or vectors.shape[0] != len(texts) or not np.isfinite(vectors).all():
             raise InputError(
@@ -105,9 +96,8 @@ def wrap_embedder(embedder: object) -> Embedder:
 
     Args:
         embedder: The name or folder of a sentence-transformers model, such a model (``encode``), a LangChain
-            ``Embeddings`` (``embed_documents``), a
-            LlamaIndex embedding (``get_text_embedding_batch``), a Chroma embedding function or any function from a
-            list of texts to vectors.
+            ``Embeddings`` (``embed_documents``), a LlamaIndex embedding (``get_text_embedding_batch``), a Chroma
+            embedding function or any function from a list of texts to vectors.
 
     Raises:
         InputError: If it is none of these.

@@ -13,7 +13,7 @@ from typing import Any
 
 from kalm_rag.errors import InputError
 from kalm_rag.index import ChromaIndex
-from kalm_rag.index.collection import PAGE
+from kalm_rag.index.collection import pages
 from kalm_rag.index.readers import SUFFIXES, DocumentText, read_bytes, read_file
 from kalm_rag.index.results import AddReport
 from kalm_rag.index.splitting import RULES, fit_passages, split_text
@@ -171,8 +171,7 @@ def sync(
     """Bring a collection up to the documents there are: write what is new or changed, delete what is gone.
 
     A document is finished in one go or done again next time; unchanged passages of a changed document are left
-    alone, and a passage whose text was seen before is not encoded again. Passages are cut so that the model reads
-    all of each. Nothing is deleted of what can't be read now.
+    alone. Passages are cut so that the model reads all of each. Nothing is deleted of what can't be read now.
 
     Args:
         index: Where to write.
@@ -247,9 +246,8 @@ class _Changes:
 def _known(index: ChromaIndex, scope: str, origin: str) -> dict[str, _Known]:
     """What the collection holds under a scope, by document."""
     known: dict[str, _Known] = {}
-    offset = 0
-    while ids := (page := index.collection.get(limit=PAGE, offset=offset, include=["metadatas"]))["ids"]:
-        for i, meta in zip(ids, page["metadatas"], strict=True):
+    for page in pages(index.collection, ["metadatas"]):
+        for i, meta in zip(page["ids"], page["metadatas"], strict=True):
             source = str((meta or {}).get("source", ""))
             if source.startswith(scope) and meta is not None and "digest" in meta and "chunks" in meta:
                 _check_origin(str(meta.get("origin", "")), origin, scope)
@@ -257,7 +255,6 @@ def _known(index: ChromaIndex, scope: str, origin: str) -> dict[str, _Known]:
                 if entry.digest != meta["digest"]:
                     entry.digest = ""  # a change was cut off half-way: do it again
                 entry.ids.add(i)
-        offset += len(ids)
     return known
 
 

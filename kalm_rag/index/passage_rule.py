@@ -68,11 +68,6 @@ class PassageRule:
     def text(self, document: str | None, metadata: Mapping[str, Any] | None, record_id: str = "") -> str | None:
         """Text of one record that is read; None for a record without text, which can't be scored.
 
-        Args:
-            document: The record's text.
-            metadata: Its metadata.
-            record_id: Its id, for LlamaIndex's nodes.
-
         Raises:
             MissingDependencyError: If the rule is LlamaIndex's and that is not installed.
         """

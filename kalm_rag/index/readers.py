@@ -9,7 +9,7 @@ import codecs
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,7 @@ def read_file(path: Path) -> DocumentText:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes.
-
-    Raises:
-        InputError: If it can't be opened, or is larger than `MAX_BYTES`.
-    """
+    """A file's bytes; InputError if it can't be opened, or is larger than `MAX_BYTES`."""
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -100,17 +96,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decode(raw: bytes, declared: str | None = None) -> tuple[str, str] | None:
-    """Text of bytes in whatever encoding.
+    """Text of a file's bytes and its encoding; None if they are no text.
 
-    Args:
-        raw: A file's bytes.
-        declared: Encoding that the file itself names, tried before guessing.
-
-    Returns:
-        The text and its encoding; None if the bytes are no text.
-
-    Raises:
-        MissingDependencyError: If the encoding must be guessed, and charset-normalizer is not installed.
+    `declared` is the encoding that the file itself names, tried before guessing, which needs charset-normalizer.
     """
     for mark, encoding in _BOMS.items():
         if raw.startswith(mark):
@@ -161,9 +149,7 @@ def _read_plain(raw: bytes) -> DocumentText:
 def _read_markdown(raw: bytes) -> DocumentText:
     read = _read_plain(raw)
     heading = re.search(r"^# +(\S.*)$", read.text, flags=re.MULTILINE)
-    return DocumentText(
-        text=read.text, title=heading[1].strip(" #") if heading else "", encoding=read.encoding, binary=read.binary
-    )
+    return replace(read, title=heading[1].strip(" #") if heading else "")
 
 
 def _read_html(raw: bytes) -> DocumentText:

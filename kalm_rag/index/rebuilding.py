@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from kalm_rag.errors import InputError, KalmRagError
 from kalm_rag.index.candidates import load_states
 from kalm_rag.index.clients import Database
-from kalm_rag.index.collection import NOTE, PAGE, chroma_errors, find_collection
+from kalm_rag.index.collection import NOTE, chroma_errors, collection_errors, find_collection, pages
 from kalm_rag.index.embedders import BundledEmbedder, Embedder
 from kalm_rag.index.results import RebuildReport, Timings
 from kalm_rag.index.writer import Home
@@ -38,27 +38,11 @@ SUFFIX = "-kalm-rebuild"
 _OURS, _COMPLETE = NOTE + "rebuilding", NOTE + "rebuilt"
 
 
-class _Count:
-    """What the rebuild did so far."""
-
-    def __init__(self) -> None:
-        self.records = self.kept = self.embedded = self.encoded = 0
-
-
 def rebuild(home: Home, embedder: Embedder | None, *, show_progress: bool = False) -> RebuildReport:
-    """Make the collection again: same records, notes and distance, a new vector index.
+    """Make the collection again: same records, notes and distance, a new vector index; see `ChromaIndex.rebuild`.
 
-    Vectors that can still be read are kept; others are made of the stored states (pico's bundled vectors) or by the
-    embedder.
-
-    Args:
-        home: The collection. Nobody else writes to its folder meanwhile.
-        embedder: What makes its vectors; None where only vectors that can be read can be kept.
-        show_progress: Whether to show a bar.
-
-    Raises:
-        InputError: If vectors can't be read and there is no embedder; the collection stays as it was.
-        StoreError: If Chroma fails, or records can't be read at all.
+    Nobody else writes to its folder meanwhile. If vectors can't be read and `embedder` is None, it stays as it was
+    (InputError).
     """
     with home.database.writing():
         old = _readable(home)
@@ -78,18 +62,12 @@ def rebuild(home: Home, embedder: Embedder | None, *, show_progress: bool = Fals
                 metadata={**(old.metadata or {}), _OURS: name},
                 configuration=_same_index(old),
             )
-        count = _Count()
-        offset, vectors_readable = 0, True
+        report, vectors_readable = RebuildReport(), True
         with tqdm(total=old.count(), desc="rebuild", unit="record", disable=not show_progress) as bar:
-            while True:
-                with chroma_errors(f"collection {name!r}"):
-                    page: Any = old.get(limit=PAGE, offset=offset, include=["documents", "metadatas"])
-                if not page["ids"]:
-                    break
+            for page in pages(old, ["documents", "metadatas"]):
                 vectors = _vectors(old, page["ids"]) if vectors_readable else None
                 vectors_readable = vectors is not None
-                _copy(home, new, page, vectors, embedder, count)
-                offset += len(page["ids"])
+                report += _copy(home, new, page, vectors if vectors is not None else {}, embedder)
                 bar.update(len(page["ids"]))
         with chroma_errors(f"collection {name!r}"):
             metadata = {key: value for key, value in (new.metadata or {}).items() if not key.startswith("hnsw:")}
@@ -97,7 +75,7 @@ def rebuild(home: Home, embedder: Embedder | None, *, show_progress: bool = Fals
             client.delete_collection(name)
             _take_name(new, name)
         home.find_again()
-    return RebuildReport(records=count.records, kept=count.kept, embedded=count.embedded, encoded=count.encoded)
+    return report
 
 
 def finish(database: Database, name: str) -> bool:
@@ -142,7 +120,7 @@ def _same_index(old: Collection) -> Any:  # noqa: ANN401 - chromadb's own type
 def _readable(home: Home) -> Collection:
     """The collection, with its vector index put aside if not even texts can be read with it."""
     try:
-        with chroma_errors(f"collection {home.collection.name!r}"):
+        with collection_errors(home.collection):
             home.collection.get(limit=1, include=["documents"])
             home.collection.count()
     except KalmRagError:
@@ -163,7 +141,7 @@ def _readable(home: Home) -> Collection:
 def _vectors(old: Collection, ids: Sequence[str]) -> dict[str, Any] | None:
     """Stored vectors by id, or None where the index can't give them."""
     try:
-        with chroma_errors(f"collection {old.name!r}"):
+        with collection_errors(old):
             found: Any = old.get(ids=list(ids), include=["embeddings"])
     except KalmRagError as err:
         logger.info("vectors are made again: %s", err)
@@ -172,24 +150,20 @@ def _vectors(old: Collection, ids: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _copy(
-    home: Home,
-    new: Collection,
-    page: Any,  # noqa: ANN401 - chromadb's own type
-    vectors: dict[str, Any] | None,
-    embedder: Embedder | None,
-    count: _Count,
-) -> None:
+    home: Home, new: Collection, page: dict[str, Any], at_hand: dict[str, Any], embedder: Embedder | None
+) -> RebuildReport:
     """Write one page of the old collection into the new one, and refer to its states under the new one's id."""
-    ids, at_hand = page["ids"], vectors if vectors is not None else {}
+    ids = page["ids"]
     texts = [home.rule.text(d, m, i) for i, d, m in zip(ids, page["documents"], page["metadatas"], strict=True)]
     rows = [row for row, i in enumerate(ids) if i in at_hand or texts[row] is not None]
     left = [row for row in rows if ids[row] not in at_hand]
-    made = dict(zip(left, _embed(home, [texts[row] or "" for row in left], embedder, count), strict=True))
+    embedded, encoded = _embed(home, [texts[row] or "" for row in left], embedder)
+    made = dict(zip(left, embedded, strict=True))
     for has_text in (True, False):
         part = [row for row in rows if (page["documents"][row] is not None) is has_text]
         if not part:
             continue
-        with chroma_errors(f"collection {new.name!r}"):
+        with collection_errors(new):
             new.add(
                 ids=[ids[row] for row in part],
                 embeddings=[made[row] if row in made else at_hand[ids[row]] for row in part],
@@ -203,24 +177,22 @@ def _copy(
         if (text := texts[row]) is not None
     ]
     store.put_many([], references, scope=home.scope)
-    count.records += len(rows)
-    count.kept += len(rows) - len(left)
     if len(rows) < len(ids):
         logger.warning("%d records have neither text nor a vector that can be read.", len(ids) - len(rows))
+    return RebuildReport(records=len(rows), kept=len(rows) - len(left), embedded=len(left), encoded=encoded)
 
 
-def _embed(home: Home, texts: list[str], embedder: Embedder | None, count: _Count) -> np.ndarray | list[Any]:
+def _embed(home: Home, texts: list[str], embedder: Embedder | None) -> tuple[Sequence[Any] | np.ndarray, int]:
+    """Vectors of texts, and how many passages were encoded for them."""
     if not texts:
-        return []
+        return [], 0
     if embedder is None:
         raise InputError(
             f"the vectors of {home.collection.name!r} can't be read, and this door has no embedder to make them again. "
             f"Open the collection with ChromaIndex.open(path, collection=..., embedder=...) and rebuild there."
         )
-    count.embedded += len(texts)
     engine, store = home.parts()
     if not isinstance(embedder, BundledEmbedder) or engine.info.family != "pico":
-        return embedder.passages(texts)
+        return embedder.passages(texts), 0
     loaded = load_states(engine, store, texts, missing="encode", timings=Timings())
-    count.encoded += loaded.encoded
-    return embedder.from_states(loaded.states) if loaded.states is not None else []
+    return embedder.from_states(loaded.states) if loaded.states is not None else [], loaded.encoded

@@ -31,8 +31,8 @@ class Hit:
     metadata: Mapping[str, Any]
     retrieval_rank: int
     distance: float
-    margin: float | None
-    probability: float | None
+    margin: float | None = None
+    probability: float | None = None
     truncated: bool = False
 
 
@@ -129,14 +129,9 @@ class AddReport:
 
     def __add__(self, other: AddReport) -> AddReport:
         stages = self.seconds.keys() | other.seconds.keys()
-        return AddReport(
-            records=self.records + other.records,
-            encoded=self.encoded + other.encoded,
-            from_store=self.from_store + other.from_store,
-            unchanged=self.unchanged + other.unchanged,
-            truncated=[*self.truncated, *other.truncated],
-            seconds={s: self.seconds.get(s, 0.0) + other.seconds.get(s, 0.0) for s in stages},
-        )
+        seconds = {stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages}
+        sums = {name: mine + getattr(other, name) for name, mine in vars(self).items() if name != "seconds"}
+        return AddReport(**sums, seconds=seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +170,7 @@ class BackfillReport:
 
     encoded: int
     referenced: int
-    dropped: int
+    dropped: int = 0
     discarded: int
 
 
@@ -190,7 +185,10 @@ class RebuildReport:
         encoded: Passages that went through the encoder, because their states were missing.
     """
 
-    records: int
-    kept: int
-    embedded: int
-    encoded: int
+    records: int = 0
+    kept: int = 0
+    embedded: int = 0
+    encoded: int = 0
+
+    def __add__(self, other: RebuildReport) -> RebuildReport:
+        return RebuildReport(**{name: count + getattr(other, name) for name, count in vars(self).items()})

@@ -25,13 +25,7 @@ Piece = tuple[int, str]
 def split_text(text: str, size: int = CHUNK_CHARACTERS, overlap: int = OVERLAP_CHARACTERS) -> list[Piece]:
     """Cut a text into passages at paragraph, line, sentence or word ends, whichever comes first.
 
-    Args:
-        text: Any text.
-        size: Most characters per passage.
-        overlap: Most characters that a passage repeats of the one before it.
-
-    Returns:
-        Pairs of start (characters) and passage, in order.
+    A passage has at most `size` characters and repeats at most `overlap` of the one before it.
 
     Raises:
         MissingDependencyError: If the splitter is not installed.
@@ -54,9 +48,7 @@ def split_text(text: str, size: int = CHUNK_CHARACTERS, overlap: int = OVERLAP_C
 def fit_passages(pieces: Sequence[Piece], read: Callable[[Sequence[str]], Sequence[tuple[int, int]]]) -> list[Piece]:
     """Cut passages that are longer than the model reads again, finer, until it reads all of each.
 
-    Args:
-        pieces: What `split_text` gave.
-        read: Gives, for each passage, the tokens that the model would read of it and those it has.
+    `read` gives, for each passage, the tokens that the model would read of it and those it has.
     """
     fitting: list[Piece] = []
     for (start, text), (tokens, total) in zip(pieces, read([text for _, text in pieces]), strict=True):

@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import StoreError
 from kalm_rag.index.candidates import keep_states
-from kalm_rag.index.collection import PAGE, Pages, chroma_errors
+from kalm_rag.index.collection import Pages, collection_errors, pages
 from kalm_rag.index.results import BackfillReport, Timings, VerifyReport
 from kalm_rag.index.writer import BATCH
 from kalm_rag.states import passage_key
 from kalm_rag.store import Reference, StateStore
+from kalm_rag.store.rows import chunked
 
 if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
@@ -27,23 +28,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def verify(store: StateStore, collection: Collection, pages: Pages, *, search: bool = True) -> VerifyReport:
-    """Compare every record with its states, and every state with its checksum. Changes nothing.
-
-    Args:
-        store: Where the states are.
-        collection: The records' collection.
-        pages: Its records.
-        search: Also look for every record by its own vector.
-    """
+def verify(store: StateStore, collection: Collection, records: Pages, *, search: bool = True) -> VerifyReport:
+    """Compare every record with its states, and every state with its checksum; see `ChromaIndex.verify`."""
     known = {r.record_id: r.key for r in store.references(str(collection.id))}
-    records = 0
+    count = 0
     without: list[str] = []
     missing: list[str] = []
     stale: list[str] = []
     unreferenced: list[str] = []
-    for ids, texts in pages:
-        records += len(ids)
+    for ids, texts in records:
+        count += len(ids)
         keys = {i: passage_key(t) for i, t in zip(ids, texts, strict=True) if t is not None}
         absent = store.missing(list(keys.values()))
         without += [i for i in ids if i not in keys]
@@ -53,7 +47,7 @@ def verify(store: StateStore, collection: Collection, pages: Pages, *, search: b
         for i in ids:
             known.pop(i, None)
     return VerifyReport(
-        records=records,
+        records=count,
         without_text=without,
         missing=missing,
         stale=stale,
@@ -69,24 +63,15 @@ def unfindable(collection: Collection) -> list[str]:
 
     Chroma's index may leave records out after kills, after two writers at once, and, rarely, after many deletes. Its
     graph search is approximate, so a record that is not found among its nearest is looked for once more, wider.
-
     """
-    lost: list[str] = []
-    offset = 0
-    with chroma_errors(f"collection {collection.name!r}"):
+    with collection_errors(collection):
         total = collection.count()
-    while True:
-        with chroma_errors(f"collection {collection.name!r}"):
-            ids = collection.get(limit=PAGE, offset=offset, include=[])["ids"]
-        if not ids:
-            return lost
-        lost += _unfindable(collection, ids, total)
-        offset += len(ids)
+    return [i for page in pages(collection, []) for i in _unfindable(collection, page["ids"], total)]
 
 
 def _unfindable(collection: Collection, ids: list[str], total: int) -> list[str]:
     try:
-        with chroma_errors(f"collection {collection.name!r}"):
+        with collection_errors(collection):
             page = collection.get(ids=ids, include=["embeddings"])
             vectors = np.asarray(page["embeddings"], dtype=np.float32)
             left = _not_among(collection, page["ids"], vectors, min(_NEAR, total))
@@ -122,36 +107,21 @@ def _not_among(collection: Collection, ids: Sequence[str], vectors: np.ndarray, 
 def backfill(
     parts: tuple[Reranker, StateStore],
     collection_id: str,
-    pages: Pages,
+    records: Pages,
     *,
     scope: str = "",
     total: int | None = None,
     show_progress: bool = False,
 ) -> BackfillReport:
-    """Encode what is missing or damaged, mend references.
-
-    Works in batches; safe to break off and run again.
-
-    Args:
-        parts: Engine and store.
-        collection_id: Chroma's id of the collection.
-        pages: Its records.
-        scope: Names the database, see `StateStore.put_many`.
-        total: Records there are, for the progress bar.
-        show_progress: Whether to show one.
-
-    Raises:
-        StoreError: If the states can't be written. Batches finished before stay.
-    """
+    """Encode what is missing or damaged, mend references, in batches; `total` records are there, for the bar."""
     engine, store = parts
     discarded = store.discard(store.verify())
     known = {r.record_id: r.key for r in store.references(collection_id)}
     encoded = referenced = 0
     with tqdm(total=total, desc="backfill", unit="record", disable=not show_progress) as bar:
-        for ids, texts in pages:
+        for ids, texts in records:
             rows = [(i, text) for i, text in zip(ids, texts, strict=True) if text is not None]
-            for start in range(0, len(rows), BATCH):
-                part = rows[start : start + BATCH]
+            for part in chunked(rows, BATCH):
                 kept = keep_states(engine, store, [text for _, text in part], Timings())
                 changed = [
                     Reference(collection_id=collection_id, record_id=i, key=key)
@@ -162,4 +132,4 @@ def backfill(
                     store.put_many(list(kept.fresh.values()), changed, scope=scope)
                 encoded, referenced = encoded + len(kept.fresh), referenced + len(changed)
             bar.update(len(ids))
-    return BackfillReport(encoded=encoded, referenced=referenced, dropped=0, discarded=discarded)
+    return BackfillReport(encoded=encoded, referenced=referenced, discarded=discarded)

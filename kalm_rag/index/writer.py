@@ -17,18 +17,11 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import KeptStates, as_stored, keep_states
 from kalm_rag.index.clients import Database
-from kalm_rag.index.collection import (
-    PAGE,
-    CollectionNotes,
-    chroma_errors,
-    comparable_metadata,
-    note,
-    vector_width,
-)
+from kalm_rag.index.collection import PAGE, CollectionNotes, collection_errors, comparable_metadata, note, vector_width
 from kalm_rag.index.embedders import BundledEmbedder, Embedder
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.results import AddReport, Timings
-from kalm_rag.states import PassageStates, passage_key
+from kalm_rag.states import passage_key
 from kalm_rag.store import Reference, StateStore
 from kalm_rag.store.rows import chunked
 
@@ -74,63 +67,52 @@ class Records:
 
 
 class Home(Protocol):
-    """An open collection, with engine and store on demand: what a door gives its writer."""
+    """An open collection, with engine and store on demand: what a door gives its writer (`CollectionHome`)."""
 
     @property
     def database(self) -> Database:
         """Client and write lock."""
-        ...
 
     @property
     def collection(self) -> Collection:
         """The collection as the database's client has it now."""
-        ...
 
     @property
     def rule(self) -> PassageRule:
         """How its records are read."""
-        ...
 
     @property
     def scope(self) -> str:
         """Names the database to a store that others share, see `StateStore.put_many`."""
-        ...
 
     def parts(self) -> tuple[Reranker, StateStore]:
         """Engine and store at one ratio."""
-        ...
 
     def stores(self) -> list[StateStore]:
         """The stores that hold references of the collection, without loading a model where possible."""
-        ...
+
+    def store(self) -> StateStore:
+        """The store whose states queries read, likewise."""
 
     def notes(self) -> CollectionNotes:
         """What made the collection."""
-        ...
 
     def find_again(self) -> None:
         """Look the collection up again by name."""
-        ...
 
 
 class CollectionWriter:
-    """Writes records of one collection and their states.
+    """Writes records of one collection and their states; `embedder` gives what makes vectors of those without.
 
-    Args:
-        home: The collection, its engine and store.
-        embedder: Gives what makes vectors of records that come without.
+    All calls raise InputError if vectors don't fit, and StoreError if Chroma or the store can't be written; batches
+    finished before stay.
     """
 
     def __init__(self, home: Home, embedder: Callable[[], Embedder] | None = None) -> None:
         self._home, self._embedder = home, embedder
 
     def add(self, records: Records) -> AddReport:
-        """Write new records.
-
-        Raises:
-            InputError: If an id exists already; nothing is written then.
-            StoreError: If states can't be written, or Chroma fails. Batches finished before stay.
-        """
+        """Write new records; InputError if an id exists already, and nothing is written then."""
         report = AddReport()
         with self._home.database.writing():
             taken = [i for page in chunked(records.ids, PAGE) for i in self._known(page)]
@@ -149,10 +131,6 @@ class CollectionWriter:
             records: What to write.
             refresh: Make the vectors of unchanged records again, too.
             compare: Leave alone what is the same, text and metadata, and has its states.
-
-        Raises:
-            InputError: If vectors don't fit the collection.
-            StoreError: If states can't be written, or Chroma fails. Batches finished before stay.
         """
         report = AddReport()
         for batch in records.batches(self._batch_size()):
@@ -161,20 +139,13 @@ class CollectionWriter:
         return report
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Delete records and their references; unused states go with the next `gc`. Unknown ids are ignored.
-
-        Returns:
-            How many records there were.
-
-        Raises:
-            StoreError: If Chroma or the store can't be written.
-        """
+        """Delete records and their references, ignoring unknown ids; returns how many records there were."""
         deleted = 0
         for page in chunked(dict.fromkeys(ids), PAGE):
             with self._home.database.writing():
                 known = self._known(page)
                 if known:
-                    with chroma_errors(f"collection {self._collection.name!r}"):
+                    with collection_errors(self._collection):
                         self._collection.delete(ids=known)
                 for store in self._home.stores():
                     store.unreference(str(self._collection.id), page)
@@ -189,7 +160,7 @@ class CollectionWriter:
         return min(BATCH, int(self._home.database.client.get_max_batch_size()))
 
     def _known(self, ids: list[str]) -> list[str]:
-        with chroma_errors(f"collection {self._collection.name!r}"):
+        with collection_errors(self._collection):
             return list(self._collection.get(ids=ids, include=[])["ids"]) if ids else []
 
     def _texts(self, records: Records) -> list[str | None]:
@@ -199,7 +170,7 @@ class CollectionWriter:
 
     def _replace(self, records: Records, *, compare: bool) -> AddReport:
         """One batch of an upsert: leave alone what is the same, write the rest with the old metadata keys removed."""
-        with chroma_errors(f"collection {self._collection.name!r}"):
+        with collection_errors(self._collection):
             there = self._collection.get(ids=records.ids, include=["documents", "metadatas"])
         found = zip(there["ids"], there["documents"], there["metadatas"], strict=True)
         old = {i: (document, dict(metadata or {})) for i, document, metadata in found}
@@ -222,12 +193,10 @@ class CollectionWriter:
             return set()
         texts = self._texts(records.rows(rows))
         keys = {row: passage_key(text) for row, text in zip(rows, texts, strict=True) if text is not None}
-        stores = self._home.stores()
-        if len(stores) != 1:
-            stores = [self._home.parts()[1]]
-        absent = stores[0].missing(list(keys.values()))
+        store = self._home.store()
+        absent = store.missing(list(keys.values()))
         kept = {records.ids[row]: key for row, key in keys.items() if key not in absent}
-        stores[0].put_many([], self._references(kept), scope=self._home.scope)
+        store.put_many([], self._references(kept), scope=self._home.scope)
         return {row for row, key in keys.items() if key in absent}
 
     def _write(self, records: Records, old: dict[str, dict[str, Any]]) -> AddReport:
@@ -268,7 +237,7 @@ class CollectionWriter:
         write = self._collection.upsert if old else self._collection.add
         if not old:  # where add refuses them
             metadatas = [{k: v for k, v in (one or {}).items() if v is not None} or None for one in metadatas]
-        with chroma_errors(f"collection {self._collection.name!r}"):
+        with collection_errors(self._collection):
             write(ids=records.ids, embeddings=vectors, documents=list(records.documents), metadatas=metadatas)
 
     def _vectors(self, records: Records, texts: dict[str, str], kept: KeptStates) -> Any:  # noqa: ANN401 - array or lists
@@ -295,22 +264,14 @@ class CollectionWriter:
         engine, store = self._home.parts()
         if not isinstance(embedder, BundledEmbedder) or engine.info.family != "pico" or len(texts) < len(read):
             return embedder.passages(read)
-        stored = [key for key in dict.fromkeys(kept.keys) if key not in kept.fresh]
-        vectors = self._state_vectors(embedder, store, kept.fresh, stored)
-        if vectors is None:  # another process swept what was there a moment ago
-            return embedder.passages(read)
-        return np.stack([vectors[key] for key in kept.keys])
-
-    @staticmethod
-    def _state_vectors(
-        embedder: BundledEmbedder, store: StateStore, fresh: dict[str, PassageStates], stored: list[str]
-    ) -> dict[str, np.ndarray] | None:
         vectors: dict[str, np.ndarray] = {}
-        if fresh:
-            vectors |= dict(zip(fresh, embedder.from_states(as_stored(list(fresh.values()), store)), strict=True))
+        if kept.fresh:
+            states = as_stored(list(kept.fresh.values()), store)
+            vectors |= dict(zip(kept.fresh, embedder.from_states(states), strict=True))
+        stored = [key for key in dict.fromkeys(kept.keys) if key not in kept.fresh]
         if stored:
             fetched = store.get_many(stored)
-            if fetched.batch is None or fetched.missing:
-                return None
+            if fetched.batch is None or fetched.missing:  # another process swept what was there a moment ago
+                return embedder.passages(read)
             vectors |= dict(zip(stored, embedder.from_states(fetched.batch), strict=True))
-        return vectors
+        return np.stack([vectors[key] for key in kept.keys])

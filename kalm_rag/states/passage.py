@@ -107,9 +107,7 @@ class StateBatch:
     def select(self, rows: Sequence[int], *, pin: bool = False) -> StateBatch:
         """Give the rows asked for, in that order, cut to the longest of them.
 
-        Args:
-            rows: Which, and in which order.
-            pin: Copy straight into page-locked memory, from where a GPU takes them while work goes on.
+        `pin` copies straight into page-locked memory, from where a GPU takes them while work goes on.
         """
         index = torch.as_tensor(rows, dtype=torch.long)
         width = int(self.lengths[index].max()) if len(rows) else 0
@@ -123,12 +121,7 @@ class StateBatch:
         )
 
     def on(self, device: torch.device, dtype: torch.dtype, ratio: int | None = None) -> tuple[Tensor, Tensor]:
-        """Put the batch on a device, undo int8 there, and pool further if asked.
-
-        Args:
-            device: Where the decoder is.
-            dtype: Dtype the decoder computes in.
-            ratio: A multiple of the stored ratio; None keeps it.
+        """Put the batch on a device, undo int8 there, and pool further if asked, to a multiple of the stored ratio.
 
         Returns:
             States ``(B, N', H)`` in `dtype` and their counts, float32 ``(B, N')``, both on `device`.
@@ -151,9 +144,6 @@ class StateBatch:
 
         Returns:
             int64 ``(B, N', r)``, 0 where there is no token; None where the model keeps none.
-
-        Raises:
-            StateMismatchError: If `ratio` is not a multiple of the stored one.
         """
         if self.token_ids is None:
             return None
@@ -170,11 +160,7 @@ def _rows(block: Tensor, index: Tensor, pin: bool) -> Tensor:
 
 
 def passage_key(text: str) -> str:
-    """Content address of a passage: sha256 of its UTF-8 bytes, 64 hex digits. The template is in the fingerprint.
-
-    Raises:
-        UnicodeEncodeError: If the text holds a lone surrogate; doors check it before.
-    """
+    """Content address of a passage: sha256 of its UTF-8 bytes, 64 hex digits. The template is in the fingerprint."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -223,12 +209,7 @@ def batch_states(states: Sequence[PassageStates]) -> StateBatch:
 
 
 def split_batch(batch: StateBatch, keys: Sequence[str]) -> list[PassageStates]:
-    """Take a batch apart into states of single passages; the inverse of `batch_states`. Not for int8.
-
-    Args:
-        batch: States as they are made, without scales.
-        keys: Content address of each row.
-    """
+    """Take a batch apart into states of single passages, one per key; the inverse of `batch_states`. Not for int8."""
     return [
         PassageStates(
             vectors=batch.vectors[row, : int(batch.lengths[row])].clone(),

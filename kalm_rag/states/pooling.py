@@ -38,11 +38,7 @@ def check_ratio(ratio: int | None) -> int:
 
 
 def repool_factor(stored: int, wanted: int | None) -> int:
-    """How many stored states make one at ratio `wanted`.
-
-    Args:
-        stored: Ratio the states were pooled at, >= 1.
-        wanted: Ratio asked for; ``None`` keeps the stored one.
+    """How many states of ratio `stored` make one at ratio `wanted`; ``None`` keeps the stored one.
 
     Raises:
         InputError: If `wanted` is not a whole number >= 1.
