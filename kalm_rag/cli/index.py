@@ -21,6 +21,7 @@ from kalm_rag.cli.opening import (
     has_index,
     open_index,
     plain_passage,
+    stored,
 )
 from kalm_rag.cli.terminal import DAILY, AsJson, Model, err, errors, out, print_json, progress, shown, stages, working
 from kalm_rag.errors import InputError
@@ -92,7 +93,7 @@ def sync_documents(
 
 def print_sync(report: SyncReport, opened: ChromaIndex) -> None:
     """Tell what indexing did, in numbers that add up."""
-    added, stats = report.added, opened.store.stats()
+    added = report.added
     kinds = _counts(
         *((report.new, "new"), (report.changed, "changed"), (report.unchanged, "unchanged")),
         *((report.empty, "without text"), (report.binary, "binary, left out")),
@@ -112,10 +113,7 @@ def print_sync(report: SyncReport, opened: ChromaIndex) -> None:
         out.print(f"seconds: {stages(added.seconds)}")
     if added.truncated:
         out.print(f"{len(added.truncated)} passages are longer than the model reads; it reads their beginnings")
-    out.print(
-        f"index: {len(opened)} passages, {stats.states} states of ratio {opened.store.layout.ratio}, "
-        f"{stats.payload_bytes / 1e6:.1f} MB ({stats.disk_bytes / 1e6:.1f} MB on disk)"
-    )
+    out.print(f"index: {len(opened)} passages, {stored(opened.store)}")
     _list_names("no text in", dict.fromkeys(report.empty, ""))
     _list_names("binary", dict.fromkeys(report.binary, ""))
     _list_names("could not read", report.unreadable)

@@ -15,6 +15,7 @@ from kalm_rag.errors import InputError
 if TYPE_CHECKING:  # torch and Chroma take seconds to import; --help must not
     from kalm_rag.index import ChromaIndex
     from kalm_rag.index.home import CollectionHome
+    from kalm_rag.store import StateStore
 
 Database = Annotated[Path, typer.Option("--db", help="Folder of the Chroma database.")]
 Name = Annotated[str, typer.Option("--collection", help="Name of the collection.")]
@@ -48,9 +49,7 @@ def has_index(db: Path) -> bool:
 def open_index(db: Path, collection: str, *, create: bool = True, **options: Any) -> ChromaIndex:  # noqa: ANN401
     """Open a collection to search or fill it; `options` are `ChromaIndex.open`'s.
 
-    Raises:
-        InputError: If there is no database under ``create=False``; nothing is made then.
-        ModelError: If there is no such model under ``create=True``; likewise.
+    Nothing is made where there is no database under ``create=False`` (InputError), or no such model (ModelError).
     """
     if not create:
         _require_index(db)
@@ -76,8 +75,7 @@ def open_home(
 ) -> Iterator[CollectionHome]:
     """Open a collection to look after its states: whatever made its vectors, and without a model until one is needed.
 
-    Raises:
-        InputError: If there is no such collection; nothing is made then.
+    Nothing is made where there is no such collection (InputError).
     """
     _require_index(db)
     with working("opening the index ..."):
@@ -103,12 +101,15 @@ def open_home(
         home.close()
 
 
-def plain_passage(passage: str | None) -> str | None:
-    r"""A passage rule as it is typed in a shell: ``\n`` is a new line.
+def stored(store: StateStore) -> str:
+    """What a store holds of its model, in a few words."""
+    stats = store.stats()
+    sizes = f"{stats.payload_bytes / 1e6:.1f} MB ({stats.disk_bytes / 1e6:.1f} MB on disk)"
+    return f"{stats.states} states of ratio {store.layout.ratio}, {sizes}"
 
-    Raises:
-        InputError: If it is no rule.
-    """
+
+def plain_passage(passage: str | None) -> str | None:
+    r"""A passage rule as it is typed in a shell: ``\n`` is a new line."""
     from kalm_rag.index.passage_rule import PassageRule
 
     return None if passage is None else str(PassageRule(passage.replace("\\n", "\n")))

@@ -178,11 +178,7 @@ def _print_passage(text: str, *, full: bool) -> None:
 
 
 def _read_lines() -> list[str]:
-    """Passages from stdin.
-
-    Raises:
-        InputError: If there are none.
-    """
+    """Passages from stdin; InputError if there are none."""
     if sys.stdin.isatty():
         err.print("Type passages, one per line; end with Ctrl-D (Windows: Ctrl-Z, Enter).")
     texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]

@@ -133,11 +133,8 @@ def errors(stopped: str = "") -> Iterator[None]:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         yield
-    except KalmRagError as error:
-        err.print(f"[red]error:[/red] {shown(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from error
-    except OSError as error:  # a folder that can't be written, a full disk: the message names it
-        if error.errno == errno.EPIPE:
+    except (KalmRagError, OSError) as error:  # the latter: a folder that can't be written, a full disk
+        if getattr(error, "errno", None) == errno.EPIPE:
             raise
         err.print(f"[red]error:[/red] {shown(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error

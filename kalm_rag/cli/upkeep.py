@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalm_rag.cli.opening import (
-    GOES_ON,
-    Codec,
-    Database,
-    Embedder,
-    Name,
-    Passage,
-    Ratio,
-    open_home,
-    open_index,
-)
+from kalm_rag.cli.opening import GOES_ON, Codec, Database, Embedder, Name, Passage, Ratio, open_home, open_index, stored
 from kalm_rag.cli.terminal import DAILY, AsJson, Model, command_line, errors, out, print_json, shown, working
 
 if TYPE_CHECKING:  # torch and Chroma take seconds to import; --help must not
@@ -58,10 +49,7 @@ def backfill(
             print_json(asdict(mended) | {"records": records, "states": stats.states})
             return
         out.print(_mended(mended))
-        out.print(
-            f"{records} records, {stats.states} states of ratio {home.store().layout.ratio}, "
-            f"{stats.payload_bytes / 1e6:.1f} MB ({stats.disk_bytes / 1e6:.1f} MB on disk)"
-        )
+        out.print(f"{records} records, {stored(home.store())}")
 
 
 @app.command(rich_help_panel=DAILY)
@@ -78,23 +66,14 @@ def verify(
     with errors(stopped=GOES_ON), open_home(db, collection, model=model) as home:
         mended = home.backfill(show_progress=sys.stderr.isatty()) if repair else None
         report = _verify(home)
-        if as_json:
-            print_json(asdict(report) | {"clean": report.clean})
-        else:
-            if mended is not None:
-                out.print(f"repaired: {_mended(mended)}")
-            _print_verify(report, command_line("kalm-rag", "repair", "--db", db, "--collection", collection))
-        if not report.clean:
-            raise typer.Exit(1)
+        if mended is not None and not as_json:
+            out.print(f"repaired: {_mended(mended)}")
+        _tell(report, db, collection, asdict(report) if as_json else None)
 
 
 @app.command(rich_help_panel=DAILY)
 def repair(
-    db: Database,
-    collection: Name = "passages",
-    model: Model = None,
-    embedder: Embedder = None,
-    as_json: AsJson = False,
+    db: Database, collection: Name = "passages", model: Model = None, embedder: Embedder = None, as_json: AsJson = False
 ) -> None:
     """Make a collection again whose search is broken, out of its own records; nothing is encoded that has states."""
     with (
@@ -103,16 +82,12 @@ def repair(
     ):
         rebuilt = index.rebuild(show_progress=sys.stderr.isatty())
         report = _verify(index.home)
-        if as_json:
-            print_json(asdict(rebuilt) | {"clean": report.clean})
-        else:
+        if not as_json:
             out.print(
                 f"{rebuilt.records} records in the new collection: {rebuilt.kept} vectors kept, "
                 f"{rebuilt.embedded} made again; {rebuilt.encoded} passages encoded"
             )
-            _print_verify(report, command_line("kalm-rag", "repair", "--db", db, "--collection", collection))
-        if not report.clean:
-            raise typer.Exit(1)
+        _tell(report, db, collection, asdict(rebuilt) if as_json else None)
 
 
 @app.command(rich_help_panel=DAILY)
@@ -141,6 +116,16 @@ def gc(
 def _verify(home: CollectionHome) -> VerifyReport:
     with working("looking at every record ..."):
         return home.verify()
+
+
+def _tell(report: VerifyReport, db: Path, collection: str, fields: dict[str, Any] | None) -> None:
+    """Print the report, or for JSON the fields and whether it is clean; exit with 1 if it isn't."""
+    if fields is not None:
+        print_json(fields | {"clean": report.clean})
+    else:
+        _print_verify(report, command_line("kalm-rag", "repair", "--db", db, "--collection", collection))
+    if not report.clean:
+        raise typer.Exit(1)
 
 
 def _print_verify(report: VerifyReport, remedy: str) -> None:
