@@ -32,7 +32,6 @@ class CacheStore(MemoryStore):
     def __init__(self, layout: Layout, max_bytes: int = CACHE_BYTES) -> None:
         super().__init__(layout)
         self.max_bytes = max_bytes
-        self._held = 0
 
     def get_many(self, keys: Sequence[str]) -> Fetched:
         """Fetch states and count them as used just now; see `StateStore.get_many`."""
@@ -54,10 +53,10 @@ class CacheStore(MemoryStore):
         """Keep states, then drop the least recently used until the bound holds; references are not kept."""
         super()._put(rows, [], scope, wait)
         with self._lock:
-            self._held = sum(len(row.payload) for row in self._rows.values())
-            while self._held > self.max_bytes:
+            held = sum(len(row.payload) for row in self._rows.values())
+            while held > self.max_bytes:
                 oldest = next(iter(self._rows))
-                self._held -= len(self._rows.pop(oldest).payload)
+                held -= len(self._rows.pop(oldest).payload)
 
 
 def shared_cache(layout: Layout) -> CacheStore:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +102,19 @@ class Layout:
     def fields(self) -> tuple[str, int, int, str, str, int]:
         """What a store writes down of a layout: fingerprint, width, ratio, codec, dtype, byte format."""
         return (self.fingerprint, self.hidden_size, self.ratio, self.codec.value, self.state_dtype, self.format)
+
+    @classmethod
+    def of(cls, fields: Sequence[Any]) -> Layout:
+        """Read `fields` back; KeyError, ValueError or TypeError if they are no layout that this release reads."""
+        fingerprint, hidden_size, ratio, codec, state_dtype, version = fields
+        return cls(
+            fingerprint=fingerprint,
+            hidden_size=hidden_size,
+            ratio=ratio,
+            codec=Codec.parse(codec),
+            state_dtype=state_dtype,
+            keeps_token_ids={number: keeps for keeps, number in FORMATS.items()}[version],
+        )
 
     @property
     def checksum(self) -> int:

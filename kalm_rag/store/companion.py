@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.errors import StoreFormatError
-from kalm_rag.states import FORMATS, Codec, Layout
+from kalm_rag.states import Layout
 from kalm_rag.store.rows import Reference, StoredRow
 
 if TYPE_CHECKING:
@@ -50,12 +50,7 @@ def read_marks(collection: Collection) -> Layout:
         )
     try:
         fields = json.loads(marks["kalm_layout"])
-        version = fields.pop("format")
-        if version not in FORMATS.values():
-            raise ValueError("another byte format")
-        layout = Layout(
-            **{**fields, "codec": Codec.parse(fields["codec"]), "keeps_token_ids": version == FORMATS[True]}
-        )
+        layout = Layout.of([fields[name] for name in FIELDS])
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise StoreFormatError(
             f"collection {collection.name} is not a kalm_rag state store, or is damaged (metadata {marks!r}). Nothing "

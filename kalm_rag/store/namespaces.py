@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kalm_rag.errors import InputError, StoreFormatError
-from kalm_rag.states import FORMATS, Codec, Layout
+from kalm_rag.errors import StoreFormatError
+from kalm_rag.states import FORMATS, Layout
 from kalm_rag.store.connections import REBUILD, transaction
 
 NAMESPACE_COLUMNS = "id, fingerprint, hidden_size, ratio, codec, state_dtype, format"
@@ -35,7 +35,8 @@ def read_namespaces(
 
 
 def _read_row(row: tuple[Any, ...], checksum: object, path: Path) -> tuple[int, Layout]:
-    number, fingerprint, hidden_size, ratio, codec, state_dtype, version = row
+    number, *fields = row
+    version = fields[-1]
     if version not in FORMATS.values():
         raise StoreFormatError(
             f"{path} holds states in byte format {version}; this release reads {max(FORMATS.values())} at "
@@ -44,17 +45,9 @@ def _read_row(row: tuple[Any, ...], checksum: object, path: Path) -> tuple[int, 
     if checksum is not None and checksum != namespace_checksum(row):
         raise StoreFormatError(f"{path} is damaged: namespace row {row!r} doesn't match its checksum. {REBUILD}")
     try:
-        layout = Layout(
-            fingerprint=fingerprint,
-            hidden_size=hidden_size,
-            ratio=ratio,
-            codec=Codec.parse(codec),
-            state_dtype=state_dtype,
-            keeps_token_ids=version == FORMATS[True],
-        )
-    except (InputError, ValueError, TypeError) as err:
+        return number, Layout.of(fields)
+    except (ValueError, TypeError) as err:
         raise StoreFormatError(f"{path} is damaged: namespace row {row!r}. {REBUILD}") from err
-    return number, layout
 
 
 def make_namespace(connection: sqlite3.Connection, layout: Layout) -> None:
