@@ -37,9 +37,8 @@ from kalm_rag.index.results import AddReport, BackfillReport, Hit, QueryResult, 
 from kalm_rag.index.writer import CollectionWriter, Records
 from kalm_rag.instructions import Instructions, as_instructions
 from kalm_rag.states import Codec
-from kalm_rag.store import GcReport, StateStore
+from kalm_rag.store import GRACE_SECONDS, GcReport, StateStore
 from kalm_rag.store.arguments import check_store
-from kalm_rag.store.base import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -97,17 +96,14 @@ class ChromaIndex:
             path: Folder of a persistent Chroma database. Give this or `client`, or neither for an index in memory.
             client: A Chroma client of yours (persistent, ephemeral or HTTP).
             collection: Name of the collection.
-            model: Name or folder for `Reranker.from_pretrained`, or a ready engine (which stays yours to close). None
-                takes the one that the collection was made with, or else pico.
+            model: What `Reranker.from_pretrained` takes, or an engine (yours to close). None: the collection's or pico.
             embedder: What makes the vectors, see `kalm_rag.index.embedders.wrap_embedder`. None takes the bundled
                 all-MiniLM-L6-v2, which costs nothing extra with pico.
-            store: Where states go. None: SQLite in the database's folder; in memory for an ephemeral client; a
-                companion collection for a remote one.
+            store: Where states go. None: SQLite in the database's folder, in memory, or a companion on the server.
             codec: ``exact``, ``bf16`` or ``int8``; None takes what is stored, or else exact.
             ratio: Tokens a state stands for when the store is made; None takes what is stored, or the engine's (4).
             device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
-            dtype: ``bf16`` or ``fp32``; None takes what the collection's states were made in, or what fits the device
-                (bf16 on CUDA, fp32 on the CPU).
+            dtype: ``bf16`` or ``fp32``; None takes that of the collection's states, or bf16 on CUDA, fp32 on the CPU.
             revision: Commit, tag or branch of a repository; None takes the collection's, or the pinned one.
             passage: How a record becomes the text that is read, see `PassageRule`: ``"document"``, or a template such
                 as ``"{title}\n{text}"``. None takes the collection's own rule, or else ``"document"``.
@@ -141,8 +137,7 @@ class ChromaIndex:
             dtype=dtype,  # type: ignore[arg-type] # becomes a name
             ratio=ratio,
         )
-        if codec is not None:
-            Codec.parse(codec)
+        codec = None if codec is None else Codec.parse(codec)
         place = CollectionPlace(
             name=collection,
             folder=path,
@@ -217,8 +212,8 @@ class ChromaIndex:
             metadatas: One mapping per id, or None.
 
         Raises:
-            InputError: If an id occurs twice or exists already, lengths differ, a text is no valid string, or Chroma
-                can't keep metadata. Nothing is written then.
+            InputError: If an id occurs twice or is there, lengths differ, a text is no valid string, or Chroma can't
+                keep metadata. Nothing is written then.
             StoreError: If the states can't be written. Batches finished before stay.
         """
         return self._writer.add(self._records(ids, texts, metadatas))
@@ -229,8 +224,7 @@ class ChromaIndex:
         """Add records, or replace those that exist; unchanged ones are left alone, unchanged texts not encoded.
 
         Takes and raises what `add` does, except for ids that exist. Metadata is replaced as a whole (Chroma's own
-        upsert would merge it with the old). `refresh` makes the vectors of unchanged records again, too: the embedder
-        has changed.
+        merges it). `refresh` makes the vectors of unchanged records again, too: the embedder has changed.
         """
         return self._writer.upsert(self._records(ids, texts, metadatas), refresh=refresh)
 
@@ -330,10 +324,7 @@ class ChromaIndex:
         self._open().database.refresh()
 
     def verify(self, *, search: bool = True) -> VerifyReport:
-        """Compare every record with its states, and every state with its checksum. Changes nothing.
-
-        `search`: also look for every record by its own vector, to tell those that no search finds (a millisecond each).
-        """
+        """Compare every record with its states, every state with its checksum; look for each record under `search`."""
         return self._open().verify(search=search)
 
     def backfill(self, *, show_progress: bool = False) -> BackfillReport:
@@ -354,8 +345,8 @@ class ChromaIndex:
     def rebuild(self, *, show_progress: bool = False) -> RebuildReport:
         """Make the collection again out of its own records, when its vector index is broken or leaves records out.
 
-        Vectors that can be read are kept; others are made of stored states, or by the embedder. Nothing is encoded that
-        has states. The collection keeps its name and gets a new id. StoreError if records can't be read at all.
+        Vectors that can be read are kept; others are made of stored states, or by the embedder. The collection keeps
+        its name and gets a new id. StoreError if records can't be read at all.
         """
         return self._open().rebuild(self.embedder, show_progress=show_progress)
 
