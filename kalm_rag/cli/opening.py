@@ -80,17 +80,15 @@ def open_home(
     _require_index(db)
     with working("opening the index ..."):
         _quiet()
-        from kalm_rag.index.clients import Database as Chroma
-        from kalm_rag.index.collection import CollectionNotes, require_collection
+        from kalm_rag.index.collection import CollectionNotes
         from kalm_rag.index.home import CollectionHome
         from kalm_rag.index.lazy_engine import EngineSpec
+        from kalm_rag.index.place import CollectionPlace
 
         given = CollectionNotes(model=model, passage=plain_passage(passage))
-        database = Chroma.open(db, create=False)
+        spec = EngineSpec(model=model if model is not None else "pico", ratio=ratio)  # else the collection's
+        database, found = CollectionPlace(name=collection, folder=db, create=False).open()
         try:
-            found = require_collection(database.client, collection)
-            noted = CollectionNotes.read(found.metadata).model
-            spec = EngineSpec(model=model or noted or "pico", ratio=ratio)
             home = CollectionHome(database, found, spec, given, ratio=ratio, codec=codec, own_engine=True)
         except BaseException:
             database.close()

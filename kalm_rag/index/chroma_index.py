@@ -324,7 +324,7 @@ class ChromaIndex:
         self._open().database.refresh()
 
     def verify(self, *, search: bool = True) -> VerifyReport:
-        """Compare every record with its states, every state with its checksum; look for each record under `search`."""
+        """Compare records with their states, and states with checksums; under `search` look for each by its vector."""
         return self._open().verify(search=search)
 
     def backfill(self, *, show_progress: bool = False) -> BackfillReport:
