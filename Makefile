@@ -7,8 +7,12 @@ INPUTS = pyproject.toml constraints.txt
 LOWEST = $(VENV)-lowest
 LOWEST_PIP = $(LOWEST)/bin/python -m pip install --disable-pip-version-check -q
 LOWEST_INPUTS = pyproject.toml constraints.txt constraints-lowest.txt
+# Of make faults: which parts (all), how many trials, and a folder of real questions in the BEIR format.
+PARTS ?=
+SCALE ?= 1
+DATA ?=
 
-.PHONY: demo test test-lowest lint format clean
+.PHONY: demo test test-lowest faults lint format clean
 
 demo: $(VENV)/.demo  ## index the Python language reference and rerank it, offline
 	$(VENV)/bin/kalm-rag demo
@@ -18,6 +22,9 @@ test: $(VENV)/.dev lint  ## lint, types and all tests, two files at a time
 
 test-lowest: $(LOWEST)/.dev  ## all tests with the lowest versions of everything that is declared
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+
+faults: $(VENV)/.dev  ## kills, damage and hostile input, as a table (10 minutes); PARTS="kills flips" SCALE=0.2 DATA=FOLDER
+	PYTHONPATH=tests:tests/index OMP_NUM_THREADS=1 $(VENV)/bin/python -m faults $(PARTS) --scale $(SCALE) $(DATA:%=--data %)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
