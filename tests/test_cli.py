@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 import shutil
 import subprocess
@@ -278,6 +279,27 @@ def test_what_can_be_checked_is_checked_before_a_model_is_loaded(
     db = [] if arguments[0] in ("rank", "eval", "curve") else ["--db", str(tmp_path)]
     assert message in call(*arguments, *db, code=1, stdin="")
     assert not list(tmp_path.iterdir())
+
+
+def test_advice_is_in_words_of_the_command_line(bees: Path, tmp_path: Path, pico: Reranker) -> None:
+    """Whoever typed a command was told to pass change_model=True to ChromaIndex.open."""
+    db, tiny = tmp_path / "db", str(save_tiny(tmp_path / "tiny"))
+    shutil.copytree(bees, db)
+    over = "run kalm-rag backfill with it and --change-model, which encodes all its passages again"
+    for arguments, advice in [
+        (["query", "q", "--model", "nano"], f"Leave --model out to go on with it, or {over}"),
+        (["backfill", "--passage", "{title}: {text}"], f"Leave --passage out to go on with it, or {over}"),
+        (["backfill", "--model", tiny], f"Open it with the model, revision and dtype it was made with; or {over}"),
+        (["backfill", "--codec", "int8"], "Leave --ratio and --codec out to go on with it, or index again in another"),
+        (["query", "q", "--top-n", "0"], "wanted a whole number >= 1."),
+    ]:
+        said = " ".join(call(*arguments, "--db", str(db), code=1).split())
+        assert advice in said, said
+        assert not re.search(r"\(\)|=True|None|ChromaIndex|_layout", said), said
+    assert "3 passages encoded" in call("backfill", "--db", str(db), "--model", tiny, "--change-model")
+    assert json.loads(call("query", "bees", "--db", str(db), "--json"))["encoded"] == 0
+    with ChromaIndex.open(db) as index:
+        assert index.home.notes().model == tiny
 
 
 def test_a_mistyped_model_leaves_no_collection(folder: Path, tmp_path: Path, pico: Reranker) -> None:

@@ -72,6 +72,7 @@ def open_home(
     passage: str | None = None,
     ratio: int | None = None,
     codec: str | None = None,
+    change_model: bool = False,
 ) -> Iterator[CollectionHome]:
     """Open a collection to look after its states: whatever made its vectors, and without a model until one is needed.
 
@@ -89,7 +90,9 @@ def open_home(
         spec = EngineSpec(model=model if model is not None else "pico", ratio=ratio)  # else the collection's
         database, found = CollectionPlace(name=collection, folder=db, create=False).open()
         try:
-            home = CollectionHome(database, found, spec, given, ratio=ratio, codec=codec, own_engine=True)
+            home = CollectionHome(
+                database, found, spec, given, ratio=ratio, codec=codec, change_model=change_model, own_engine=True
+            )
         except BaseException:
             database.close()
             raise

@@ -36,6 +36,21 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud
 """C0 without tab and newline, DEL and C1; line separators and overrides of direction; lone surrogates."""
 
 _PIPE_COLUMNS = 160
+_WORDS = (
+    (
+        r"or pass change_model=True to ChromaIndex\.open and run backfill\(\), which",
+        "or run kalm-rag backfill with it and --change-model, which",
+    ),
+    (r"Open it with what is stored \(stored_layout tells\), or", "Leave --ratio and --codec out to go on with it, or"),
+    (r"\bLeave (model|revision|dtype|passage) out\b", r"Leave --\1 out"),
+    (r"\b(?:pass|Pass) embedder=(?= with)", "Pass --embedder"),
+    (r"\bdevice='(\w+)'", r"--device \1"),
+    (r"\bwith ratio=(\d+)", r"with --ratio \1"),
+    (r", or None for (?:all|no pooling)\b", ""),
+    (r", or an object that embeds; None takes the bundled one", ", or no --embedder for the bundled one"),
+    (r"\brefresh\(\), or open again\b", "Run the command again"),
+)
+"""The library's advice, which names arguments of Python, as a command line has it."""
 
 
 def visible(text: str) -> str:
@@ -57,6 +72,18 @@ def shorten(text: str, width: int) -> str:
     """A text on one line of at most `width` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 3] + "..."
+
+
+def command_words(message: str) -> str:
+    """An error of the library in the words of the command line.
+
+    Example:
+        >>> command_words("top_n is 0; wanted a whole number >= 1, or None for all.")
+        'top_n is 0; wanted a whole number >= 1.'
+    """
+    for python, ours in _WORDS:
+        message = re.sub(python, ours, message)
+    return message
 
 
 class SafeConsole(Console):
@@ -136,7 +163,7 @@ def errors(stopped: str = "") -> Iterator[None]:
     except (KalmRagError, OSError) as error:  # the latter: a folder that can't be written, a full disk
         if getattr(error, "errno", None) == errno.EPIPE:
             raise
-        err.print(f"[red]error:[/red] {shown(str(error))}", soft_wrap=True)
+        err.print(f"[red]error:[/red] {shown(command_words(str(error)))}", soft_wrap=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         err.print(f"\nstopped. {stopped}".rstrip())

@@ -36,13 +36,14 @@ def backfill(
     passage: Passage = None,
     ratio: Ratio = None,
     codec: Codec = None,
+    change_model: Annotated[
+        bool, typer.Option("--change-model", help="Go over to another model or passage rule: all is encoded again.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make the states that a collection lacks, e.g. one that your app filled; its records are left as they are."""
-    with (
-        errors(stopped=GOES_ON),
-        open_home(db, collection, model=model, passage=passage, ratio=ratio, codec=codec) as home,
-    ):
+    told: dict[str, Any] = {"model": model, "passage": passage, "ratio": ratio, "codec": codec}
+    with errors(stopped=GOES_ON), open_home(db, collection, change_model=change_model, **told) as home:
         mended = home.backfill(show_progress=sys.stderr.isatty())
         stats, records = home.store().stats(), home.collection.count()
         if as_json:
