@@ -20,6 +20,7 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, InputError
 from kalm_rag.index.candidates import Missing, Owners, check_missing, rank_texts
+from kalm_rag.index.clients import read_folder
 from kalm_rag.index.collection import (
     COSINE,
     MOST_CANDIDATES,
@@ -140,7 +141,7 @@ class ChromaIndex:
         codec = None if codec is None else Codec.parse(codec)
         place = CollectionPlace(
             name=collection,
-            folder=path,
+            folder=None if path is None else read_folder(path),
             client=client,
             create=create,
             options={"configuration": COSINE},

@@ -85,7 +85,7 @@ class Database:
             InputError: If the path is a file, or no database under ``create=False``; nothing is made then.
             StoreError: If Chroma can't open it.
         """
-        folder = None if path is None else _folder(path)
+        folder = None if path is None else read_folder(path)
         if folder is not None and not create and not (folder / "chroma.sqlite3").exists():
             raise InputError(f"no Chroma database in {path}. Index some text first, or name another folder.")
         before = None if folder is None else _last_write(folder)  # or a write meanwhile would be missed
@@ -243,7 +243,7 @@ def _open_client(folder: Path | None, **fields: str) -> ClientAPI:
         ) from err
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
+def read_folder(path: str | os.PathLike[str]) -> Path:
     """The folder that a path names: one folder, one client, however it is spelled."""
     try:
         folder = Path(path).expanduser().resolve()
