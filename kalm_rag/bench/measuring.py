@@ -39,18 +39,14 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Wall-clock of several runs of one thing.
+    """Wall-clock of several runs of one thing."""
 
-    Attributes:
-        seconds: Wall-clock, one entry per run, in order.
-        cpu: CPU seconds of all threads of this process likewise, which other jobs on the machine disturb far less;
-            empty where they were not taken.
-        peak_bytes: Most memory held meanwhile: of the CUDA device, else resident in this process, the loaded model
-            included; None where it can't be told.
-    """
-
-    seconds: tuple[float, ...]
+    seconds: tuple[float, ...]  # wall-clock, one entry per run, in order
+    # CPU seconds of all threads of this process likewise, which other jobs on the machine disturb far less; empty
+    # where they were not taken
     cpu: tuple[float, ...] = ()
+    # most memory held meanwhile: of the CUDA device, else resident in this process, the loaded model included; None
+    # where it can't be told
     peak_bytes: int | None = None
 
     def quantile(self, share: float) -> float:

@@ -70,25 +70,15 @@ WAYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class NanoCase:
-    """What is timed.
+    """What is timed."""
 
-    Attributes:
-        candidates: Passages of a query.
-        tokens: Tokens per passage.
-        prompt: Tokens of the prompt.
-        ratio: Tokens a state stands for.
-        batch: Passages that the published protocol takes at a time.
-        repeats: Timed queries.
-        full: Encode all candidates and run the protocol over all of them, instead of one batch.
-    """
-
-    candidates: int = 100
-    tokens: int = 200
-    prompt: int = 80
-    ratio: int = 4
-    batch: int = 32
-    repeats: int = 3
-    full: bool = False
+    candidates: int = 100  # passages of a query
+    tokens: int = 200  # tokens per passage
+    prompt: int = 80  # tokens of the prompt
+    ratio: int = 4  # tokens a state stands for
+    batch: int = 32  # passages that the published protocol takes at a time
+    repeats: int = 3  # timed queries
+    full: bool = False  # encode all candidates and run the protocol over all of them, instead of one batch
 
     def group(self, dtype: str) -> str:
         """Title of the table."""

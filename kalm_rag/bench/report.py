@@ -24,40 +24,24 @@ CANDIDATES = "candidates"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the benchmark.
+    """One line of the benchmark."""
 
-    Attributes:
-        key: Stable name, e.g. ``"nano.fp32.total"``.
-        group: Title of the table it is in: which model, which shapes.
-        what: What was timed, e.g. ``"stored states: score"``.
-        stage: ``encode``, ``fetch``, ``score``, ``end to end``, ``index``, ``serve``, ``load`` or ``candidates``.
-        passages: Passages (or queries, when serving) of one run; 0 where nothing is counted.
-        runs: Timed runs.
-        p50: Median seconds of a run; None for rows about memory.
-        p95: Seconds that 95% of the runs stayed within.
-        cpu: Median CPU seconds of a run, over all threads; None where they were not taken.
-        peak_bytes: Most memory held meanwhile, model included.
-        bytes_per_passage: What is stored for one passage.
-        baseline: Key of the row this one is compared with.
-        times: How many times less time (by the clock of the run) a passage takes here than in the baseline; bytes, for
-            rows about memory.
-        note: What else has to be said.
-    """
-
-    key: str
-    group: str
-    what: str
-    stage: str
-    passages: int = 0
-    runs: int = 0
-    p50: float | None = None
-    p95: float | None = None
-    cpu: float | None = None
-    peak_bytes: int | None = None
-    bytes_per_passage: float | None = None
-    baseline: str | None = None
+    key: str  # stable name, e.g. "nano.fp32.total"
+    group: str  # title of the table it is in: which model, which shapes
+    what: str  # what was timed, e.g. "stored states: score"
+    stage: str  # encode, fetch, score, end to end, index, serve, load or candidates
+    passages: int = 0  # passages (or queries, when serving) of one run; 0 where nothing is counted
+    runs: int = 0  # timed runs
+    p50: float | None = None  # median seconds of a run; None for rows about memory
+    p95: float | None = None  # seconds that 95% of the runs stayed within
+    cpu: float | None = None  # median CPU seconds of a run, over all threads; None where they were not taken
+    peak_bytes: int | None = None  # most memory held meanwhile, model included
+    bytes_per_passage: float | None = None  # what is stored for one passage
+    baseline: str | None = None  # key of the row this one is compared with
+    # how many times less time (by the clock of the run) a passage takes here than in the baseline; bytes, for rows
+    # about memory
     times: float | None = None
-    note: str = ""
+    note: str = ""  # what else has to be said
 
     @property
     def per_second(self) -> float | None:
@@ -84,20 +68,13 @@ def row_of(key: str, group: str, what: str, stage: str, spread: Spread, *, passa
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Two ways to the same scores, compared within the run.
+    """Two ways to the same scores, compared within the run."""
 
-    Attributes:
-        key: Stable name.
-        what: Which two ways.
-        worst: What they differ by at most.
-        allowed: Largest that is still rounding.
-        measure: What `worst` is: the difference of P(yes), or for rounded weights what the order lost.
-    """
-
-    key: str
-    what: str
-    worst: float
-    allowed: float
+    key: str  # stable name
+    what: str  # which two ways
+    worst: float  # what they differ by at most
+    allowed: float  # largest that is still rounding
+    # what `worst` is: the difference of P(yes), or for rounded weights what the order lost
     measure: str = "P(yes) differs by"
 
     @property
@@ -108,21 +85,13 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that one run measured.
+    """All that one run measured."""
 
-    Attributes:
-        machine: Where.
-        settings: What was asked for.
-        rows: Timings.
-        checks: Equality of scores.
-        seconds: How long the run took.
-    """
-
-    machine: dict[str, Any]
-    settings: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
-    seconds: float = 0.0
+    machine: dict[str, Any]  # where
+    settings: dict[str, Any]  # what was asked for
+    rows: list[Row] = field(default_factory=list)  # timings
+    checks: list[Check] = field(default_factory=list)  # equality of scores
+    seconds: float = 0.0  # how long the run took
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

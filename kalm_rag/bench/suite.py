@@ -34,32 +34,20 @@ INDEXED = 100
 class Settings:
     """What a run measures.
 
-    Attributes:
-        device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
-        dtype: ``fp32`` or ``bf16`` for the Nano shape; None measures both.
-        candidates: Passages of a query of the Nano shape (pico: at most 50).
-        passages: Passages in the index whose queries are timed.
-        repeats: Timed queries of each kind.
-        clients: Threads that ask at the same time.
-        nano: Whether the Nano shape is measured (3 GB of memory, most of the time).
-        full: Time the published protocol over all candidates instead of one batch.
-        clock: What ratios go by: ``wall``, or ``cpu`` for CPU seconds, where the machine has other work.
-        curves: Measure latency against candidates too (for a picture).
-
     Raises:
         InputError: If a number or dtype is out of range.
     """
 
-    device: str | None = None
-    dtype: str | None = None
-    candidates: int = 100
-    passages: int = 20_000
-    repeats: int = 5
-    clients: int = 8
-    nano: bool = True
-    full: bool = False
-    clock: str = "wall"
-    curves: bool = False
+    device: str | None = None  # cpu, cuda, cuda:1; None takes CUDA where there is one
+    dtype: str | None = None  # fp32 or bf16 for the Nano shape; None measures both
+    candidates: int = 100  # passages of a query of the Nano shape (pico: at most 50)
+    passages: int = 20_000  # passages in the index whose queries are timed
+    repeats: int = 5  # timed queries of each kind
+    clients: int = 8  # threads that ask at the same time
+    nano: bool = True  # whether the Nano shape is measured (3 GB of memory, most of the time)
+    full: bool = False  # time the published protocol over all candidates instead of one batch
+    clock: str = "wall"  # what ratios go by: wall, or cpu for CPU seconds, where the machine has other work
+    curves: bool = False  # measure latency against candidates too (for a picture)
 
     def __post_init__(self) -> None:
         for name in ("candidates", "passages", "repeats", "clients"):

@@ -21,17 +21,11 @@ OWN_TASK = "instruction.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """One set to measure on.
+    """One set to measure on."""
 
-    Attributes:
-        folder: BEIR folder: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``.
-        split: Which judgements; queries without a relevant passage are left out.
-        pooled: Rank only the passages that a query's judgements name, instead of what is retrieved.
-    """
-
-    folder: Path
-    split: str = "test"
-    pooled: bool = False
+    folder: Path  # BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv
+    split: str = "test"  # which judgements; queries without a relevant passage are left out
+    pooled: bool = False  # rank only the passages that a query's judgements name, instead of what is retrieved
 
     @classmethod
     def parse(cls, text: str, *, split: str = "test", pooled: bool = False) -> EvalSet:
@@ -68,23 +62,14 @@ class EvalSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """One BEIR folder with the judgements of one split.
+    """One BEIR folder with the judgements of one split."""
 
-    Attributes:
-        name: The folder's name.
-        split: Which split the judgements are from.
-        doc_ids: Ids of the passages, in file order.
-        passages: Their texts: title, a space, text, stripped.
-        queries: Texts by query id; only queries with a positive judgement, in the order of the judgements.
-        qrels: Grades by passage id of each query id (0 is judged and not relevant).
-    """
-
-    name: str
-    split: str
-    doc_ids: list[str]
-    passages: list[str]
-    queries: dict[str, str]
-    qrels: dict[str, dict[str, int]]
+    name: str  # the folder's name
+    split: str  # which split the judgements are from
+    doc_ids: list[str]  # ids of the passages, in file order
+    passages: list[str]  # their texts: title, a space, text, stripped
+    queries: dict[str, str]  # texts by query id; only queries with a positive judgement, in the order of the judgements
+    qrels: dict[str, dict[str, int]]  # grades by passage id of each query id (0 is judged and not relevant)
 
     def only(self, query_ids: Iterable[str], texts: Mapping[str, str] | None = None) -> Collection:
         """The same passages with some of the queries, in the order given; `texts` replace those of some of them."""

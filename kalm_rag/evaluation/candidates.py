@@ -33,19 +33,12 @@ _WINDOW = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """One set's candidates.
+    """One set's candidates."""
 
-    Attributes:
-        what: Which set.
-        found: The collection, with the queries measured.
-        rows: Passage rows of each query's candidates, nearest first; ties keep corpus order.
-        cosines: Cosine of each, in that order.
-    """
-
-    what: EvalSet
-    found: Collection
-    rows: list[Tensor]
-    cosines: list[Tensor]
+    what: EvalSet  # which set
+    found: Collection  # the collection, with the queries measured
+    rows: list[Tensor]  # passage rows of each query's candidates, nearest first; ties keep corpus order
+    cosines: list[Tensor]  # cosine of each, in that order
 
     @property
     def queries(self) -> list[str]:
@@ -65,17 +58,11 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What a model gave.
+    """What a model gave."""
 
-    Attributes:
-        margins: Of each query's candidates, in their order.
-        milliseconds: Median time of a query, from stored states to an order.
-        encoding: Seconds that went into encoding passages that had no states yet.
-    """
-
-    margins: list[Tensor]
-    milliseconds: float
-    encoding: float
+    margins: list[Tensor]  # of each query's candidates, in their order
+    milliseconds: float  # median time of a query, from stored states to an order
+    encoding: float  # seconds that went into encoding passages that had no states yet
 
 
 class StoredEngine:

@@ -42,44 +42,27 @@ _STYLES = {"bf16": ("#1f6fb4", "o", "-"), "int8": ("#d1622b", "s", "-"), "exact"
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """One ratio under one codec.
+    """One ratio under one codec."""
 
-    Attributes:
-        ratio: Tokens a state stands for.
-        codec: How states are kept.
-        ndcg_10: nDCG@10, mean over sets.
-        bytes_per_passage: Payload of a candidate passage, mean over candidates, then over sets.
-        milliseconds: Time from a query's stored bytes to its order, disk aside: median over queries, mean over sets.
-    """
-
-    ratio: int
-    codec: str
-    ndcg_10: float
-    bytes_per_passage: float
+    ratio: int  # tokens a state stands for
+    codec: str  # how states are kept
+    ndcg_10: float  # nDCG@10, mean over sets
+    bytes_per_passage: float  # payload of a candidate passage, mean over candidates, then over sets
+    # time from a query's stored bytes to its order, disk aside: median over queries, mean over sets
     milliseconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What `measure_curve` found.
+    """What `measure_curve` found."""
 
-    Attributes:
-        model: Name of the model.
-        sets: Names of the sets.
-        queries: Queries of all sets.
-        top_k: Most candidates of a query.
-        retrieval: nDCG@10 of retrieval alone, mean over sets.
-        fusion: nDCG@10 of BM25 fused with retrieval, mean over sets.
-        points: By codec, then by rising ratio.
-    """
-
-    model: str
-    sets: tuple[str, ...]
-    queries: int
-    top_k: int
-    retrieval: float
-    fusion: float
-    points: tuple[CurvePoint, ...]
+    model: str  # name of the model
+    sets: tuple[str, ...]  # names of the sets
+    queries: int  # queries of all sets
+    top_k: int  # most candidates of a query
+    retrieval: float  # nDCG@10 of retrieval alone, mean over sets
+    fusion: float  # nDCG@10 of BM25 fused with retrieval, mean over sets
+    points: tuple[CurvePoint, ...]  # by codec, then by rising ratio
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-able."""

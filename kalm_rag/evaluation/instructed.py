@@ -33,93 +33,56 @@ GENERIC = tuple(Instructions(**row) for row in json.loads((DATA / "generic.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """What generic instructions do to one set.
+    """What generic instructions do to one set."""
 
-    Attributes:
-        name: The set.
-        queries: Queries measured.
-        ndcg_10: nDCG@10 without instructions.
-        mean: Mean change of nDCG@10 under the generic instructions, in absolute value.
-        worst: The change that is largest in absolute value, with its sign.
-        worst_instruction: The text behind it.
-        own_task: nDCG@10 under the task the folder brings along (``instruction.txt``) above that without; None where
-            it brings none.
-    """
-
-    name: str
-    queries: int
-    ndcg_10: float
-    mean: float
-    worst: float
-    worst_instruction: str
+    name: str  # the set
+    queries: int  # queries measured
+    ndcg_10: float  # nDCG@10 without instructions
+    mean: float  # mean change of nDCG@10 under the generic instructions, in absolute value
+    worst: float  # the change that is largest in absolute value, with its sign
+    worst_instruction: str  # the text behind it
+    # nDCG@10 under the task the folder brings along (instruction.txt) above that without; None where it brings none
     own_task: Change | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Following:
-    """One query under many users' instructions, over the candidates of the query alone.
+    """One query under many users' instructions, over the candidates of the query alone."""
 
-    Attributes:
-        name: The set.
-        asked: ``"query"`` (without the instruction), ``"instruction"`` (as task), or ``"joined"`` (instruction and
-            query as one query).
-        queries: Distinct queries.
-        instructions: Pairs of a query and an instruction.
-        ndcg_10: nDCG@10.
-        mrr_10: Reciprocal rank at 10.
-        robustness_10: Mean over queries of the lowest nDCG@10 that any of its instructions has (InstructIR, arXiv
-            2402.14334).
-        over_query: nDCG@10 above that of the query alone; None for it.
-    """
-
-    name: str
+    name: str  # the set
+    # "query" (without the instruction), "instruction" (as task), or "joined" (instruction and query as one query)
     asked: str
-    queries: int
-    instructions: int
-    ndcg_10: float
-    mrr_10: float
+    queries: int  # distinct queries
+    instructions: int  # pairs of a query and an instruction
+    ndcg_10: float  # nDCG@10
+    mrr_10: float  # reciprocal rank at 10
+    # mean over queries of the lowest nDCG@10 that any of its instructions has (InstructIR, arXiv 2402.14334)
     robustness_10: float
-    over_query: Change | None
+    over_query: Change | None  # nDCG@10 above that of the query alone; None for it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """How often the asked-for kind of passage stands above the other, on the bundled contrast set.
+    """How often the asked-for kind of passage stands above the other, on the bundled contrast set."""
 
-    Attributes:
-        where: ``"none"`` (no instruction: 0.5 by construction), ``"task"`` or ``"system"``.
-        accuracy: Share of the 80 pairs in the right order; a tie counts half.
-        low: Lower end of its 95% interval (bootstrap over queries).
-        high: Upper end.
-        both: Share of queries where both orders are right, which no fixed preference reaches; 0 without instruction.
-        kinds: Accuracy of each contrast.
-    """
-
-    where: str
-    accuracy: float
-    low: float
-    high: float
+    where: str  # "none" (no instruction: 0.5 by construction), "task" or "system"
+    accuracy: float  # share of the 80 pairs in the right order; a tie counts half
+    low: float  # lower end of its 95% interval (bootstrap over queries)
+    high: float  # upper end
+    # share of queries where both orders are right, which no fixed preference reaches; 0 without instruction
     both: float
-    kinds: dict[str, float]
+    kinds: dict[str, float]  # accuracy of each contrast
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionReport:
-    """What `evaluate_instructions` found.
+    """What `evaluate_instructions` found."""
 
-    Attributes:
-        model: Name of the model.
-        ratio: Pooling ratio of its states.
-        contrast: The bundled set: without, as task, as system; empty if it was left out.
-        drift: One entry per set without instructions of its own for each query.
-        following: Three entries per set with ``instructions.jsonl``.
-    """
-
-    model: str
-    ratio: int
-    contrast: tuple[Contrast, ...]
-    drift: tuple[Drift, ...]
-    following: tuple[Following, ...]
+    model: str  # name of the model
+    ratio: int  # pooling ratio of its states
+    contrast: tuple[Contrast, ...]  # the bundled set: without, as task, as system; empty if it was left out
+    drift: tuple[Drift, ...]  # one entry per set without instructions of its own for each query
+    following: tuple[Following, ...]  # three entries per set with instructions.jsonl
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-able."""

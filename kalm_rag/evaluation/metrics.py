@@ -26,20 +26,13 @@ BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What one ranking has over another on the same queries.
+    """What one ranking has over another on the same queries."""
 
-    Attributes:
-        mean: Mean difference (of several sets: the mean of theirs); positive is better.
-        low: Lower end of its 95% interval (paired bootstrap over queries, drawn within each set).
-        high: Upper end.
-        p: Two-sided p value of a paired t test, which agrees with randomisation tests on such data (Smucker, Allan
-            and Carterette, CIKM 2007); over several sets with Welch's degrees of freedom; None where a set is of
-            one query.
-    """
-
-    mean: float
-    low: float
-    high: float
+    mean: float  # mean difference (of several sets: the mean of theirs); positive is better
+    low: float  # lower end of its 95% interval (paired bootstrap over queries, drawn within each set)
+    high: float  # upper end
+    # two-sided p value of a paired t test, which agrees with randomisation tests on such data (Smucker, Allan and
+    # Carterette, CIKM 2007); over several sets with Welch's degrees of freedom; None where a set is of one query
     p: float | None
 
 
@@ -48,24 +41,18 @@ class Calibration:
     """How far P(yes) can be taken at its word, over all scored pairs of a query and a candidate.
 
     A candidate without a judgement counts as irrelevant.
-
-    Attributes:
-        ece: Expected calibration error: mean distance between P(yes) and the share of relevant ones, over 15 bins of
-            equal mass (Nixon et al. 2019, arXiv 1904.01685: with equal width, nearly all irrelevant pairs share one).
-        balanced_ece: The same with relevant and irrelevant pairs weighing half each: what a model means whose P(yes)
-            doesn't count on how rare relevant candidates are. None if one kind is missing.
-        brier: Mean squared distance between P(yes) and 1 or 0; lower is better.
-        kept: Share of relevant candidates with P(yes) >= 0.5; None if there are none.
-        dropped: Share of irrelevant candidates with P(yes) < 0.5; None if there are none.
-        pairs: How many pairs.
     """
 
+    # expected calibration error: mean distance between P(yes) and the share of relevant ones, over 15 bins of equal
+    # mass (Nixon et al. 2019, arXiv 1904.01685: with equal width, nearly all irrelevant pairs share one)
     ece: float
+    # the same with relevant and irrelevant pairs weighing half each: what a model means whose P(yes) doesn't count on
+    # how rare relevant candidates are. None if one kind is missing.
     balanced_ece: float | None
-    brier: float
-    kept: float | None
-    dropped: float | None
-    pairs: int
+    brier: float  # mean squared distance between P(yes) and 1 or 0; lower is better
+    kept: float | None  # share of relevant candidates with P(yes) >= 0.5; None if there are none
+    dropped: float | None  # share of irrelevant candidates with P(yes) < 0.5; None if there are none
+    pairs: int  # how many pairs
 
 
 def compare(after: Sequence[float], before: Sequence[float]) -> Change:

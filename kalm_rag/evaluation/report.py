@@ -12,37 +12,21 @@ from kalm_rag.evaluation.metrics import Calibration, Change, change_of, mean
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRow:
-    """One ranking of one set: mean metrics over queries (all are better when higher), and what it gains.
+    """One ranking of one set: mean metrics over queries (all are better when higher), and what it gains."""
 
-    Attributes:
-        ranking: ``"retrieval"`` (cosine), ``"bm25"``, ``"fusion"`` (of both) or ``"reranked"``, all over the same
-            candidates.
-        model: Name of the reranking model; None for the others.
-        ratio: Pooling ratio of its states; None for the others.
-        ndcg_10: nDCG@10.
-        mrr_10: Reciprocal rank at 10.
-        recall_10: Recall at 10.
-        recall_k: Recall among all candidates, which no ranking of them can change.
-        over_retrieval: nDCG@10 above retrieval's; None for retrieval.
-        over_fusion: nDCG@10 above fusion's; None for fusion, and for what it is made of.
-        over_first: nDCG@10 above the first model's at the same ratio; None but for further models.
-        calibration: How good its probabilities are; None where there are none.
-        milliseconds: Median time of a query's candidates, from stored states to an order; 0 but for models.
-        values: nDCG@10 of each query, in the order of the judgements. Left out of `to_dict`.
-    """
-
-    ranking: str
-    model: str | None = None
-    ratio: int | None = None
-    ndcg_10: float
-    mrr_10: float
-    recall_10: float
-    recall_k: float
-    over_retrieval: Change | None = None
-    over_fusion: Change | None = None
-    over_first: Change | None = None
-    calibration: Calibration | None = None
-    milliseconds: float = 0.0
+    ranking: str  # "retrieval" (cosine), "bm25", "fusion" (of both) or "reranked", all over the same candidates
+    model: str | None = None  # name of the reranking model; None for the others
+    ratio: int | None = None  # pooling ratio of its states; None for the others
+    ndcg_10: float  # nDCG@10
+    mrr_10: float  # reciprocal rank at 10
+    recall_10: float  # recall at 10
+    recall_k: float  # recall among all candidates, which no ranking of them can change
+    over_retrieval: Change | None = None  # nDCG@10 above retrieval's; None for retrieval
+    over_fusion: Change | None = None  # nDCG@10 above fusion's; None for fusion, and for what it is made of
+    over_first: Change | None = None  # nDCG@10 above the first model's at the same ratio; None but for further models
+    calibration: Calibration | None = None  # how good its probabilities are; None where there are none
+    milliseconds: float = 0.0  # median time of a query's candidates, from stored states to an order; 0 but for models
+    # nDCG@10 of each query, in the order of the judgements. Left out of `to_dict`.
     values: tuple[float, ...] = field(default=(), repr=False)
 
     @property
@@ -57,33 +41,19 @@ class EvalRow:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """What `evaluate` found on one set.
+    """What `evaluate` found on one set."""
 
-    Attributes:
-        name: The set's name in tables.
-        data: Its folder.
-        split: Its split.
-        pooled: Whether only judged passages were ranked.
-        task: The task text in force; None is the default one.
-        models: Names of the reranking models.
-        queries: Queries measured.
-        passages: Passages of the collection.
-        top_k: Most candidates of a query.
-        rows: Retrieval, BM25, fusion, then one row per model and ratio.
-        seconds: Wall-clock of each stage: retrieve (with indexing), bm25, rerank, and encode (what was met without
-            states then).
-    """
-
-    name: str
-    data: str
-    split: str
-    pooled: bool
-    task: str | None
-    models: tuple[str, ...]
-    queries: int
-    passages: int
-    top_k: int
-    rows: tuple[EvalRow, ...]
+    name: str  # the set's name in tables
+    data: str  # its folder
+    split: str  # its split
+    pooled: bool  # whether only judged passages were ranked
+    task: str | None  # the task text in force; None is the default one
+    models: tuple[str, ...]  # names of the reranking models
+    queries: int  # queries measured
+    passages: int  # passages of the collection
+    top_k: int  # most candidates of a query
+    rows: tuple[EvalRow, ...]  # retrieval, BM25, fusion, then one row per model and ratio
+    # wall-clock of each stage: retrieve (with indexing), bm25, rerank, and encode (what was met without states then)
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,35 +64,21 @@ class EvalReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One ranking over several sets, each set counting the same.
+    """One ranking over several sets, each set counting the same."""
 
-    Attributes:
-        ranking: As in `EvalRow`.
-        model: As in `EvalRow`.
-        ratio: As in `EvalRow`.
-        sets: How many sets.
-        ndcg_10: Mean of the sets' nDCG@10.
-        over_retrieval: Mean gain over retrieval, with the interval and test of that mean; None for retrieval.
-        over_fusion: Likewise over fusion.
-        over_first: Likewise over the first model.
-        worst_set: The set with the smallest gain over retrieval; None for retrieval.
-        worst_gain: That gain.
-        ece: Mean calibration error; None where there are no probabilities.
-        balanced_ece: Likewise, relevant and irrelevant pairs weighing half each.
-    """
-
-    ranking: str
-    model: str | None
-    ratio: int | None
-    sets: int
-    ndcg_10: float
+    ranking: str  # as in `EvalRow`
+    model: str | None  # as in `EvalRow`
+    ratio: int | None  # as in `EvalRow`
+    sets: int  # how many sets
+    ndcg_10: float  # mean of the sets' nDCG@10
+    # mean gain over retrieval, with the interval and test of that mean; None for retrieval
     over_retrieval: Change | None
-    over_fusion: Change | None
-    over_first: Change | None
-    worst_set: str | None
-    worst_gain: float | None
-    ece: float | None
-    balanced_ece: float | None
+    over_fusion: Change | None  # likewise over fusion
+    over_first: Change | None  # likewise over the first model
+    worst_set: str | None  # the set with the smallest gain over retrieval; None for retrieval
+    worst_gain: float | None  # that gain
+    ece: float | None  # mean calibration error; None where there are no probabilities
+    balanced_ece: float | None  # likewise, relevant and irrelevant pairs weighing half each
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-able."""

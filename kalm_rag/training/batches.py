@@ -17,15 +17,10 @@ from kalm_rag.training.lists import CandidateLists
 
 @dataclass(frozen=True, kw_only=True)
 class Mined:
-    """What a model makes of one list.
+    """What a model makes of one list."""
 
-    Attributes:
-        hard: Columns of negatives, the one it takes for most relevant first.
-        dropped: Columns that may be relevant without a label: never drawn as negatives.
-    """
-
-    hard: list[int]
-    dropped: set[int]
+    hard: list[int]  # columns of negatives, the one it takes for most relevant first
+    dropped: set[int]  # columns that may be relevant without a label: never drawn as negatives
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,51 +27,30 @@ class Stage(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """Everything that shapes a run. The same config, base and data give the same weights, on one machine.
+    """Everything that shapes a run. The same config, base and data give the same weights, on one machine."""
 
-    Attributes:
-        stage: Which part of the recipe; ``"all"`` is the three one after another.
-        split: Labelled queries to learn from.
-        dev_split: Labelled queries to measure on; None holds out a tenth of `split`.
-        dev_queries: Most held-out queries of a folder.
-        steps: Batches of a stage.
-        lists: Queries per batch.
-        candidates: Passages per query.
-        accumulate: Parts a batch is computed in: less memory, the same gradient.
-        learning_rate: Peak; None is 1e-5, or 1e-4 with `lora`.
-        lora: Rank of low-rank updates of the blocks' matrices, folded in at the end; 0 learns all weights.
-        distil: Share of the soft labels in the loss of stage ``distil``.
-        teacher: Where soft labels come from: ``"fusion"`` (BM25 + MiniLM), ``"self"`` (the model as it enters the
-            stage, unpooled), or a model's name or folder.
-        anchor: Weight of the yes/no loss of each pair, which keeps P(yes) a probability.
-        slack: Mined negatives must score this far (in margin) below the best relevant passage.
-        ratios: Pooling ratios learnt and measured.
-        snapshots: Checkpoints averaged at the end of a stage.
-        max_tokens: Where passages are cut while learning.
-        checkpointing: Compute layers again instead of keeping them: less memory, slower.
-        seed: Fixes every draw.
-        instructions: What queries are asked under, where a folder has no ``instructions.jsonl``.
-    """
-
-    stage: Stage | str = Stage.ALL
-    split: str = "train"
-    dev_split: str | None = None
-    dev_queries: int = 100
-    steps: int = 1000
-    lists: int = 8
-    candidates: int = 8
-    accumulate: int = 1
-    learning_rate: float | None = None
-    lora: int = 0
-    distil: float = 0.7
+    stage: Stage | str = Stage.ALL  # which part of the recipe; "all" is the three one after another
+    split: str = "train"  # labelled queries to learn from
+    dev_split: str | None = None  # labelled queries to measure on; None holds out a tenth of `split`
+    dev_queries: int = 100  # most held-out queries of a folder
+    steps: int = 1000  # batches of a stage
+    lists: int = 8  # queries per batch
+    candidates: int = 8  # passages per query
+    accumulate: int = 1  # parts a batch is computed in: less memory, the same gradient
+    learning_rate: float | None = None  # peak; None is 1e-5, or 1e-4 with `lora`
+    lora: int = 0  # rank of low-rank updates of the blocks' matrices, folded in at the end; 0 learns all weights
+    distil: float = 0.7  # share of the soft labels in the loss of stage distil
+    # where soft labels come from: "fusion" (BM25 + MiniLM), "self" (the model as it enters the stage, unpooled), or a
+    # model's name or folder
     teacher: str = FUSION
-    anchor: float = 0.2
-    slack: float = 1.0
-    ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    snapshots: int = 5
-    max_tokens: int = MAX_PASSAGE_TOKENS
-    checkpointing: bool = False
-    seed: int = 0
+    anchor: float = 0.2  # weight of the yes/no loss of each pair, which keeps P(yes) a probability
+    slack: float = 1.0  # mined negatives must score this far (in margin) below the best relevant passage
+    ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # pooling ratios learnt and measured
+    snapshots: int = 5  # checkpoints averaged at the end of a stage
+    max_tokens: int = MAX_PASSAGE_TOKENS  # where passages are cut while learning
+    checkpointing: bool = False  # compute layers again instead of keeping them: less memory, slower
+    seed: int = 0  # fixes every draw
+    # what queries are asked under, where a folder has no instructions.jsonl
     instructions: Instructions = field(default_factory=Instructions)
 
     def __post_init__(self) -> None:

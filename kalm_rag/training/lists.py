@@ -42,30 +42,18 @@ _WINDOW = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateLists:
-    """Queries of one collection with their candidates.
+    """Queries of one collection with their candidates."""
 
-    Attributes:
-        name: The collection's folder.
-        passages: Texts of the whole collection.
-        queries: Texts.
-        instructions: What each query is asked under.
-        candidates: Passage rows, int64 ``(L, C)``: `depth` of them in retrieval order, then random ones.
-        depth: How many come from retrieval.
-        gold: 1 on relevant candidates, else 0, float32 ``(L, C)``; all 0 where a query has no label.
-        teacher: Soft labels, standardised over each list's retrieved part, float32 ``(L, C)``.
-        relevant: Relevant passages of each query in the whole collection.
-        states: States of the passages, where an encoder that is not trained has read them.
-    """
-
-    name: str
-    passages: Sequence[str]
-    queries: Sequence[str]
-    instructions: Sequence[Instructions]
-    candidates: Tensor
-    depth: int
-    gold: Tensor
-    teacher: Tensor
-    relevant: Sequence[int]
+    name: str  # the collection's folder
+    passages: Sequence[str]  # texts of the whole collection
+    queries: Sequence[str]  # texts
+    instructions: Sequence[Instructions]  # what each query is asked under
+    candidates: Tensor  # passage rows, int64 (L, C): `depth` of them in retrieval order, then random ones
+    depth: int  # how many come from retrieval
+    gold: Tensor  # 1 on relevant candidates, else 0, float32 (L, C); all 0 where a query has no label
+    teacher: Tensor  # soft labels, standardised over each list's retrieved part, float32 (L, C)
+    relevant: Sequence[int]  # relevant passages of each query in the whole collection
+    # states of the passages, where an encoder that is not trained has read them
     states: Sequence[PassageStates] | None = None
 
     def texts(self, row: int, columns: Sequence[int]) -> list[str]:

@@ -43,35 +43,22 @@ DEV_RATIOS = (4, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class PicoConfig:
-    """Everything that shapes a run. The same config and data give the same weights to within noise.
+    """Everything that shapes a run. The same config and data give the same weights to within noise."""
 
-    Attributes:
-        seed: Fixes data draws, initial weights and batches.
-        steps: Batches learnt from.
-        learning_rate: Peak of the schedule.
-        teacher: Share of the BM25 + retriever fusion in the loss, 0 to 1; the labels have the rest.
-        dense: Weight of the retriever in that fusion, 0 to 1.
-        lists: L, lists of a batch (a quarter of it at ratio 1, half at ratio 2).
-        candidates: C, candidates of a list.
-        ratios: Pooling ratios drawn from, one per batch, and how often.
-        gate_pairs: Generic and specific instructions, of each so many, that the gate learns from at the end.
-        gate_steps: Batches of 256 of them.
-        fast: Compute in bfloat16 where the CPU has it.
-        sources: What is trained on.
-    """
-
-    seed: int = 0
-    steps: int = 1600
-    learning_rate: float = 1e-3
-    teacher: float = 0.5
-    dense: float = 0.7
-    lists: int = 12
-    candidates: int = 16
+    seed: int = 0  # fixes data draws, initial weights and batches
+    steps: int = 1600  # batches learnt from
+    learning_rate: float = 1e-3  # peak of the schedule
+    teacher: float = 0.5  # share of the BM25 + retriever fusion in the loss, 0 to 1; the labels have the rest
+    dense: float = 0.7  # weight of the retriever in that fusion, 0 to 1
+    lists: int = 12  # L, lists of a batch (a quarter of it at ratio 1, half at ratio 2)
+    candidates: int = 16  # C, candidates of a list
+    # pooling ratios drawn from, one per batch, and how often
     ratios: tuple[tuple[int, float], ...] = ((1, 0.1), (2, 0.15), (4, 0.25), (8, 0.2), (16, 0.15), (32, 0.15))
-    gate_pairs: int = 8000
-    gate_steps: int = 600
+    gate_pairs: int = 8000  # generic and specific instructions, of each so many, that the gate learns from at the end
+    gate_steps: int = 600  # batches of 256 of them
+    # compute in bfloat16 where the CPU has it
     fast: bool = field(default_factory=lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    sources: tuple[Source, ...] = SOURCES
+    sources: tuple[Source, ...] = SOURCES  # what is trained on
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lists < 1 or self.candidates < 3:

@@ -24,57 +24,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DevRow:
-    """nDCG@10 on one folder's held-out queries at one ratio, over the first 50 candidates of retrieval.
+    """nDCG@10 on one folder's held-out queries at one ratio, over the first 50 candidates of retrieval."""
 
-    Attributes:
-        name: The folder.
-        ratio: Pooling ratio.
-        queries: How many queries.
-        retrieval: The candidates' own order.
-        fusion: The teacher's order: BM25 and retrieval.
-        before: The model as it entered the stage.
-        after: The model as it was saved.
-    """
-
-    name: str
-    ratio: int
-    queries: int
-    retrieval: float
-    fusion: float
-    before: float
-    after: float
+    name: str  # the folder
+    ratio: int  # pooling ratio
+    queries: int  # how many queries
+    retrieval: float  # the candidates' own order
+    fusion: float  # the teacher's order: BM25 and retrieval
+    before: float  # the model as it entered the stage
+    after: float  # the model as it was saved
 
 
 @dataclass(kw_only=True)
 class TrainReport:
-    """What one stage did; ``train.json`` in its folder.
+    """What one stage did; ``train.json`` in its folder."""
 
-    Attributes:
-        folder: Where the weights are.
-        base: What it started from; "" is from scratch.
-        stage: Which stage.
-        steps: Batches learnt from (fewer than asked if the time ran out).
-        losses: Loss of every batch.
-        dev: Figures on held-out queries.
-        calibration: Scale and shift that make P(yes) right on the held-out queries; 1 and 0 where it is.
-        seconds: Wall-clock of each part.
-        peak_bytes: Most memory used: the device's on CUDA, else the process's; 0 where it can't be told.
-        settings: The config.
-        curve: Mean dev nDCG@10 at ratio 4 (or the smallest) after so many steps.
-        mined: Negatives mined and candidates dropped as likely relevant, in stage ``hard``.
-    """
-
-    folder: Path
-    base: str
-    stage: str
-    steps: int
-    losses: list[float]
-    dev: list[DevRow]
+    folder: Path  # where the weights are
+    base: str  # what it started from; "" is from scratch
+    stage: str  # which stage
+    steps: int  # batches learnt from (fewer than asked if the time ran out)
+    losses: list[float]  # loss of every batch
+    dev: list[DevRow]  # figures on held-out queries
+    # scale and shift that make P(yes) right on the held-out queries; 1 and 0 where it is
     calibration: tuple[float, float]
-    seconds: dict[str, float]
-    peak_bytes: int
-    settings: dict[str, Any]
+    seconds: dict[str, float]  # wall-clock of each part
+    peak_bytes: int  # most memory used: the device's on CUDA, else the process's; 0 where it can't be told
+    settings: dict[str, Any]  # the config
+    # mean dev nDCG@10 at ratio 4 (or the smallest) after so many steps
     curve: dict[int, float] = field(default_factory=dict)
+    # negatives mined and candidates dropped as likely relevant, in stage hard
     mined: dict[str, int] = field(default_factory=dict)
 
     @property

@@ -25,25 +25,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """How one BEIR folder is used.
+    """How one BEIR folder is used."""
 
-    Attributes:
-        name: Folder name below the data folder.
-        split: Split with the judgements.
-        queries: Most labelled queries trained on.
-        held_out: Queries set aside for dev (never trained on), drawn before anything else.
-        spans: Unlabelled queries: sentences cut out of passages, learnt from the teacher alone.
-        docs: Most passages kept (all gold ones are); None keeps all.
-        judged_only: Keep only passages that the split judges, so that other splits' passages stay unseen.
-    """
-
-    name: str
-    split: str
-    queries: int = 10**9
-    held_out: int = 0
-    spans: int = 0
-    docs: int | None = None
-    judged_only: bool = False
+    name: str  # folder name below the data folder
+    split: str  # split with the judgements
+    queries: int = 10**9  # most labelled queries trained on
+    held_out: int = 0  # queries set aside for dev (never trained on), drawn before anything else
+    spans: int = 0  # unlabelled queries: sentences cut out of passages, learnt from the teacher alone
+    docs: int | None = None  # most passages kept (all gold ones are); None keeps all
+    judged_only: bool = False  # keep only passages that the split judges, so that other splits' passages stay unseen
 
 
 SOURCES = (
@@ -63,17 +53,11 @@ SOURCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How sources are read.
+    """How sources are read."""
 
-    Attributes:
-        seed: Fixes every draw.
-        dense_share: Weight of the cosine in the soft labels of lists to learn from; BM25 has the rest.
-        fast: Encode passages in bfloat16.
-    """
-
-    seed: int = 0
-    dense_share: float = 0.5
-    fast: bool = False
+    seed: int = 0  # fixes every draw
+    dense_share: float = 0.5  # weight of the cosine in the soft labels of lists to learn from; BM25 has the rest
+    fast: bool = False  # encode passages in bfloat16
 
 
 def load_sources(
