@@ -74,20 +74,7 @@ class MtebReranker:
         dtype: str | None = None,
         **options: Any,  # noqa: ANN401 - those of the class
     ) -> MtebReranker:
-        """Load a model by name.
-
-        Args:
-            name: As in `Reranker.from_pretrained`.
-            revision: Likewise.
-            device: Likewise.
-            ratio: Likewise.
-            dtype: Likewise.
-            options: ``store``, ``system`` and ``task_prompts`` of the class.
-
-        Raises:
-            ModelError: If the model can't be found or loaded.
-            InputError: If an argument is out of range.
-        """
+        """Load a model as `Reranker.from_pretrained` does; `options` are those of the class."""
         engine = Reranker.from_pretrained(name, revision=revision, device=device, dtype=dtype, ratio=ratio)
         return cls(engine, **options)
 
@@ -97,12 +84,8 @@ class MtebReranker:
         inputs2: Iterable[Mapping[str, Any]],
         *,
         task_metadata: Any = None,  # noqa: ANN401 - mteb's types are not ours
-        hf_split: str = "",
-        hf_subset: str = "",
-        prompt_type: Any = None,  # noqa: ANN401
-        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
-        **_: Any,  # noqa: ANN401 - mteb's other encode settings
+        **_: Any,  # noqa: ANN401 - mteb's other settings: the engine cuts its batches by tokens
     ) -> np.ndarray:
         """Score pairs; mteb calls this.
 
@@ -110,10 +93,6 @@ class MtebReranker:
             inputs1: Batches of queries: ``query`` (or ``text``), and ``instruction`` where there are any.
             inputs2: Batches of passages, ``text``, as many as queries.
             task_metadata: The task's; its prompt may be the task text.
-            hf_split: Not used.
-            hf_subset: Not used.
-            prompt_type: Not used.
-            batch_size: Not used; the engine cuts its batches by tokens.
             show_progress_bar: None shows one on a terminal.
 
         Returns:
@@ -122,7 +101,9 @@ class MtebReranker:
         Raises:
             InputError: If there are not as many passages as queries, or a query is blank.
         """
-        asked = self._asked(inputs1, _prompt(task_metadata) if self.task_prompts else None)
+        prompt = getattr(task_metadata, "prompt", None) if self.task_prompts else None
+        prompt = prompt.get("query") if isinstance(prompt, dict) else prompt
+        asked = self._asked(inputs1, prompt if isinstance(prompt, str) else None)
         passages = [text for batch in inputs2 for text in batch["text"]]
         if len(asked) != len(passages):
             raise InputError(f"{len(asked)} queries and {len(passages)} passages; wanted as many of each.")
@@ -147,13 +128,6 @@ class MtebReranker:
             for query, own in zip(queries, told, strict=True):
                 out.append((query, Instructions(system=self.system, task=own if own else prompt)))
         return out
-
-
-def _prompt(task_metadata: Any) -> str | None:  # noqa: ANN401
-    """The task's prompt for queries, if it has one."""
-    prompt = getattr(task_metadata, "prompt", None)
-    found = prompt.get("query") if isinstance(prompt, dict) else prompt
-    return found if isinstance(found, str) else None
 
 
 def _meta(engine: Reranker) -> Any:  # noqa: ANN401

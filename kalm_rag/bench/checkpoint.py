@@ -55,10 +55,7 @@ _SPECIALS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<un
 def save_checkpoint(folder: Path, text: Mapping[str, Any] = NANO, vision: Mapping[str, Any] = VISION) -> Path:
     """Save a checkpoint in bfloat16 as ``save_pretrained`` writes them, with its tokenizer.
 
-    Args:
-        folder: Where to.
-        text: Shape of encoder and decoder.
-        vision: Shape of the vision tower, whose weights are zeros.
+    `text` is the shape of encoder and decoder, `vision` that of the vision tower, whose weights are zeros.
     """
     encoder = {"text_config": dict(text), "vision_config": {"model_type": "siglip_vision_model", **vision}}
     config = T5Gemma2Config(encoder=encoder, decoder=dict(text))
@@ -96,12 +93,10 @@ def passage_of(tokens: int, seed: int) -> str:
 
 
 def prompt_of(tokens: int, *, prefix: int = 58, seed: int = 1) -> tuple[str, Instructions]:
-    """Give a query and instructions whose prompt has so many tokens.
+    """Give a query and instructions whose prompt has so many tokens, at least 40.
 
-    Args:
-        tokens: Of the whole prompt, at least 40 (the protocol's own words take most of that).
-        prefix: Of them, those in front of the query: turn markers, system text and task. Fewer where `tokens` is small.
-        seed: Of the query; the instructions are the same for all.
+    The protocol's own words take most of these. `prefix` of them (fewer where there are few) are in front of the query:
+    turn markers, system text and task. The seed is the query's; instructions are the same for all.
     """
     system = len(Instructions().system_text.split())
     task = max(1, min(prefix - system - _BEFORE, tokens - system - _BEFORE - _AFTER - 1))
@@ -110,20 +105,13 @@ def prompt_of(tokens: int, *, prefix: int = 58, seed: int = 1) -> tuple[str, Ins
 
 
 class Reference:
-    """The published one-phase protocol by transformers' own model: encode, pool, decode, all logits at all positions.
-
-    Args:
-        folder: The checkpoint.
-        device: Where to.
-        dtype: Computing dtype.
-    """
+    """The published one-phase protocol by transformers' own model: encode, pool, decode, logits at all positions."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
         del model.model.encoder.vision_tower  # reading text doesn't need it either
-        self._model = model.to(device)
-        self._device = device
+        self._model, self._device = model.to(device), device
 
     @torch.inference_mode()
     def margins(

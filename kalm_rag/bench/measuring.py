@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,21 @@ _WORDS = (
     "man me even most made after also well did many before must through years where much your way down should "
     "because long each just state people those too mr how little good world make very year still see own work men"
 ).split()
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "sentence-transformers", "chromadb", "numpy", "kalm-rag")
+_PROCESS = Path("/proc/self")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Wall-clock of several runs of one thing."""
+    """Several runs of one thing.
+
+    CPU seconds are those of all threads of this process, which other jobs on the machine disturb far less.
+    """
 
     seconds: tuple[float, ...]  # wall-clock, one entry per run, in order
-    # CPU seconds of all threads of this process likewise, which other jobs on the machine disturb far less; empty
-    # where they were not taken
-    cpu: tuple[float, ...] = ()
-    # most memory held meanwhile: of the CUDA device, else resident in this process, the loaded model included; None
-    # where it can't be told
-    peak_bytes: int | None = None
+    cpu: tuple[float, ...] = ()  # CPU seconds likewise; empty where they were not taken
+    peak_bytes: int | None = None  # most memory held meanwhile, see `_peak`
 
     def quantile(self, share: float) -> float:
         """Seconds that this share of the runs stayed within, in [0, 1], linear between runs."""
@@ -72,14 +73,9 @@ def measure(
     warm_up: Callable[[], object] | None = None,
     enough: float = math.inf,
 ) -> Spread:
-    """Time a function.
+    """Time a function on a device, after `warm_up` or one run of it.
 
-    Args:
-        run: What is timed.
-        repeats: Timed runs, >= 1.
-        device: Where the work is done; a CUDA device is waited for.
-        warm_up: Done once before; None runs `run` itself once.
-        enough: Stop early after so many seconds of timed runs.
+    `repeats` >= 1 runs are timed, fewer once they took `enough` seconds.
     """
     (warm_up if warm_up is not None else run)()
     _wait(device)
@@ -97,13 +93,7 @@ def measure(
 
 
 def measure_stages(run: Callable[[], Mapping[str, float]], repeats: int, device: torch.device) -> dict[str, Spread]:
-    """Time a function that tells the seconds of its stages; the whole is ``"total"``, what no stage covers ``"rest"``.
-
-    Args:
-        run: Gives stage to seconds.
-        repeats: Timed runs after one to warm up, >= 1.
-        device: Where the work is done.
-    """
+    """Time a function that gives seconds by stage; the whole is ``"total"``, what no stage covers ``"rest"``."""
     told: list[Mapping[str, float]] = []
     total = measure(lambda: told.append(run()), repeats, device)
     told = told[1:]
@@ -114,13 +104,10 @@ def measure_stages(run: Callable[[], Mapping[str, float]], repeats: int, device:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where this is measured: versions, processor, cores, threads, memory, device."""
-    from importlib.metadata import version
-
-    packages = ("torch", "transformers", "tokenizers", "sentence-transformers", "chromadb", "numpy", "kalm-rag")
+    """Where this is measured: versions, processor, cores, threads, load, device."""
     versions = {}
-    for name in packages:
-        with suppress(ModuleNotFoundError):  # importlib's PackageNotFoundError: an extra that is not installed
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # an extra that is not installed
             versions[name] = version(name)
     return {
         "system": f"{platform.system()} {platform.release()}",
@@ -159,33 +146,25 @@ def stretch_states(states: Sequence[PassageStates], texts: Iterable[str]) -> lis
     return out
 
 
-def resident_bytes() -> int | None:
-    """Memory resident in this process now; None where it can't be told."""
-    return _status("VmRSS")
-
-
-def peak_resident_bytes() -> int | None:
-    """Most memory resident in this process so far, or since its last reset; None where it can't be told."""
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int | None:
-    if not _STATUS.is_file():
-        return None
-    lines = [line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(f"{name}:")]
-    return int(lines[0].split()[1]) * 1024 if lines else None  # the kernel writes "kB" and means KiB
+def process_memory(name: str) -> int | None:
+    """Bytes resident in this process, ``VmRSS`` now or ``VmHWM`` at most; None where Linux doesn't tell."""
+    status = _PROCESS / "status"
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")]  # "kB" means KiB there
+    return sizes[0] if sizes else None
 
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # not Linux, or not allowed: the peak is then the process's so far
-        if _CLEAR.exists():
-            _CLEAR.write_text("5", encoding="ascii")
+        if (_PROCESS / "clear_refs").exists():
+            (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
 
 
 def _peak(device: torch.device) -> int | None:
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
+    """Most memory held since: of a CUDA device, else resident in this process, the loaded model included."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else process_memory("VmHWM")
 
 
 def _wait(device: torch.device) -> None:
@@ -194,11 +173,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _processor() -> str:
-    cpus = Path("/proc/cpuinfo")
-    if cpus.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

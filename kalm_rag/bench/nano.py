@@ -30,10 +30,8 @@ from kalm_rag.store import open_store
 ALLOWED = {"fp32": 1e-5, "bf16": 1e-2}
 """Difference of P(yes) between stored states and the published protocol that is still rounding."""
 
-
 LEAST_CORRELATION = 0.97
 """Spearman's correlation that int8 weights keep with the published protocol's scores, at least."""
-
 
 _LOADERS = {
     "whole": "from transformers import T5Gemma2ForConditionalGeneration as model\n"
@@ -42,20 +40,20 @@ _LOADERS = {
 }
 _REPORT = (
     "import sys\n"
-    "from kalm_rag.bench.measuring import peak_resident_bytes, resident_bytes\n"
+    "from kalm_rag.bench.measuring import process_memory\n"
     "folder, dtype = sys.argv[1:]\n"
     "{load}\n"
-    "sys.stdout.write(f'{{resident_bytes()}} {{peak_resident_bytes()}}')\n"
+    'sys.stdout.write(f\'{{process_memory("VmRSS")}} {{process_memory("VmHWM")}}\')\n'
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way to decode: its key, its name for people, bytes of prompt beginnings kept, and weights."""
+    """One way to decode."""
 
     key: str
-    what: str
-    cache_bytes: int = 0
+    what: str  # its name for people
+    cache_bytes: int = 0  # of prompt beginnings kept
     decoder_weights: str | None = None
 
 
@@ -73,9 +71,9 @@ class NanoCase:
     """What is timed."""
 
     candidates: int = 100  # passages of a query
-    tokens: int = 200  # tokens per passage
-    prompt: int = 80  # tokens of the prompt
-    ratio: int = 4  # tokens a state stands for
+    tokens: int = 200  # per passage
+    prompt: int = 80  # its tokens
+    ratio: int = 4
     batch: int = 32  # passages that the published protocol takes at a time
     repeats: int = 3  # timed queries
     full: bool = False  # encode all candidates and run the protocol over all of them, instead of one batch
@@ -111,23 +109,18 @@ def open_nano(folder: Path, dtype: str, device: torch.device, way: Way = WAYS[0]
 
 
 def bench_nano(folder: Path, dtype: str, device: torch.device, case: NanoCase) -> tuple[list[Row], list[Check]]:
-    """Time one dtype: the published protocol, encoding, and queries over stored states by stage.
+    """Time a checkpoint of `checkpoint.save_checkpoint` in one dtype, ``"fp32"`` or ``"bf16"``.
 
-    Args:
-        folder: What `checkpoint.save_checkpoint` wrote.
-        dtype: ``"fp32"`` or ``"bf16"``.
-        device: Where.
-        case: Shapes.
+    That is: the published protocol, encoding, and queries over stored states by stage.
     """
     published, wanted = _published(folder, dtype, device, case)
     with tempfile.TemporaryDirectory() as home:
         with open_nano(folder, dtype, device, ratio=case.ratio) as engine:
             encode, made = _encode(engine, case)
             layout = engine.layout()
-        encoded = row_of(
-            f"nano.{dtype}.encode", case.group(dtype), "encode", "encode", encode, passages=len(case.sample)
-        )
-        rows, checks = [published, encoded], []
+        count, group = len(case.sample), case.group(dtype)
+        rows = [published, row_of(f"nano.{dtype}.encode", "encode", "encode", encode, group=group, passages=count)]
+        checks = []
         with open_store(home, layout) as store:
             store.put_many(stretch_states(made, case.texts))
             for way in WAYS if device.type == "cpu" else WAYS[:2]:
@@ -141,21 +134,15 @@ def bench_nano(folder: Path, dtype: str, device: torch.device, case: NanoCase) -
 def bench_loading(folder: Path, dtype: str) -> list[Row]:
     """Memory of a fresh process once the checkpoint is loaded: whole by transformers, and its text part by us.
 
-    Args:
-        folder: The checkpoint.
-        dtype: ``"fp32"`` or ``"bf16"``.
-
     Raises:
         KalmRagError: If a process fails; its last words are in the message.
     """
-    rows = []
+    rows: list[Row] = []
     mapped = "; weights of the file's own dtype are mapped, and count once they are used" if dtype == "bf16" else ""
     long = str(parse_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
-    for way, what in (("whole", "whole, by transformers"), ("text", "text, by Reranker")):
-        code = _REPORT.format(load=_LOADERS[way])
-        run = subprocess.run(
-            [sys.executable, "-c", code, str(folder), long], capture_output=True, text=True, check=False
-        )
+    for way, load in _LOADERS.items():
+        command = [sys.executable, "-c", _REPORT.format(load=load), str(folder), long]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             raise KalmRagError(f"loading the checkpoint in a process of its own failed: {run.stderr.strip()[-500:]}")
         held, peak = run.stdout.split()
@@ -165,10 +152,10 @@ def bench_loading(folder: Path, dtype: str) -> list[Row]:
             Row(
                 key=f"nano.load.{dtype}.{way}",
                 group=f"KaLM-Nano's shape, {dtype}: memory resident in a fresh process that loaded it",
-                what=what,
+                what=f"{way}, by {'transformers' if way == 'whole' else 'Reranker'}",
                 stage="load",
                 peak_bytes=int(held),
-                baseline=f"nano.load.{dtype}.whole" if way == "text" else None,
+                baseline=rows[0].key if rows else None,
                 note=f"at most {int(peak) / 1e6:,.0f} MB while loading{mapped}",
             )
         )
@@ -187,8 +174,8 @@ def _encode(engine: Reranker, case: NanoCase) -> tuple[Spread, list[PassageState
 
 
 def _way(query: Query, way: Way, dtype: str, case: NanoCase, size: int) -> list[Row]:
-    if way.cache_bytes:
-        query.after(prompt_of(case.prompt, seed=5))  # another query under the same instructions came before
+    if way.cache_bytes:  # another query under the same instructions came before
+        Query(query.engine, query.store, query.texts, prompt_of(case.prompt, seed=5))()
     group, baseline = case.group(dtype), f"nano.{dtype}.one_phase"
     rows = query_rows(f"nano.{dtype}.{way.key}", group, way.what, query, case.repeats, size, baseline=baseline)
     if way.cache_bytes:
@@ -218,18 +205,10 @@ def _published(folder: Path, dtype: str, device: torch.device, case: NanoCase) -
 
     # every ratio hangs on it, and what else the machine does moves a run of 10 s by up to half
     spread = measure(lambda: score(case.sample), 3, device, warm_up=lambda: score(case.sample[:2]), enough=15)
-    note = f"batches of {case.batch}"
-    if len(case.sample) < case.candidates:
-        whole = spread.p50 / len(case.sample) * case.candidates
-        note = f"timed on {len(case.sample)}, by which {case.candidates} take {whole:.1f} s (--full times them all)"
-    what = "one phase, published"
-    row = row_of(
-        f"nano.{dtype}.one_phase",
-        case.group(dtype),
-        what,
-        "end to end",
-        spread,
-        passages=len(case.sample),
-        note=note,
-    )
+    note, count = f"batches of {case.batch}", len(case.sample)
+    if count < case.candidates:
+        whole = spread.p50 / count * case.candidates
+        note = f"timed on {count}, by which {case.candidates} take {whole:.1f} s (--full times them all)"
+    named = (f"nano.{dtype}.one_phase", "one phase, published", "end to end")
+    row = row_of(*named, spread, group=case.group(dtype), passages=count, note=note)
     return row, margins[-1].double().sigmoid()

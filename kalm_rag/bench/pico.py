@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
+from functools import partial
 
 import torch
 
@@ -24,14 +25,7 @@ TASK = Instructions(task="Find advice for people who work outdoors.")
 
 
 def bench_pico(device: torch.device, *, candidates: int = 50, repeats: int = 7, ratio: int = 4) -> list[Row]:
-    """Time pico by stage, with and without a task, and a cross-encoder of MiniLM-L6 shape (random weights).
-
-    Args:
-        device: Where.
-        candidates: Passages of the query.
-        repeats: Timed queries.
-        ratio: Tokens a state stands for.
-    """
+    """Time pico by stage, with and without a task, and a cross-encoder of MiniLM-L6 shape (random weights)."""
     texts = [random_text(WORDS, seed) for seed in range(candidates)]
     with Reranker.from_pretrained("pico", device=device, ratio=ratio) as engine:
         states = engine.encode(texts, show_progress=False)
@@ -40,11 +34,10 @@ def bench_pico(device: torch.device, *, candidates: int = 50, repeats: int = 7, 
         group = f"pico: {candidates} passages of {tokens} tokens, r={ratio}"
         rows = [_cross_encoder(device, group, candidates, tokens + 20)]
         encode = measure(lambda: engine.encode(texts, show_progress=False), 2, device)
-        rows.append(row_of("pico.encode", group, "encode", "encode", encode, passages=candidates))
+        rows.append(row_of("pico.encode", "encode", "encode", encode, group=group, passages=candidates))
         with tempfile.TemporaryDirectory() as home, open_store(home, engine.layout()) as store:
             store.put_many(stretch_states(states, texts))
-            ways = (("pico.stored", "stored", Instructions()), ("pico.task", "with a task", TASK))
-            for key, what, told in ways:
+            for key, what, told in (("pico.stored", "stored", Instructions()), ("pico.task", "with a task", TASK)):
                 query = Query(engine, store, texts, (QUERY, told))
                 rows += query_rows(key, group, what, query, repeats, size, baseline="pico.cross_encoder")
     return rows
@@ -53,10 +46,6 @@ def bench_pico(device: torch.device, *, candidates: int = 50, repeats: int = 7, 
 def bench_indexing(device: torch.device, *, passages: int = 100) -> list[Row]:
     """Time indexing new passages (states, vectors and text kept) against sentence-transformers' encode alone.
 
-    Args:
-        device: Where.
-        passages: New ones, of 20 to 240 words.
-
     Raises:
         MissingDependencyError: If sentence-transformers is not installed.
     """
@@ -64,12 +53,8 @@ def bench_indexing(device: torch.device, *, passages: int = 100) -> list[Row]:
     texts = [random_text(draw.randint(20, 240), 10**6 + row) for row in range(passages)]
     module = require("sentence_transformers", "pico", "the indexing baseline")
     baseline = module.SentenceTransformer(str(find_encoder()), device=str(device))
-    encode = measure(
-        lambda: baseline.encode(texts, batch_size=32, show_progress_bar=False),
-        1,
-        device,
-        warm_up=lambda: baseline.encode(texts[:1], show_progress_bar=False),
-    )
+    read = partial(baseline.encode, batch_size=32, show_progress_bar=False)
+    encode = measure(lambda: read(texts), 1, device, warm_up=lambda: read(texts[:1]))
     with tempfile.TemporaryDirectory() as home, ChromaIndex.open(home, model="pico", device=device) as index:
         ids = [str(row) for row in range(passages)]
         spread = measure(
@@ -77,19 +62,12 @@ def bench_indexing(device: torch.device, *, passages: int = 100) -> list[Row]:
         )
         size = index.store.stats().payload_bytes / (passages + 1)
     group = f"indexing with pico: {passages} new passages of 20 to 240 words"
+    row = partial(row_of, group=group, passages=passages)
+    note = "vectors, states and text are kept; sentence-transformers' encode keeps nothing"
+    more = {"bytes_per_passage": size, "baseline": "index.encode", "note": note}
     return [
-        row_of("index.encode", group, "sentence-transformers", "index", encode, passages=passages),
-        row_of(
-            "index.upsert",
-            group,
-            "ChromaIndex.upsert",
-            "index",
-            spread,
-            passages=passages,
-            bytes_per_passage=size,
-            baseline="index.encode",
-            note="vectors, states and text are kept; sentence-transformers' encode keeps nothing",
-        ),
+        row("index.encode", "sentence-transformers", "index", encode),
+        row("index.upsert", "ChromaIndex.upsert", "index", spread, **more),
     ]
 
 
@@ -102,4 +80,5 @@ def _cross_encoder(device: torch.device, group: str, pairs: int, tokens: int) ->
     with torch.inference_mode():
         spread = measure(lambda: [model(ids[at : at + 32]).logits for at in range(0, pairs, 32)], 2, device)
     note = f"MiniLM-L6 shape, pairs of {tokens} tokens; its tokenising is not counted"
-    return row_of("pico.cross_encoder", group, "cross-encoder", "end to end", spread, passages=pairs, note=note)
+    named = ("pico.cross_encoder", "cross-encoder", "end to end")
+    return row_of(*named, spread, group=group, passages=pairs, note=note)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from kalm_rag.bench.report import CANDIDATES, Row
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation.plots import new_figure, save, tidy
 from kalm_rag.states import Codec, Layout
 
-Series: TypeAlias = "dict[str, list[tuple[float, float]]]"
-"""Points of each line by its label."""
-
 RATIOS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (("pico", 384, "float16", 145, True), ("Nano", 640, "bfloat16", 200, False))
 """Models whose bytes are drawn: name, width and dtype of the states, tokens of a typical passage, ids kept or not."""
+
+_Series = dict[str, list[tuple[float, float]]]
 
 
 def check_plots(folder: Path) -> None:
@@ -33,46 +32,28 @@ def check_plots(folder: Path) -> None:
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Draw all pictures there is data for.
-
-    Args:
-        folder: Where they go; made if absent.
-        rows: Those by number of candidates make the latency picture.
-
-    Returns:
-        The files written.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-    """
-    series: Series = {}
+    """Draw all pictures there is data for (rows by number of candidates make the latency picture); gives the files."""
+    sizes: _Series = {}
     for name, width, dtype, tokens, ids in SIZES:
         for codec in (Codec.BF16, Codec.INT8):
             base = Layout(
                 fingerprint="", hidden_size=width, ratio=1, codec=codec, state_dtype=dtype, keeps_token_ids=ids
             )
-            sizes = [replace(base, ratio=ratio).payload_bytes(tokens) / 1000 for ratio in RATIOS]
-            series[f"{name}, {codec.value}, {tokens} tokens"] = list(zip(RATIOS, sizes, strict=True))
+            kilobytes = [replace(base, ratio=ratio).payload_bytes(tokens) / 1000 for ratio in RATIOS]
+            sizes[f"{name}, {codec.value}, {tokens} tokens"] = list(zip(RATIOS, kilobytes, strict=True))
     path = folder / "bytes_by_ratio.png"
-    out = [_draw(path, series, "Stored bytes of a passage", "ratio (tokens per state)", "kB per passage", RATIOS)]
-    series = {}
+    out = [_draw(path, sizes, "Stored bytes of a passage", "ratio (tokens per state)", "kB per passage", RATIOS)]
+    latency: _Series = {}
     for row in rows:
         if row.stage == CANDIDATES and row.p50 is not None:
-            series.setdefault(row.group, []).append((row.passages, 1000 * row.p50))
-    if series:
+            latency.setdefault(row.group, []).append((row.passages, 1000 * row.p50))
+    if latency:
         path = folder / "latency_by_candidates.png"
-        out.append(_draw(path, series, "Latency of a query over stored states", "candidates", "ms"))
+        out.append(_draw(path, latency, "Latency of a query over stored states", "candidates", "ms"))
     return out
 
 
-def _draw(
-    path: Path,
-    series: dict[str, list[tuple[float, float]]],
-    title: str,
-    across: str,
-    up: str,
-    ticks: Sequence[int] = (),
-) -> Path:
+def _draw(path: Path, series: _Series, title: str, across: str, up: str, ticks: Sequence[int] = ()) -> Path:
     """Draw lines on logarithmic axes."""
     figure = new_figure(7, 4.5)
     axes: Any = figure.subplots()

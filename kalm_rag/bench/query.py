@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -35,10 +36,6 @@ class Query:
         )
         return timings.seconds
 
-    def after(self, prompt: tuple[str, Instructions]) -> None:
-        """Ask another one first."""
-        Query(self.engine, self.store, self.texts, prompt)()
-
     def probabilities(self) -> torch.Tensor:
         """P(yes) of the last asking, in input order."""
         out = torch.zeros(len(self.texts), dtype=torch.float64)
@@ -49,33 +46,12 @@ class Query:
 
 
 def query_rows(key: str, group: str, what: str, query: Query, repeats: int, size: int, *, baseline: str) -> list[Row]:
-    """Rows of one way to ask: fetch, score, end to end.
-
-    Args:
-        key: Stable name, e.g. ``"nano.fp32"``.
-        group: Title of the table.
-        what: The way, for people.
-        query: What is asked.
-        repeats: Timed queries.
-        size: Bytes stored per passage.
-        baseline: Key that the whole is compared with.
-    """
-    device, count = query.engine.backbone.device, len(query.texts)
-    stages = measure_stages(query, repeats, device)
-    return [
-        row_of(f"{key}.fetch", group, f"{what}: fetch", "fetch", stages["fetch"], passages=count),
-        row_of(f"{key}.score", group, f"{what}: score", "score", stages["score"], passages=count),
-        row_of(
-            f"{key}.total",
-            group,
-            f"{what}: all",
-            "end to end",
-            stages["total"],
-            passages=count,
-            bytes_per_passage=size,
-            baseline=baseline,
-        ),
-    ]
+    """Rows of one way to ask: fetch, score, end to end; `size` is bytes stored per passage."""
+    row = partial(row_of, group=group, passages=len(query.texts))
+    stages = measure_stages(query, repeats, query.engine.backbone.device)
+    parts = [row(f"{key}.{name}", f"{what}: {name}", name, stages[name]) for name in ("fetch", "score")]
+    more = {"bytes_per_passage": size, "baseline": baseline}
+    return [*parts, row(f"{key}.total", f"{what}: all", "end to end", stages["total"], **more)]
 
 
 def candidate_rows(
@@ -85,23 +61,14 @@ def candidate_rows(
     counts: Sequence[int],
     repeats: int,
 ) -> list[Row]:
-    """Time fetching and scoring by number of candidates.
-
-    Args:
-        engine: The model.
-        few: States that stand for all candidates.
-        prompt: Query and instructions.
-        counts: Numbers of candidates.
-        repeats: Timed queries of each.
-    """
+    """Time fetching and scoring by number of candidates, whose states are a few ones over and over."""
     texts = [random_text(8, 10**8 + seed) for seed in range(max(counts))]
-    family = engine.info.family
+    family, rows = engine.info.family, []
     group = f"{family}, {engine.info.dtype}: fetch and score, passages of {few[0].tokens} tokens, r={few[0].ratio}"
     with tempfile.TemporaryDirectory() as home, open_store(home, engine.layout()) as store:
         store.put_many(stretch_states(few, texts))
-        rows = []
         for count in counts:
             spread = measure(Query(engine, store, texts[:count], prompt), repeats, engine.backbone.device)
             key, what = f"{family}.candidates.{count}", f"{count} candidates"
-            rows.append(row_of(key, group, what, CANDIDATES, spread, passages=count))
+            rows.append(row_of(key, what, CANDIDATES, spread, group=group, passages=count))
     return rows

@@ -27,11 +27,11 @@ class Row:
     """One line of the benchmark."""
 
     key: str  # stable name, e.g. "nano.fp32.total"
-    group: str  # title of the table it is in: which model, which shapes
+    group: str  # title of its table: which model, which shapes
     what: str  # what was timed, e.g. "stored states: score"
     stage: str  # encode, fetch, score, end to end, index, serve, load or candidates
     passages: int = 0  # passages (or queries, when serving) of one run; 0 where nothing is counted
-    runs: int = 0  # timed runs
+    runs: int = 0
     p50: float | None = None  # median seconds of a run; None for rows about memory
     p95: float | None = None  # seconds that 95% of the runs stayed within
     cpu: float | None = None  # median CPU seconds of a run, over all threads; None where they were not taken
@@ -41,7 +41,7 @@ class Row:
     # how many times less time (by the clock of the run) a passage takes here than in the baseline; bytes, for rows
     # about memory
     times: float | None = None
-    note: str = ""  # what else has to be said
+    note: str = ""
 
     @property
     def per_second(self) -> float | None:
@@ -49,14 +49,12 @@ class Row:
         return self.passages / self.p50 if self.p50 and self.passages else None
 
 
-def row_of(key: str, group: str, what: str, stage: str, spread: Spread, *, passages: int, **more: Any) -> Row:  # noqa: ANN401
-    """Make a row of timed runs; `more` are further fields of `Row`."""
+def row_of(key: str, what: str, stage: str, spread: Spread, **more: Any) -> Row:  # noqa: ANN401
+    """Make a row of timed runs; `more` are further fields of `Row`, `group` and `passages` among them."""
     return Row(
         key=key,
-        group=group,
         what=what,
         stage=stage,
-        passages=passages,
         runs=len(spread.seconds),
         p50=spread.p50,
         p95=spread.quantile(0.95),
@@ -70,7 +68,7 @@ def row_of(key: str, group: str, what: str, stage: str, spread: Spread, *, passa
 class Check:
     """Two ways to the same scores, compared within the run."""
 
-    key: str  # stable name
+    key: str
     what: str  # which two ways
     worst: float  # what they differ by at most
     allowed: float  # largest that is still rounding
@@ -87,10 +85,10 @@ class Check:
 class Report:
     """All that one run measured."""
 
-    machine: dict[str, Any]  # where
-    settings: dict[str, Any]  # what was asked for
-    rows: list[Row] = field(default_factory=list)  # timings
-    checks: list[Check] = field(default_factory=list)  # equality of scores
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
     seconds: float = 0.0  # how long the run took
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,15 +106,12 @@ class Report:
 def compare(rows: Sequence[Row], clock: str = "wall") -> list[Row]:
     """Fill in `Row.times` wherever the baseline is there: seconds per passage, or bytes for rows without seconds.
 
-    Args:
-        rows: Rows of one run.
-        clock: ``"wall"``, or ``"cpu"`` for CPU seconds.
+    The clock is ``"wall"``, or ``"cpu"`` for CPU seconds.
     """
-    known = {row.key: row for row in rows}
+    costs = {row.key: _cost(row, clock) for row in rows}
     out = []
     for row in rows:
-        other = known.get(row.baseline) if row.baseline is not None else None
-        mine, theirs = _cost(row, clock), _cost(other, clock) if other is not None else None
+        mine, theirs = costs[row.key], costs.get(row.baseline or "")
         out.append(replace(row, times=theirs / mine) if mine and theirs else row)
     return out
 
@@ -130,28 +125,23 @@ def _cost(row: Row, clock: str) -> float | None:
 
 def tables(report: Report) -> list[RenderableType]:
     """The report for a terminal: machine and settings, a table for each group of rows, and checks."""
-    out: list[RenderableType] = [_line(report.machine), _line(report.settings)]
-    out += [_row_table(group, list(rows)) for group, rows in groupby(report.rows, key=lambda row: row.group)]
-    out += [_check_line(check) for check in report.checks]
-    out.append(f"{report.seconds:.0f} s in all")
-    return out
+    by_group = groupby(report.rows, key=lambda row: row.group)
+    return [
+        _line(report.machine),
+        _line(report.settings),
+        *(_row_table(group, list(rows)) for group, rows in by_group),
+        *(_check_line(check) for check in report.checks),
+        f"{report.seconds:.0f} s in all",
+    ]
 
 
 def _row_table(group: str, rows: Sequence[Row]) -> Table:
-    names = {row.key: row.what for row in rows}
-    against = [names[key] for key in names if key in {row.baseline for row in rows}]
-    notes = [f"{row.what}: {row.note}" for row in rows if row.note]
+    against = [row.what for row in rows if row.key in {other.baseline for other in rows}]
     caption = [f"times: how many times less than {', '.join(against)}"] if against else []
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title=escape(group),
-        caption=escape("\n".join(caption + notes)),
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        caption_style="dim",
-    )
+    caption += [f"{row.what}: {row.note}" for row in rows if row.note]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")
+    table.title, table.title_style = escape(group), "bold"
+    table.caption, table.caption_style = escape("\n".join(caption)), "dim"
     counted = "queries/s" if all(row.stage == "serve" for row in rows) else "passages/s"
     columns = {
         counted: [_number(row.per_second, 1) for row in rows],

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,11 +31,7 @@ INDEXED = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run measures.
-
-    Raises:
-        InputError: If a number or dtype is out of range.
-    """
+    """What a run measures; an `InputError` if a number or dtype is out of range."""
 
     device: str | None = None  # cpu, cuda, cuda:1; None takes CUDA where there is one
     dtype: str | None = None  # fp32 or bf16 for the Nano shape; None measures both
@@ -63,29 +58,26 @@ class Settings:
         return list(ALLOWED) if self.dtype is None else [self.dtype]
 
 
-def run(
-    settings: Settings,
-    tell: Tell = lambda line: None,
-    *,
-    checkpoint: Path | None = None,
-) -> Report:
-    """Measure.
+def run(settings: Settings, tell: Tell = lambda line: None, *, checkpoint: Path | None = None) -> Report:
+    """Measure; `tell` gets a line about what is done now.
 
-    Args:
-        settings: What.
-        tell: Gets a line about what is done now.
-        checkpoint: What `save_checkpoint` wrote, measured in the Nano shape's place; None makes one of that shape in a
-            temporary folder (1.6 GB).
+    `checkpoint` is what `save_checkpoint` wrote, measured in the Nano shape's place; None makes one of that shape in a
+    temporary folder (1.6 GB).
 
     Raises:
         InputError: If the device can't be used here.
         MissingDependencyError: If pico's encoder or sentence-transformers is not installed.
     """
     device = parse_device(settings.device)
-    started = time.perf_counter()
-    told = machine(device)
-    with _checkpoint(settings, checkpoint, tell) as folder:
-        rows, checks = _time_nano(settings, folder, device, tell)
+    started, told = time.perf_counter(), machine(device)
+    rows, checks, folder = list[Row](), list[Check](), None
+    with ExitStack() as stack:
+        if settings.nano:
+            folder = checkpoint
+            if folder is None:
+                tell("making a checkpoint of Nano's shape with random weights")
+                folder = save_checkpoint(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            rows, checks = _time_nano(settings, folder, device, tell)
         rows += _time_pico(settings, device, tell)
         rows += _by_candidates(settings, folder, device, tell) if settings.curves else []
     return Report(
@@ -97,23 +89,9 @@ def run(
     )
 
 
-@contextmanager
-def _checkpoint(settings: Settings, given: Path | None, tell: Tell) -> Iterator[Path | None]:
-    if not settings.nano or given is not None:
-        yield given if settings.nano else None
-        return
-    with tempfile.TemporaryDirectory() as home:
-        tell("making a checkpoint of Nano's shape with random weights")
-        yield save_checkpoint(Path(home))
-
-
-def _time_nano(
-    settings: Settings, folder: Path | None, device: torch.device, tell: Tell
-) -> tuple[list[Row], list[Check]]:
+def _time_nano(settings: Settings, folder: Path, device: torch.device, tell: Tell) -> tuple[list[Row], list[Check]]:
     rows: list[Row] = []
     checks: list[Check] = []
-    if folder is None:
-        return rows, checks
     case = NanoCase(candidates=settings.candidates, repeats=max(1, settings.repeats // 2), full=settings.full)
     for dtype in settings.dtypes:
         tell(f"Nano shape, {dtype}: published protocol and stored states")
@@ -130,10 +108,8 @@ def _time_pico(settings: Settings, device: torch.device, tell: Tell) -> list[Row
     tell("indexing, and sentence-transformers' encode")
     rows += bench_indexing(device, passages=min(INDEXED, settings.passages))
     with tempfile.TemporaryDirectory() as home:
-        queries = 8 * settings.repeats
-        return rows + bench_serving(
-            Path(home), device, passages=settings.passages, tell=tell, queries=queries, clients=settings.clients
-        )
+        many = {"passages": settings.passages, "queries": 8 * settings.repeats, "clients": settings.clients}
+        return rows + bench_serving(Path(home), device, tell=tell, **many)
 
 
 def _by_candidates(settings: Settings, folder: Path | None, device: torch.device, tell: Tell) -> list[Row]:

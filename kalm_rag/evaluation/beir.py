@@ -29,12 +29,7 @@ class EvalSet:
 
     @classmethod
     def parse(cls, text: str, *, split: str = "test", pooled: bool = False) -> EvalSet:
-        """Read ``FOLDER``, ``FOLDER:SPLIT`` or ``FOLDER:SPLIT:pooled``.
-
-        Args:
-            text: What to read.
-            split: Split where the text names none.
-            pooled: Whether sets are pooled that don't say so.
+        """Read ``FOLDER``, ``FOLDER:SPLIT`` or ``FOLDER:SPLIT:pooled``; the arguments are for what it leaves open.
 
         Raises:
             InputError: If there is more behind the folder than that.
@@ -64,8 +59,8 @@ class EvalSet:
 class Collection:
     """One BEIR folder with the judgements of one split."""
 
-    name: str  # the folder's name
-    split: str  # which split the judgements are from
+    name: str  # the folder's
+    split: str  # of the judgements
     doc_ids: list[str]  # ids of the passages, in file order
     passages: list[str]  # their texts: title, a space, text, stripped
     queries: dict[str, str]  # texts by query id; only queries with a positive judgement, in the order of the judgements
@@ -88,19 +83,16 @@ def check_collection(folder: Path, split: str) -> None:
         raise InputError(f"{folder} is not a folder; wanted a BEIR folder (corpus.jsonl, queries.jsonl, qrels/).")
     for name in ("corpus.jsonl", "queries.jsonl"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}; found {_names(folder)}. Wanted a BEIR folder.")
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder"
+            raise InputError(f"{folder} has no {name}; found {found}. Wanted a BEIR folder.")
     judgements = folder / "qrels" / f"{split}.tsv"
     if not judgements.is_file():
-        found = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
-        raise InputError(f"{folder} has no split {split!r} (qrels/{split}.tsv); found {', '.join(found) or 'none'}.")
+        splits = ", ".join(sorted(path.stem for path in (folder / "qrels").glob("*.tsv")))
+        raise InputError(f"{folder} has no split {split!r} (qrels/{split}.tsv); found {splits or 'none'}.")
 
 
 def load_collection(folder: Path, split: str) -> Collection:
-    """Read one BEIR folder.
-
-    Args:
-        folder: The folder.
-        split: Name of a file in ``qrels/`` without ``.tsv``.
+    """Read one BEIR folder with the judgements in ``qrels/<split>.tsv``.
 
     Raises:
         InputError: If the folder, a file in it, or the split is missing (the message lists the splits found), a line
@@ -123,12 +115,9 @@ def load_collection(folder: Path, split: str) -> Collection:
 
 
 def read_instructions(folder: Path) -> dict[str, tuple[str, str]]:
-    """Read instruction and query apart, where a folder has ``instructions.jsonl``.
+    """Instruction and query by query id, where a folder has ``instructions.jsonl``; else empty.
 
     Each line has ``_id``, ``instruction`` and ``query``; the text in ``queries.jsonl`` is then both in one.
-
-    Returns:
-        Instruction and query by query id; empty if the folder has no such file.
 
     Raises:
         InputError: If a line can't be read.
@@ -138,10 +127,6 @@ def read_instructions(folder: Path) -> dict[str, tuple[str, str]]:
         return {}
     rows = _rows(path, "instruction", "query")
     return {str(row["_id"]): (str(row["instruction"]), str(row["query"])) for row in rows}
-
-
-def _names(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder"
 
 
 def _rows(path: Path, *wanted: str) -> Iterator[dict[str, object]]:

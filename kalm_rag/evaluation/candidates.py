@@ -5,6 +5,7 @@ Retrieval is exact cosine over the vectors of the retriever's own states. Knows 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,16 +28,15 @@ from kalm_rag.states import StateBatch
 from kalm_rag.states.pooling import check_ratio
 from kalm_rag.store import StateStore, open_store
 
-_WINDOW = 256
-"""Passages that are indexed at a time."""
+_WINDOW = 256  # passages that are indexed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
     """One set's candidates."""
 
-    what: EvalSet  # which set
-    found: Collection  # the collection, with the queries measured
+    what: EvalSet
+    found: Collection  # with the queries measured
     rows: list[Tensor]  # passage rows of each query's candidates, nearest first; ties keep corpus order
     cosines: list[Tensor]  # cosine of each, in that order
 
@@ -66,30 +66,18 @@ class Scored:
 
 
 class StoredEngine:
-    """An engine with the store of its states, as an app has it.
-
-    Args:
-        engine: Used at the store's ratio.
-        store: Where states are kept; passages that have none are encoded when they are met.
-    """
+    """An engine at its store's ratio; passages that have no states there are encoded when they are met."""
 
     def __init__(self, engine: Reranker, store: StateStore) -> None:
         self.engine, self.store = engine.at(store.layout.ratio), store
 
     def index(self, passages: Sequence[str]) -> Iterator[tuple[Sequence[str], StateBatch]]:
         """Keep the states of passages; gives some texts and their states at a time."""
-        starts = range(0, len(passages), _WINDOW)
-        for start in tqdm(starts, desc="index", unit=f"{_WINDOW} passages"):
+        for start in tqdm(range(0, len(passages), _WINDOW), desc="index", unit=f"{_WINDOW} passages"):
             texts = passages[start : start + _WINDOW]
             states = load_states(self.engine, self.store, texts, missing="encode", timings=Timings()).states
             if states is not None:
                 yield texts, states
-
-    def vectors(self, passages: Sequence[str]) -> Tensor:
-        """Index passages and give their retrieval vectors, float32 ``(passages, width)``."""
-        embedder = BundledEmbedder(self.engine)
-        parts = [torch.from_numpy(embedder.from_states(states)) for _, states in self.index(passages)]
-        return torch.cat(parts)
 
     def margins(
         self,
@@ -101,19 +89,12 @@ class StoredEngine:
         timings: Timings | None = None,
     ) -> Tensor:
         """Score one query's candidates, float32 ``(candidates,)``; `timings` get the stages fetch, encode and score."""
-        ranking = rank_texts(
-            self.engine,
-            self.store,
-            query,
-            texts,
-            missing="encode",
-            timings=timings if timings is not None else Timings(),
-            instructions=instructions,
-            ratio=ratio,
-        )
-        margins = torch.empty(len(texts))
-        for candidate in ranking.candidates:
-            margins[candidate.index] = candidate.margin if candidate.margin is not None else -torch.inf
+        timings = timings if timings is not None else Timings()
+        how = {"missing": "encode", "timings": timings, "instructions": instructions, "ratio": ratio}
+        margins = torch.full((len(texts),), -torch.inf)
+        for candidate in rank_texts(self.engine, self.store, query, texts, **how).candidates:  # type: ignore[arg-type]
+            if candidate.margin is not None:
+                margins[candidate.index] = candidate.margin
         return margins
 
     def score(
@@ -130,7 +111,7 @@ class StoredEngine:
             candidates: The queries and their candidates.
             instructions: For all queries, or one per query.
             ratio: A multiple of the store's ratio; None takes that.
-            queries: What is asked instead of the queries' own texts; None asks those.
+            queries: What is asked instead of the queries' own texts.
 
         Raises:
             KalmRagError: If a margin is not finite.
@@ -148,11 +129,18 @@ class StoredEngine:
 
 
 @contextmanager
+def state_folder(cache: Path | None) -> Iterator[Path]:
+    """Give the folder that keeps states for another run, or a temporary one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = cache if cache is not None else Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+@contextmanager
 def stored(engine: Reranker, ratio: int, folder: Path) -> Iterator[StoredEngine]:
     """Open the store that keeps an engine's states of one ratio in a folder; models that make the same share them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    layout = engine.at(ratio).layout()
-    with open_store(folder / f"states_r{ratio}.sqlite3", layout) as store:
+    with open_store(folder / f"states_r{ratio}.sqlite3", engine.at(ratio).layout()) as store:
         yield StoredEngine(engine, store)
 
 
@@ -168,7 +156,7 @@ def check_ratios(ratios: Sequence[int]) -> list[int]:
     return checked
 
 
-def as_retriever(engine: Reranker, retriever: Reranker | None) -> Reranker:
+def check_retriever(engine: Reranker, retriever: Reranker | None) -> Reranker:
     """Give the retriever, or the reranking engine itself if its model embeds.
 
     Raises:
@@ -184,8 +172,10 @@ def as_retriever(engine: Reranker, retriever: Reranker | None) -> Reranker:
 
 def find_candidates(
     what: EvalSet,
-    retriever: StoredEngine,
+    retriever: Reranker,
     *,
+    ratio: int,
+    folder: Path,
     top_k: int,
     max_queries: int | None,
     texts: Mapping[str, str] | None = None,
@@ -195,6 +185,8 @@ def find_candidates(
     Args:
         what: Which set.
         retriever: Its vectors retrieve.
+        ratio: Of the states that the vectors are made of.
+        folder: Keeps these states.
         top_k: Most candidates retrieved, >= 1; a pooled set has all its judged passages.
         max_queries: Only the first so many queries; None is all.
         texts: What some queries ask instead of their own text, by query id.
@@ -211,9 +203,10 @@ def find_candidates(
     pools = _pools(found) if what.pooled else None
     indexed = range(len(found.passages)) if pools is None else sorted({row for pool in pools for row in pool})
     place = {row: spot for spot, row in enumerate(indexed)}
-    vectors = retriever.vectors([found.passages[row] for row in indexed])
-    every = torch.tensor(indexed)
-    embedder, rows, cosines = BundledEmbedder(retriever.engine), [], []
+    embedder, every = BundledEmbedder(retriever), torch.tensor(indexed)
+    with stored(retriever, ratio, folder) as reader:
+        parts = [embedder.from_states(states) for _, states in reader.index([found.passages[row] for row in indexed])]
+    vectors, rows, cosines = torch.from_numpy(np.concatenate(parts)), [], []
     for number, query in enumerate(tqdm(found.queries.values(), desc="retrieve", unit="query")):
         near = vectors @ torch.tensor(embedder.query(query))
         own = torch.arange(len(near)) if pools is None else torch.tensor([place[row] for row in pools[number]])
@@ -228,9 +221,10 @@ def _pools(found: Collection) -> list[list[int]]:
     """Corpus rows that each query's judgements name, in corpus order."""
     row_of = {doc_id: row for row, doc_id in enumerate(found.doc_ids)}
     pools = [sorted(row_of[doc] for doc in found.qrels[query_id] if doc in row_of) for query_id in found.queries]
-    if not all(pools):
-        bad = list(found.queries)[[bool(pool) for pool in pools].index(False)]
-        raise InputError(
-            f"{found.name} {found.split}: no passage judged for query {bad!r} is in corpus.jsonl; nothing to pool."
-        )
+    for query_id, pool in zip(found.queries, pools, strict=True):
+        if not pool:
+            raise InputError(
+                f"{found.name} {found.split}: no passage judged for query {query_id!r} is in corpus.jsonl; nothing to "
+                f"pool."
+            )
     return pools

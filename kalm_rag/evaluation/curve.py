@@ -1,14 +1,12 @@
 """The compression curve: quality, bytes and time at each ratio and codec, as a table and a plot.
 
-States really pass through the codec: a store of each layout is filled, read and scored. matplotlib is in the extra
-``plot``.
+States really pass through the codec: a store of each layout is filled, read and scored.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,18 @@ from kalm_rag.evaluation.beir import EvalSet
 from kalm_rag.evaluation.candidates import (
     Candidates,
     StoredEngine,
-    as_retriever,
     check_ratios,
+    check_retriever,
     find_candidates,
+    state_folder,
     stored,
 )
-from kalm_rag.evaluation.metrics import best_first, mean, query_ndcg
+from kalm_rag.evaluation.metrics import best_first, load_measures, mean, query_metrics
 from kalm_rag.evaluation.plots import check_plot, new_figure, save, tidy
+from kalm_rag.evaluation.report import Plain
 from kalm_rag.evaluation.run import baselines
 from kalm_rag.instructions import Instructions
-from kalm_rag.states import DTYPES, Codec, Layout, PassageStates, StateBatch, passage_key
+from kalm_rag.states import DTYPES, Codec, Layout, passage_key, split_batch
 from kalm_rag.store import open_store
 
 RATIOS = (1, 2, 4, 8, 16, 32, 64)
@@ -42,31 +42,26 @@ _STYLES = {"bf16": ("#1f6fb4", "o", "-"), "int8": ("#d1622b", "s", "-"), "exact"
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """One ratio under one codec."""
+    """One ratio under one codec; mean over sets."""
 
     ratio: int  # tokens a state stands for
-    codec: str  # how states are kept
-    ndcg_10: float  # nDCG@10, mean over sets
-    bytes_per_passage: float  # payload of a candidate passage, mean over candidates, then over sets
-    # time from a query's stored bytes to its order, disk aside: median over queries, mean over sets
-    milliseconds: float
+    codec: str
+    ndcg_10: float
+    bytes_per_passage: float  # payload of a candidate passage
+    milliseconds: float  # from a query's stored bytes to its order, disk aside: median over queries
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class Curve(Plain):
     """What `measure_curve` found."""
 
-    model: str  # name of the model
-    sets: tuple[str, ...]  # names of the sets
-    queries: int  # queries of all sets
+    model: str
+    sets: tuple[str, ...]
+    queries: int  # of all sets
     top_k: int  # most candidates of a query
     retrieval: float  # nDCG@10 of retrieval alone, mean over sets
     fusion: float  # nDCG@10 of BM25 fused with retrieval, mean over sets
     points: tuple[CurvePoint, ...]  # by codec, then by rising ratio
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, JSON-able."""
-        return asdict(self)
 
 
 def measure_curve(
@@ -80,17 +75,7 @@ def measure_curve(
     max_queries: int | None = None,
     cache: Path | None = None,
 ) -> Curve:
-    """Measure quality, bytes and time at each ratio and codec.
-
-    Args:
-        sets: BEIR sets, at least one.
-        engine: The model.
-        retriever: The model whose vectors retrieve; None takes `engine`.
-        ratios: Pooling ratios, each a multiple of the smallest, whose states the others are pooled from.
-        codecs: How states are kept.
-        top_k: Candidates reranked.
-        max_queries: Only the first so many queries of a set; None is all.
-        cache: As in `kalm_rag.evaluation.evaluate`.
+    """Measure quality, bytes and time at each ratio and codec; arguments are those of `kalm_rag.evaluation.evaluate`.
 
     Raises:
         InputError: If there are no sets or codecs, a folder is missing, or an argument is out of range.
@@ -99,16 +84,16 @@ def measure_curve(
     ratios, kinds = check_ratios(ratios), [Codec.parse(codec) for codec in codecs]
     if not sets or not kinds:
         raise InputError(f"{len(sets)} sets and {len(kinds)} codecs; wanted at least one of each.")
-    searcher = as_retriever(engine, retriever)
+    searcher = check_retriever(engine, retriever)
     layouts = [engine.info.layout(ratio, codec) for codec in kinds for ratio in ratios]
     cells: list[list[CurvePoint]] = []  # by set
     floors: list[list[float]] = []
     queries, most = 0, 0
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = cache if cache is not None else Path(scratch)
+    with state_folder(cache) as folder:
         for what in sets:
-            with stored(searcher, ratios[0], folder) as reader:
-                candidates = find_candidates(what, reader, top_k=top_k, max_queries=max_queries)
+            candidates = find_candidates(
+                what, searcher, ratio=ratios[0], folder=folder, top_k=top_k, max_queries=max_queries
+            )
             floors.append([_quality(candidates, ranked.scores) for ranked in baselines(candidates)])
             with stored(engine, ratios[0], folder) as reader:
                 cells.append([_measure(reader, candidates, layout) for layout in layouts])
@@ -127,7 +112,6 @@ def measure_curve(
 def curve_table(curve: Curve) -> str:
     """One markdown table: a row per ratio, the columns of each codec side by side."""
     codecs = list(dict.fromkeys(point.codec for point in curve.points))
-    by_cell = {(point.ratio, point.codec): point for point in curve.points}
     head = [f"{codec} {what}" for codec in codecs for what in ("nDCG@10", "bytes/passage", "ms/query")]
     lines = [
         f"{Path(curve.model).name}, mean of {len(curve.sets)} sets ({', '.join(curve.sets)}), {curve.queries} queries, "
@@ -138,18 +122,14 @@ def curve_table(curve: Curve) -> str:
         "|--:" * (len(head) + 1) + "|",
     ]
     for ratio in dict.fromkeys(point.ratio for point in curve.points):
-        points = [by_cell[ratio, codec] for codec in codecs]
-        shown = [f"{point.ndcg_10:.4f} | {point.bytes_per_passage:,.0f} | {point.milliseconds:.1f}" for point in points]
+        own = [point for point in curve.points if point.ratio == ratio]  # in the order of the codecs
+        shown = [f"{point.ndcg_10:.4f} | {point.bytes_per_passage:,.0f} | {point.milliseconds:.1f}" for point in own]
         lines.append(f"| {ratio} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw_curve(curve: Curve, path: Path) -> None:
-    """Draw nDCG@10 against bytes per passage, and milliseconds against the ratio.
-
-    Args:
-        curve: What was measured.
-        path: Where to; svg, png or pdf.
+    """Draw nDCG@10 against bytes per passage, and milliseconds against the ratio, into a svg, png or pdf.
 
     Raises:
         InputError: If the file's ending is another one.
@@ -186,18 +166,16 @@ def _annotate(curve: Curve, quality: Any) -> None:  # noqa: ANN401 - axes of mat
 
 def _label(curve: Curve, quality: Any, speed: Any) -> None:  # noqa: ANN401
     ratios = list(dict.fromkeys(point.ratio for point in curve.points))
-    sizes = sorted(point.bytes_per_passage for point in curve.points)
-    steps = [2**power for power in range(int(np.floor(np.log2(sizes[0]))), int(np.ceil(np.log2(sizes[-1]))) + 1)]
+    powers = np.log2([point.bytes_per_passage for point in curve.points])
+    steps = [2**power for power in range(int(np.floor(powers.min())), int(np.ceil(powers.max())) + 1)]
     quality.set_xscale("log", base=2)
     quality.set_xticks(steps, [f"{step / 1024:g}k" if step >= 1024 else str(step) for step in steps])
-    quality.set_xlabel("bytes per passage (k = 1024)")
-    quality.set_ylabel("nDCG@10")
+    quality.set(xlabel="bytes per passage (k = 1024)", ylabel="nDCG@10")
     quality.set_title(f"{Path(curve.model).name}: {', '.join(curve.sets)}", fontsize=10, loc="left", wrap=True)
     quality.margins(x=0.06, y=0.14)
     speed.set_xscale("log", base=2)
     speed.set_xticks(ratios, [str(ratio) for ratio in ratios])
-    speed.set_xlabel("ratio r (tokens per state)")
-    speed.set_ylabel(f"ms per query, {curve.top_k} candidates")
+    speed.set(xlabel="ratio r (tokens per state)", ylabel=f"ms per query, {curve.top_k} candidates")
     speed.set_ylim(bottom=0)
     tidy(quality, speed)
     for axes in (quality, speed):
@@ -206,7 +184,8 @@ def _label(curve: Curve, quality: Any, speed: Any) -> None:  # noqa: ANN401
 
 
 def _quality(candidates: Candidates, scores: Sequence[Tensor]) -> float:
-    return mean(query_ndcg(candidates.found, best_first(candidates.rows, scores)))
+    orders = best_first(candidates.rows, scores)
+    return mean(query_metrics(candidates.found, orders, [load_measures().nDCG @ 10])[0])
 
 
 def _measure(reader: StoredEngine, candidates: Candidates, layout: Layout) -> CurvePoint:
@@ -215,7 +194,9 @@ def _measure(reader: StoredEngine, candidates: Candidates, layout: Layout) -> Cu
     tokens: dict[str, int] = {}
     with open_store(":memory:", layout) as store:
         for part, found in reader.index(texts):
-            store.put_many(_pooled(found, [passage_key(text) for text in part], layout))
+            pooled, _ = found.on(torch.device("cpu"), torch.float32, layout.ratio)  # (B, N, H)
+            made = replace(found, vectors=pooled.to(DTYPES[layout.state_dtype]), ratio=layout.ratio)
+            store.put_many(split_batch(made, [passage_key(text) for text in part]))
             tokens |= dict(zip(part, found.tokens.tolist(), strict=True))
         scored = StoredEngine(reader.engine, store).score(candidates, Instructions())
     return CurvePoint(
@@ -227,29 +208,10 @@ def _measure(reader: StoredEngine, candidates: Candidates, layout: Layout) -> Cu
     )
 
 
-def _pooled(batch: StateBatch, keys: Sequence[str], layout: Layout) -> list[PassageStates]:
-    """States pooled to a layout's ratio, as the model would have made them."""
-    vectors, _ = batch.on(torch.device("cpu"), torch.float32, layout.ratio)  # (B, N, H)
-    sizes, totals = batch.tokens.tolist(), batch.total_tokens.tolist()
-    return [
-        PassageStates(
-            vectors=vectors[row, : -(-sizes[row] // layout.ratio)].to(DTYPES[layout.state_dtype]),
-            tokens=sizes[row],
-            total_tokens=totals[row],
-            ratio=layout.ratio,
-            fingerprint=layout.fingerprint,
-            key=key,
-            token_ids=None if batch.token_ids is None else batch.token_ids[row, : sizes[row]],
-        )
-        for row, key in enumerate(keys)
-    ]
-
-
 def _mean_point(points: Sequence[CurvePoint]) -> CurvePoint:
     """One ratio and codec, mean over sets."""
-    return CurvePoint(
-        ratio=points[0].ratio,
-        codec=points[0].codec,
+    return replace(
+        points[0],
         ndcg_10=mean([point.ndcg_10 for point in points]),
         bytes_per_passage=mean([point.bytes_per_passage for point in points]),
         milliseconds=mean([point.milliseconds for point in points]),

@@ -19,14 +19,7 @@ class Bm25:
     """BM25 over one collection (lucene's formula, k1 0.9, b 0.4, English stop words left out)."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        """Count the words of every passage.
-
-        Args:
-            texts: The passages; scores come back in this order.
-
-        Raises:
-            MissingDependencyError: If bm25s is not installed.
-        """
+        """Count the words of every passage; a `MissingDependencyError` where bm25s is not installed."""
         bm25s = require("bm25s", "eval", "BM25")
         self.module = bm25s
         self.index = bm25s.BM25(method="lucene", k1=0.9, b=0.4)
@@ -42,16 +35,10 @@ class Bm25:
 
 
 def fuse(dense: Tensor, bm25: Tensor, depth: int | None = None, share: float = 0.5) -> Tensor:
-    """Weighted mean of two scores, each standardised over its list: ``z(s) = (s - mean) / std``.
+    """Weighted mean of two scores ``(Q, C)``, each standardised over its list: ``z(s) = (s - mean) / std``.
 
-    Args:
-        dense: The retriever's scores, ``(Q, C)``.
-        bm25: BM25 scores of the same candidates, ``(Q, C)``.
-        depth: Mean and deviation are taken over the first so many candidates; None takes all.
-        share: Weight of `dense`, 0 to 1; BM25 has the rest.
-
-    Returns:
-        Fused scores, ``(Q, C)``; higher is better. A list of one candidate has score 0.
+    Mean and deviation are those of the first `depth` candidates (None: of all). `dense`, the retriever's, weighs
+    `share`, BM25 the rest. Higher is better; a list of one candidate has score 0.
 
     Example:
         >>> fuse(torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[1.0, 5.0, 3.0]]))[0].argmax().item()

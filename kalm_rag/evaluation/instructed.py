@@ -8,9 +8,8 @@ only: nothing of it is trained on.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,16 @@ from tqdm import tqdm
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation.beir import EvalSet, read_instructions
-from kalm_rag.evaluation.candidates import Candidates, StoredEngine, as_retriever, find_candidates, stored
+from kalm_rag.evaluation.candidates import (
+    Candidates,
+    StoredEngine,
+    check_retriever,
+    find_candidates,
+    state_folder,
+    stored,
+)
 from kalm_rag.evaluation.metrics import Change, best_first, compare, load_measures, mean, paired_interval, query_metrics
+from kalm_rag.evaluation.report import Plain
 from kalm_rag.instructions import Instructions
 from kalm_rag.store import open_store
 
@@ -35,12 +42,12 @@ GENERIC = tuple(Instructions(**row) for row in json.loads((DATA / "generic.json"
 class Drift:
     """What generic instructions do to one set."""
 
-    name: str  # the set
-    queries: int  # queries measured
-    ndcg_10: float  # nDCG@10 without instructions
+    name: str
+    queries: int
+    ndcg_10: float  # without instructions
     mean: float  # mean change of nDCG@10 under the generic instructions, in absolute value
     worst: float  # the change that is largest in absolute value, with its sign
-    worst_instruction: str  # the text behind it
+    worst_instruction: str
     # nDCG@10 under the task the folder brings along (instruction.txt) above that without; None where it brings none
     own_task: Change | None
 
@@ -49,13 +56,13 @@ class Drift:
 class Following:
     """One query under many users' instructions, over the candidates of the query alone."""
 
-    name: str  # the set
+    name: str
     # "query" (without the instruction), "instruction" (as task), or "joined" (instruction and query as one query)
     asked: str
-    queries: int  # distinct queries
+    queries: int  # distinct ones
     instructions: int  # pairs of a query and an instruction
-    ndcg_10: float  # nDCG@10
-    mrr_10: float  # reciprocal rank at 10
+    ndcg_10: float
+    mrr_10: float
     # mean over queries of the lowest nDCG@10 that any of its instructions has (InstructIR, arXiv 2402.14334)
     robustness_10: float
     over_query: Change | None  # nDCG@10 above that of the query alone; None for it
@@ -68,25 +75,20 @@ class Contrast:
     where: str  # "none" (no instruction: 0.5 by construction), "task" or "system"
     accuracy: float  # share of the 80 pairs in the right order; a tie counts half
     low: float  # lower end of its 95% interval (bootstrap over queries)
-    high: float  # upper end
-    # share of queries where both orders are right, which no fixed preference reaches; 0 without instruction
-    both: float
+    high: float
+    both: float  # share of queries where both orders are right, which no fixed preference reaches
     kinds: dict[str, float]  # accuracy of each contrast
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructionReport:
+class InstructionReport(Plain):
     """What `evaluate_instructions` found."""
 
-    model: str  # name of the model
-    ratio: int  # pooling ratio of its states
-    contrast: tuple[Contrast, ...]  # the bundled set: without, as task, as system; empty if it was left out
+    model: str
+    ratio: int
+    contrast: tuple[Contrast, ...]  # without instruction, as task, as system; empty if it was left out
     drift: tuple[Drift, ...]  # one entry per set without instructions of its own for each query
     following: tuple[Following, ...]  # three entries per set with instructions.jsonl
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, JSON-able."""
-        return asdict(self)
 
 
 def evaluate_instructions(
@@ -109,7 +111,7 @@ def evaluate_instructions(
         ratio: Pooling ratio.
         top_k: Candidates reranked.
         max_queries: Only the first so many queries (of ``instructions.jsonl``: pairs) of a set; None is all.
-        cache: As in `kalm_rag.evaluation.evaluate`.
+        cache: Folder for passage states.
         contrast: Measure on the bundled contrast set, too.
 
     Raises:
@@ -117,27 +119,24 @@ def evaluate_instructions(
         MissingDependencyError: If ir-measures is not installed.
     """
     load_measures()
+    searcher = check_retriever(engine, retriever) if sets else engine
+    contrasts = measure_contrast(engine, ratio=ratio) if contrast else ()
     drift: list[Drift] = []
     following: list[Following] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = cache if cache is not None else Path(scratch)
-        contrasts = measure_contrast(engine, ratio=ratio) if contrast else ()
+    with state_folder(cache) as folder:
         for what in sets:
             apart = read_instructions(what.folder)
             texts = {query_id: query for query_id, (_, query) in apart.items()}
-            with stored(as_retriever(engine, retriever), ratio, folder) as reader:
-                candidates = find_candidates(what, reader, top_k=top_k, max_queries=max_queries, texts=texts)
+            candidates = find_candidates(
+                what, searcher, ratio=ratio, folder=folder, top_k=top_k, max_queries=max_queries, texts=texts
+            )
             with stored(engine, ratio, folder) as reader:
                 if apart:
                     following += _following(reader, candidates, apart)
                 else:
                     drift.append(_drift(reader, candidates))
     return InstructionReport(
-        model=engine.info.name,
-        ratio=ratio,
-        contrast=contrasts,
-        drift=tuple(drift),
-        following=tuple(following),
+        model=engine.info.name, ratio=ratio, contrast=contrasts, drift=tuple(drift), following=tuple(following)
     )
 
 
@@ -154,8 +153,7 @@ def measure_contrast(engine: Reranker, *, ratio: int = 4) -> tuple[Contrast, ...
         reader = StoredEngine(engine, store)
         list(reader.index([asked["passage"] for row in rows for asked in row["asked"]]))
         for where in ("none", "task", "system"):
-            bar = tqdm(rows, desc=f"contrast, {where}", unit="query")
-            right = [_in_order(reader, row, where) for row in bar]
+            right = [_in_order(reader, row, where) for row in tqdm(rows, desc=f"contrast, {where}", unit="query")]
             found.append(_contrast(where, right, [row["contrast"] for row in rows]))
     return tuple(found)
 
@@ -175,16 +173,14 @@ def _in_order(reader: StoredEngine, row: dict[str, Any], where: str) -> list[flo
 def _contrast(where: str, right: Sequence[Sequence[float]], kinds: Sequence[str]) -> Contrast:
     shares = [mean(query) for query in right]
     low, high = paired_interval(shares)
+    by_kind = {kind: [share for share, own in zip(shares, kinds, strict=True) if own == kind] for kind in kinds}
     return Contrast(
         where=where,
         accuracy=mean(shares),
         low=low,
         high=high,
         both=mean([float(min(query) == 1.0) for query in right]),
-        kinds={
-            kind: mean([share for share, own in zip(shares, kinds, strict=True) if own == kind])
-            for kind in dict.fromkeys(kinds)
-        },
+        kinds={kind: mean(own) for kind, own in by_kind.items()},
     )
 
 
@@ -208,12 +204,10 @@ def _drift(reader: StoredEngine, candidates: Candidates) -> Drift:
 
 
 def _following(reader: StoredEngine, candidates: Candidates, apart: dict[str, tuple[str, str]]) -> list[Following]:
-    missing = [query_id for query_id in candidates.found.queries if query_id not in apart]
-    name = candidates.what.name
-    if missing:
+    name, query_ids, queries = candidates.what.name, list(candidates.found.queries), candidates.queries
+    if missing := [query_id for query_id in query_ids if query_id not in apart]:
         raise InputError(f"{name}: query {missing[0]!r} is not in instructions.jsonl; wanted all there.")
-    told = [apart[query_id][0] for query_id in candidates.found.queries]
-    queries, plain = candidates.queries, Instructions()
+    told, plain = [apart[query_id][0] for query_id in query_ids], Instructions()
     joined = [f"{text} {query}" for text, query in zip(told, queries, strict=True)]
     ways = {
         "query": _metrics(reader, candidates, plain),
@@ -248,7 +242,6 @@ def _metrics(
 ) -> tuple[list[float], list[float]]:
     """nDCG@10 and reciprocal rank at 10 of each query."""
     measures = load_measures()
-    scored = reader.score(candidates, steer, queries=queries)
-    orders = best_first(candidates.rows, scored.margins)
+    orders = best_first(candidates.rows, reader.score(candidates, steer, queries=queries).margins)
     ndcg, mrr = query_metrics(candidates.found, orders, [measures.nDCG @ 10, measures.RR @ 10])
     return ndcg, mrr

@@ -30,7 +30,7 @@ class Change:
 
     mean: float  # mean difference (of several sets: the mean of theirs); positive is better
     low: float  # lower end of its 95% interval (paired bootstrap over queries, drawn within each set)
-    high: float  # upper end
+    high: float
     # two-sided p value of a paired t test, which agrees with randomisation tests on such data (Smucker, Allan and
     # Carterette, CIKM 2007); over several sets with Welch's degrees of freedom; None where a set is of one query
     p: float | None
@@ -52,15 +52,11 @@ class Calibration:
     brier: float  # mean squared distance between P(yes) and 1 or 0; lower is better
     kept: float | None  # share of relevant candidates with P(yes) >= 0.5; None if there are none
     dropped: float | None  # share of irrelevant candidates with P(yes) < 0.5; None if there are none
-    pairs: int  # how many pairs
+    pairs: int
 
 
 def compare(after: Sequence[float], before: Sequence[float]) -> Change:
-    """Compare two rankings query by query.
-
-    Args:
-        after: Metric of each query.
-        before: Metric of the same queries under the other ranking.
+    """Compare two rankings by their metric of each query.
 
     Example:
         >>> compare([1.0, 0.5], [0.5, 0.0])
@@ -77,15 +73,9 @@ def change_of(*differences: Sequence[float] | np.ndarray) -> Change:
 
 
 def paired_interval(*differences: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95% interval of a mean difference, by bootstrap over queries.
+    """Lower and upper end of the 95% interval of a mean difference, by bootstrap over queries.
 
-    Args:
-        differences: One number per query: metric after minus metric before. Several sets: the interval of the mean of
-            their means, queries drawn within each set.
-        seed: Fixes the draws.
-
-    Returns:
-        Lower and upper end.
+    Of several sets (one argument each, a difference per query): of the mean of their means, queries drawn within each.
 
     Example:
         >>> paired_interval([0.5, 0.5, 0.5])
@@ -101,11 +91,7 @@ def paired_interval(*differences: Sequence[float] | np.ndarray, seed: int = 0) -
 
 
 def calibration(probabilities: Tensor, relevant: Tensor) -> Calibration:
-    """Compare P(yes) with what was relevant.
-
-    Args:
-        probabilities: P(yes) of each pair, ``(P,)``, at least one.
-        relevant: 1 or 0 of each, ``(P,)``.
+    """Compare P(yes) of pairs, ``(P >= 1,)``, with whether they are relevant, 1 or 0.
 
     Example:
         >>> calibration(torch.tensor([0.9, 0.6, 0.2]), torch.tensor([1.0, 0.0, 0.0])).dropped
@@ -126,8 +112,8 @@ def calibration(probabilities: Tensor, relevant: Tensor) -> Calibration:
         ece=_gap(guessed, true, np.full(len(true), 1 / len(true)), bins),
         balanced_ece=balanced,
         brier=float(((guessed - true) ** 2).mean()),
-        kept=float(yes[true > 0].mean()) if bool((true > 0).any()) else None,
-        dropped=float(1 - yes[true == 0].mean()) if bool((true == 0).any()) else None,
+        kept=float(yes[true > 0].mean()) if good else None,
+        dropped=float(1 - yes[true == 0].mean()) if good < len(true) else None,
         pairs=len(true),
     )
 
@@ -138,24 +124,14 @@ def _gap(guessed: np.ndarray, true: np.ndarray, weights: np.ndarray, bins: Seque
 
 
 def load_measures() -> Any:  # noqa: ANN401 - a module
-    """Import ir-measures.
-
-    Raises:
-        MissingDependencyError: If it is not installed.
-    """
+    """Import ir-measures, or raise a `MissingDependencyError`."""
     return require("ir_measures", "eval", "evaluating")
 
 
 def query_metrics(found: Collection, orders: Sequence[Tensor], wanted: Sequence[Any]) -> list[list[float]]:
-    """Work out metrics for each query.
+    """Work out measures of ir-measures: one list for each, one value per query, in the collection's order.
 
-    Args:
-        found: The collection with its judgements.
-        orders: Passage rows of each query, best first.
-        wanted: Measures of ir-measures.
-
-    Returns:
-        One list per measure, one value per query, in the collection's order.
+    `orders` has the passage rows of each query, best first.
     """
     ranked = {  # a rank is scored as minus itself, so that no tie is broken anew
         query_id: {found.doc_ids[row]: -float(rank) for rank, row in enumerate(rows.tolist())}
@@ -165,11 +141,6 @@ def query_metrics(found: Collection, orders: Sequence[Tensor], wanted: Sequence[
     for metric in load_measures().iter_calc(list(wanted), found.qrels, ranked):
         values[str(metric.measure)][metric.query_id] = metric.value
     return [list(values[str(measure)].values()) for measure in wanted]
-
-
-def query_ndcg(found: Collection, orders: Sequence[Tensor]) -> list[float]:
-    """nDCG@10 of each query; see `query_metrics`."""
-    return query_metrics(found, orders, [load_measures().nDCG @ 10])[0]
 
 
 def best_first(rows: Sequence[Tensor], scores: Sequence[Tensor]) -> list[Tensor]:

@@ -23,11 +23,7 @@ def check_plot(path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:  # noqa: ANN401 - matplotlib is an extra
-    """An empty figure, without pyplot: no global state, no window. Sizes are in inches.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-    """
+    """An empty figure, without pyplot: no global state, no window. Sizes are in inches."""
     return require("matplotlib.figure", "plot", "drawing").Figure(figsize=(width, height), layout="constrained")
 
 

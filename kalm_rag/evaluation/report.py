@@ -10,108 +10,92 @@ from kalm_rag.errors import InputError
 from kalm_rag.evaluation.metrics import Calibration, Change, change_of, mean
 
 
+class Plain:
+    """A report that can be printed as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by field; what single queries had is left out."""
+        return asdict(self, dict_factory=lambda fields: {k: v for k, v in fields if k != "values"})  # type: ignore[call-overload,no-any-return]
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvalRow:
+class EvalRow(Plain):
     """One ranking of one set: mean metrics over queries (all are better when higher), and what it gains."""
 
     ranking: str  # "retrieval" (cosine), "bm25", "fusion" (of both) or "reranked", all over the same candidates
     model: str | None = None  # name of the reranking model; None for the others
     ratio: int | None = None  # pooling ratio of its states; None for the others
-    ndcg_10: float  # nDCG@10
-    mrr_10: float  # reciprocal rank at 10
-    recall_10: float  # recall at 10
+    ndcg_10: float
+    mrr_10: float
+    recall_10: float
     recall_k: float  # recall among all candidates, which no ranking of them can change
     over_retrieval: Change | None = None  # nDCG@10 above retrieval's; None for retrieval
     over_fusion: Change | None = None  # nDCG@10 above fusion's; None for fusion, and for what it is made of
     over_first: Change | None = None  # nDCG@10 above the first model's at the same ratio; None but for further models
     calibration: Calibration | None = None  # how good its probabilities are; None where there are none
     milliseconds: float = 0.0  # median time of a query's candidates, from stored states to an order; 0 but for models
-    # nDCG@10 of each query, in the order of the judgements. Left out of `to_dict`.
-    values: tuple[float, ...] = field(default=(), repr=False)
-
-    @property
-    def key(self) -> tuple[str, str | None, int | None]:
-        """What the same ranking of another set has in common with it."""
-        return self.ranking, self.model, self.ratio
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, JSON-able."""
-        return {name: value for name, value in asdict(self).items() if name != "values"}
+    values: tuple[float, ...] = field(default=(), repr=False)  # nDCG@10 of each query, in the judgements' order
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalReport:
+class EvalReport(Plain):
     """What `evaluate` found on one set."""
 
-    name: str  # the set's name in tables
+    name: str  # as in tables
     data: str  # its folder
-    split: str  # its split
+    split: str
     pooled: bool  # whether only judged passages were ranked
     task: str | None  # the task text in force; None is the default one
-    models: tuple[str, ...]  # names of the reranking models
-    queries: int  # queries measured
-    passages: int  # passages of the collection
+    models: tuple[str, ...]
+    queries: int
+    passages: int  # of the collection
     top_k: int  # most candidates of a query
     rows: tuple[EvalRow, ...]  # retrieval, BM25, fusion, then one row per model and ratio
     # wall-clock of each stage: retrieve (with indexing), bm25, rerank, and encode (what was met without states then)
     seconds: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, JSON-able."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rows"}
-        return {**plain, "models": list(self.models), "rows": [row.to_dict() for row in self.rows]}
-
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
-    """One ranking over several sets, each set counting the same."""
+class Summary(Plain):
+    """One ranking over several sets, each set counting the same: means, of changes with interval and test."""
 
-    ranking: str  # as in `EvalRow`
-    model: str | None  # as in `EvalRow`
-    ratio: int | None  # as in `EvalRow`
-    sets: int  # how many sets
-    ndcg_10: float  # mean of the sets' nDCG@10
-    # mean gain over retrieval, with the interval and test of that mean; None for retrieval
+    ranking: str
+    model: str | None
+    ratio: int | None
+    sets: int
+    ndcg_10: float
     over_retrieval: Change | None
-    over_fusion: Change | None  # likewise over fusion
-    over_first: Change | None  # likewise over the first model
+    over_fusion: Change | None
+    over_first: Change | None
     worst_set: str | None  # the set with the smallest gain over retrieval; None for retrieval
-    worst_gain: float | None  # that gain
-    ece: float | None  # mean calibration error; None where there are no probabilities
-    balanced_ece: float | None  # likewise, relevant and irrelevant pairs weighing half each
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, JSON-able."""
-        return asdict(self)
+    worst_gain: float | None
+    ece: float | None  # None where there are no probabilities
+    balanced_ece: float | None
 
 
 def summarise(reports: Sequence[EvalReport]) -> list[Summary]:
-    """Mean over sets, for each ranking.
-
-    Args:
-        reports: Reports of the same models and ratios, at least one.
-
-    Returns:
-        One summary per row of the reports, in their order.
+    """Mean over sets, for each ranking: one summary per row of the reports, in their order.
 
     Raises:
-        InputError: If there are none, or their rows are not of the same rankings.
+        InputError: If there are no reports, or their rows are not of the same models and ratios.
     """
     if not reports:
         raise InputError("no reports to summarise; wanted at least one.")
-    keys = [row.key for row in reports[0].rows]
-    for report in reports:
-        if [row.key for row in report.rows] != keys:
+    keys = [[(row.ranking, row.model, row.ratio) for row in report.rows] for report in reports]
+    for report, own in zip(reports, keys, strict=True):
+        if own != keys[0]:
             raise InputError(f"{report.name} has other rankings than {reports[0].name}; evaluate all alike.")
-    return [
-        _summary([report.rows for report in reports], place, [report.name for report in reports])
-        for place in range(len(keys))
-    ]
+    return [_summary(reports, place) for place in range(len(keys[0]))]
 
 
-def _summary(sets: Sequence[tuple[EvalRow, ...]], place: int, names: Sequence[str]) -> Summary:
-    rows = [own[place] for own in sets]
-    gains = [row.over_retrieval.mean for row in rows if row.over_retrieval is not None]
+def _summary(reports: Sequence[EvalReport], place: int) -> Summary:
+    rows = [report.rows[place] for report in reports]
+    gains = {
+        report.name: row.over_retrieval.mean
+        for report, row in zip(reports, rows, strict=True)
+        if row.over_retrieval is not None
+    }
+    worst = min(gains, key=lambda name: gains[name]) if gains else None
     sure = [row.calibration for row in rows if row.calibration is not None]
     balanced = [found.balanced_ece for found in sure if found.balanced_ece is not None]
     first = rows[0]
@@ -121,21 +105,22 @@ def _summary(sets: Sequence[tuple[EvalRow, ...]], place: int, names: Sequence[st
         ratio=first.ratio,
         sets=len(rows),
         ndcg_10=mean([row.ndcg_10 for row in rows]),
-        over_retrieval=_mean_change(sets, place, "retrieval") if first.over_retrieval else None,
-        over_fusion=_mean_change(sets, place, "fusion") if first.over_fusion else None,
-        over_first=_mean_change(sets, place, "reranked") if first.over_first else None,
-        worst_set=names[gains.index(min(gains))] if gains else None,
-        worst_gain=min(gains) if gains else None,
+        over_retrieval=_mean_change(reports, place, "retrieval") if first.over_retrieval else None,
+        over_fusion=_mean_change(reports, place, "fusion") if first.over_fusion else None,
+        over_first=_mean_change(reports, place, "reranked") if first.over_first else None,
+        worst_set=worst,
+        worst_gain=gains[worst] if worst is not None else None,
         ece=mean([found.ece for found in sure]) if sure else None,
         balanced_ece=mean(balanced) if balanced else None,
     )
 
 
-def _mean_change(sets: Sequence[tuple[EvalRow, ...]], place: int, ranking: str) -> Change:
+def _mean_change(reports: Sequence[EvalReport], place: int, ranking: str) -> Change:
     """Mean change against another ranking (for ``"reranked"``: the first model's at the same ratio)."""
     changes = []
-    for rows in sets:
-        ratio = rows[place].ratio if ranking == "reranked" else None
-        before = next(row for row in rows if row.ranking == ranking and row.ratio == ratio)
-        changes.append([now - then for now, then in zip(rows[place].values, before.values, strict=True)])
+    for report in reports:
+        row = report.rows[place]
+        ratio = row.ratio if ranking == "reranked" else None
+        before = next(other for other in report.rows if other.ranking == ranking and other.ratio == ratio)
+        changes.append([now - then for now, then in zip(row.values, before.values, strict=True)])
     return change_of(*changes)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +15,15 @@ from kalm_rag.evaluation.beir import EvalSet
 from kalm_rag.evaluation.candidates import (
     Candidates,
     StoredEngine,
-    as_retriever,
     check_ratios,
+    check_retriever,
     find_candidates,
+    state_folder,
     stored,
 )
 from kalm_rag.evaluation.fusion import Bm25, fuse
 from kalm_rag.evaluation.metrics import (
+    Change,
     best_first,
     calibration,
     compare,
@@ -80,20 +80,23 @@ def evaluate(
         MissingDependencyError: If ir-measures or bm25s is not installed.
     """
     ratios = check_ratios(ratios)
-    engines = _by_name([engine, *others])
-    searcher = as_retriever(engine, retriever)
+    engines = {model.info.name: model for model in (engine, *others)}
+    if len(engines) < 1 + len(others):
+        raise InputError(f"models are {', '.join(m.info.name for m in (engine, *others))}; wanted each name once.")
+    searcher = check_retriever(engine, retriever)
     load_measures()
     steer = instructions if instructions is not None else Instructions()
     timings = Timings()
-    with ExitStack() as stack:
-        folder = cache if cache is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        with timings.stage("retrieve"), stored(searcher, ratios[0], folder) as reader:
-            candidates = find_candidates(what, reader, top_k=top_k, max_queries=max_queries)
+    with state_folder(cache) as folder:
+        with timings.stage("retrieve"):
+            candidates = find_candidates(
+                what, searcher, ratio=ratios[0], folder=folder, top_k=top_k, max_queries=max_queries
+            )
         with timings.stage("bm25"):
             rankings = baselines(candidates)
-        for name, model in engines.items():
+        for model in engines.values():
             with stored(model, ratios[0], folder) as reader:
-                rankings += _rerank(reader, name, candidates, ratios, steer, timings)
+                rankings += _rerank(reader, candidates, ratios, steer, timings)
     return EvalReport(
         name=what.name,
         data=str(what.folder),
@@ -119,32 +122,22 @@ def baselines(candidates: Candidates) -> list[RankedSet]:
 
 
 def _rerank(
-    reader: StoredEngine,
-    name: str,
-    candidates: Candidates,
-    ratios: Sequence[int],
-    steer: Instructions,
-    timings: Timings,
-) -> list[RankedSet]:
+    reader: StoredEngine, candidates: Candidates, ratios: Sequence[int], steer: Instructions, timings: Timings
+) -> Iterator[RankedSet]:
     """What one model makes of the candidates at each ratio."""
-    rankings = []
+    seconds = timings.seconds
     for ratio in ratios:
         with timings.stage("rerank"):
             scored = reader.score(candidates, steer, ratio=ratio)
-        timings.seconds["rerank"] -= scored.encoding  # what was met without states is a stage of its own
-        timings.seconds["encode"] = timings.seconds.get("encode", 0.0) + scored.encoding
-        spent = scored.milliseconds
-        rankings.append(
-            RankedSet(ranking="reranked", scores=scored.margins, model=name, ratio=ratio, milliseconds=spent)
+        seconds["rerank"] -= scored.encoding  # what was met without states is a stage of its own
+        seconds["encode"] = seconds.get("encode", 0.0) + scored.encoding
+        yield RankedSet(
+            ranking="reranked",
+            scores=scored.margins,
+            model=reader.engine.info.name,
+            ratio=ratio,
+            milliseconds=scored.milliseconds,
         )
-    return rankings
-
-
-def _by_name(engines: Sequence[Reranker]) -> dict[str, Reranker]:
-    named = {engine.info.name: engine for engine in engines}
-    if len(named) < len(engines):
-        raise InputError(f"models are {', '.join(engine.info.name for engine in engines)}; wanted each name once.")
-    return named
 
 
 def _rows(candidates: Candidates, rankings: Sequence[RankedSet]) -> tuple[EvalRow, ...]:
@@ -174,12 +167,10 @@ def _rows(candidates: Candidates, rankings: Sequence[RankedSet]) -> tuple[EvalRo
 
 def _compared(row: EvalRow, earlier: Sequence[EvalRow]) -> EvalRow:
     """The row with its changes against retrieval, fusion and the first model."""
-    by_ranking = {other.ranking: other for other in earlier}
-    retrieval, fusion = by_ranking.get("retrieval"), by_ranking.get("fusion")
-    first = next((other for other in earlier if other.ranking == "reranked" and other.ratio == row.ratio), None)
-    return replace(
-        row,
-        over_retrieval=compare(row.values, retrieval.values) if retrieval else None,
-        over_fusion=compare(row.values, fusion.values) if fusion else None,
-        over_first=compare(row.values, first.values) if first else None,
-    )
+
+    def over(ranking: str, ratio: int | None = None) -> Change | None:
+        before = next((other for other in earlier if (other.ranking, other.ratio) == (ranking, ratio)), None)
+        return compare(row.values, before.values) if before is not None else None
+
+    first = over("reranked", row.ratio)
+    return replace(row, over_retrieval=over("retrieval"), over_fusion=over("fusion"), over_first=first)

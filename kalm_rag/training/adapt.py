@@ -10,10 +10,9 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ def adapt(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> list[TrainReport]:
-    """Train a T5Gemma 2 checkpoint on labelled queries.
+    """Train a T5Gemma 2 checkpoint on labelled queries; gives one report per stage.
 
     Args:
         base: Folder of a checkpoint (an earlier stage's `out` too), a repository id, or a name (``nano``).
@@ -60,9 +59,6 @@ def adapt(
         device: As `Reranker.from_pretrained` takes it.
         dtype: ``"bf16"`` or ``"fp32"`` to compute in; None is bf16 on CUDA, fp32 elsewhere. Weights and optimiser are
             float32 either way.
-
-    Returns:
-        One report per stage.
 
     Raises:
         InputError: If the data has no labelled queries, `out` holds something, or an argument is out of range.
@@ -83,14 +79,13 @@ def adapt(
     timings = Timings()
     with timings.stage("read"):
         learnt, held = _read(data, config, where)
-    seconds = timings.seconds
     reports = []
     for stage, target in zip(stages, outs, strict=True):
         run = _Run(folder, replace(config, stage=stage), where, bf16)
         with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            reports.append(run.train(learnt, held, target, None if minutes is None else minutes * 60, seconds))
-        folder, seconds = target, {}
+            reports.append(run.train(learnt, held, target, None if minutes is None else minutes * 60, timings))
+        folder, timings = target, Timings()
         del run
         gc.collect()  # the next stage's model finds the room of this one's
     return reports
@@ -98,9 +93,7 @@ def adapt(
 
 def _read(data: Path, config: AdaptConfig, device: torch.device) -> tuple[list[CandidateLists], list[CandidateLists]]:
     """Lists to learn from and held-out lists; pico retrieves beside BM25 where it is installed."""
-    with ExitStack() as stack:
-        if (dense := bundled_retriever(device)) is not None:
-            stack.enter_context(dense)
+    with bundled_retriever(device) or nullcontext() as dense:
         return load_lists(
             data,
             split=config.split,
@@ -132,10 +125,16 @@ class _Run:
         held: Sequence[CandidateLists],
         out: Path,
         limit: float | None,
-        seconds: dict[str, float],
+        timings: Timings,
     ) -> TrainReport:
         """Measure, prepare, learn, measure again, save."""
-        config, timings = self.config, Timings(seconds=dict(seconds))
+        config, curve = self.config, dict[int, float]()
+
+        def check(step: int) -> None:
+            rows, _ = self._measure(held, [config.usual_ratio], step)
+            curve[step] = sum(row.after for row in rows) / len(rows)
+            logger.info("step %d: mean dev nDCG@10 %.4f", step, curve[step])
+
         with timings.stage("measure"):
             before, _ = self._measure(held, config.ratios)
         for row in before:
@@ -144,10 +143,12 @@ class _Run:
             mined = self._mine(learnt) if config.stage is Stage.HARD else None
             learnt = self._teach(learnt) if config.stage is Stage.DISTIL else learnt
         with timings.stage("learn"):
-            losses, curve = self._learn(learnt, held, mined, limit)
+            losses = Learner(self.backbone, learnt, mined, config, bf16=self.bf16).run(limit, check)
             self._round()
         with timings.stage("measure"):
-            after, margins = self._measure_learnt(held, config.ratios, len(losses))
+            after, margins = self._measure(held, config.ratios, len(losses))
+        usual = torch.cat([by_ratio[config.usual_ratio].flatten() for by_ratio in margins])
+        every = [found for lists in mined or [] for found in lists]
         report = TrainReport(
             folder=out,
             base=str(self.base),
@@ -156,8 +157,8 @@ class _Run:
             losses=losses,
             dev=[replace(new, before=old.after) for old, new in zip(before, after, strict=True)],
             curve=curve,
-            calibration=calibrate(margins, torch.cat([dev.gold.flatten() for dev in held])),
-            mined=_counts(mined),
+            calibration=calibrate(usual, torch.cat([dev.gold.flatten() for dev in held])),
+            mined={name: sum(len(getattr(found, name)) for found in every) for name in ("hard", "dropped")},
             seconds=timings.seconds,
             peak_bytes=peak_memory(self.device),
             settings={**asdict(config), "device": str(self.device), "bf16": self.bf16},
@@ -166,23 +167,22 @@ class _Run:
         write_run(report, lambda folder: save_checkpoint(self.base, folder, weights))
         return report
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    def _margins(self, engine: Reranker, lists: CandidateLists, ratio: int, what: str, rows: int) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return margins_of(engine, lists, [ratio], what=f"{what} {lists.name}", rows=rows)[ratio]
 
-    def _measure(self, held: Sequence[CandidateLists], ratios: Sequence[int]) -> tuple[list[DevRow], Tensor]:
-        """Figures at each ratio, and all margins at the ratio that states have by default."""
+    def _measure(
+        self, held: Sequence[CandidateLists], ratios: Sequence[int], steps: int = 0
+    ) -> tuple[list[DevRow], list[dict[int, Tensor]]]:
+        """Figures at each ratio, and margins by ratio, after so many steps."""
         self.backbone.model.eval()
-        with self._autocast():
-            rows, margins = measure(self.engine, held, ratios)
-        return rows, torch.cat([by_ratio[self.config.usual_ratio].flatten() for by_ratio in margins])
-
-    def _measure_learnt(
-        self, held: Sequence[CandidateLists], ratios: Sequence[int], steps: int
-    ) -> tuple[list[DevRow], Tensor]:
         try:
-            return self._measure(held, ratios)
-        except KalmRagError as err:  # weights ran away
-            raise KalmRagError(
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                return measure(self.engine, held, ratios)
+        except KalmRagError as err:
+            if not steps:
+                raise
+            raise KalmRagError(  # weights ran away
                 f"after {steps} steps the model gives margins that are not finite; nothing was written. Lower the "
                 f"learning rate ({self.config.peak})."
             ) from err
@@ -192,9 +192,8 @@ class _Run:
         share = -(-self.config.steps * self.config.lists // (2 * len(learnt)))
         mined = []
         for lists in learnt:
-            count, ratio = min(share, len(lists.queries)), self.config.usual_ratio
-            with self._autocast():
-                margins = margins_of(self.engine, lists, [ratio], what=f"mine {lists.name}", rows=count)[ratio]
+            rows = min(share, len(lists.queries))
+            margins = self._margins(self.engine, lists, self.config.usual_ratio, "mine", rows)
             mined.append(mine(lists, margins, self.config.slack))
         return mined
 
@@ -206,37 +205,15 @@ class _Run:
         teacher = self.engine if name == OWN else Reranker.from_pretrained(name, device=self.device)
         taught = []
         for lists in learnt:
-            with self._autocast():
-                margins = margins_of(teacher, lists, [1], what=f"soft labels {lists.name}")[1]
+            margins = self._margins(teacher, lists, 1, "soft labels", len(lists.queries))
             taught.append(replace(lists, teacher=fuse(margins, margins, lists.depth)))
         if name != OWN:
             teacher.close()
         return taught
 
-    def _learn(
-        self,
-        learnt: Sequence[CandidateLists],
-        held: Sequence[CandidateLists],
-        mined: Sequence[Sequence[Mined]] | None,
-        limit: float | None,
-    ) -> tuple[list[float], dict[int, float]]:
-        config, curve = self.config, dict[int, float]()
-
-        def check(step: int) -> None:
-            rows, _ = self._measure_learnt(held, [config.usual_ratio], step)
-            curve[step] = sum(row.after for row in rows) / len(rows)
-            logger.info("step %d: mean dev nDCG@10 %.4f", step, curve[step])
-
-        return Learner(self.backbone, learnt, mined, config, bf16=self.bf16).run(limit, check), curve
-
     def _round(self) -> None:
         """Give the weights the precision they are saved in, so that what is measured is what is saved."""
-        dtype_of = stored_dtypes(self.base)
+        dtypes = stored_dtypes(self.base)
         with torch.no_grad():
             for name, parameter in self.backbone.model.named_parameters():
-                parameter.copy_(parameter.to(dtype_of(name) or parameter.dtype))
-
-
-def _counts(mined: Sequence[Sequence[Mined]] | None) -> dict[str, int]:
-    every = [found for lists in mined or [] for found in lists]
-    return {"hard": sum(len(found.hard) for found in every), "dropped": sum(len(found.dropped) for found in every)}
+                parameter.copy_(parameter.to(dtypes.get(name, parameter.dtype)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,18 +43,14 @@ class Batch:
 
     def part(self, rows: slice) -> Batch:
         """Some of the lists."""
-        return Batch(lists=self.lists, rows=self.rows[rows], picks=self.picks[rows])
+        return replace(self, rows=self.rows[rows], picks=self.picks[rows])
 
 
 class Batches:
     """Draws batches; a collection is met as often as the root of its size.
 
-    Args:
-        lists: What is drawn from.
-        draws: Fixes the draws.
-        candidates: C.
-        randoms: Random passages of a list, if it has so many.
-        mined: Hard negatives of each of the lists; None draws over the retrieval ranks alone.
+    Of C candidates, `randoms` are random passages, if there are so many. `mined` has hard negatives of the first lists
+    of each collection, and only these are met then; without it, negatives come from the retrieval ranks alone.
     """
 
     def __init__(
@@ -71,12 +67,7 @@ class Batches:
         self._sizes = [len(source.queries) for source in lists] if mined is None else [len(source) for source in mined]
 
     def draw(self, size: int, *, alike: bool = False) -> Batch:
-        """Draw a batch.
-
-        Args:
-            size: L.
-            alike: Queries of like length, so that little of a batch is padding; each is as likely as the other.
-        """
+        """Draw L lists; `alike` ones have queries of like length, so that little of a batch is padding."""
         which = self._random.choices(range(len(self._lists)), [size**0.5 for size in self._sizes])[0]
         rows = [self._random.randrange(self._sizes[which]) for _ in range(4 * size if alike else size)]
         if alike:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kalm_rag.errors import InputError
@@ -58,39 +58,31 @@ def check_out(out: Path) -> Path:
 
 
 def save_checkpoint(base: Path, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write the base's files into a folder, with `weights` in place of its tensors of those names.
+    """Write the base's files into an empty folder, with new tensors in its dtypes.
 
-    Args:
-        base: Folder of the base.
-        folder: An empty folder.
-        weights: Tensors by the names `T5Gemma2TextReranker` gives them. Written in the base's dtype.
+    `weights` go by the names that `T5Gemma2TextReranker` gives them; what is not among them is the base's.
     """
     for file in sorted(base.iterdir()):
         if file.suffix in _COPIED and file.name != REPORT and file.is_file():
             shutil.copyfile(file, folder / file.name)
     for file in sorted(base.glob("*.safetensors")):
-        save_file(dict(_tensors(file, weights)), folder / file.name, metadata={"format": "pt"})
+        tensors = load_file(file)
+        for name, old in tensors.items():
+            if (new := weights.get(_our_name(name))) is not None:
+                tensors[name] = new.detach().to("cpu", old.dtype, copy=True).contiguous()
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
 
 
-def stored_dtypes(base: Path) -> Callable[[str], torch.dtype | None]:
-    """How the base stores a tensor, by the name `T5Gemma2TextReranker` gives it; None if it doesn't."""
-    found: dict[str, torch.dtype | None] = {}
+def stored_dtypes(base: Path) -> dict[str, torch.dtype]:
+    """How the base stores each tensor, by the name that `T5Gemma2TextReranker` gives it."""
+    found: dict[str, str] = {}
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            found |= {our_name(name): _DTYPES.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}
-    return found.get
+            found |= {_our_name(name): tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    return {name: _DTYPES[dtype] for name, dtype in found.items() if dtype in _DTYPES}
 
 
-def our_name(name: str) -> str:
-    """The name `T5Gemma2TextReranker` gives a stored tensor."""
+def _our_name(name: str) -> str:
     for pattern, replacement in KEY_MAPPING.items():
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _tensors(file: Path, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, "pt") as tensors:
-        for name in tensors.keys():
-            old = tensors.get_tensor(name)
-            new = weights.get(our_name(name))
-            yield name, old if new is None else new.detach().to("cpu", old.dtype, copy=True).contiguous()

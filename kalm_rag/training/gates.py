@@ -9,14 +9,12 @@ import random
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from kalm_rag.engine.reranker import Reranker
-from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.models.pico.backbone import PicoBackbone
 from kalm_rag.training.instruct import generic, kind_of_text, split_query, split_side
-from kalm_rag.training.lists import CandidateLists
+from kalm_rag.training.lists import CandidateLists, embed
 
 HEARD = 0.8
 """Gate of a specific instruction; a generic one's is 0. Of 0.3 to 1.3, with words or the side of a topic moved from
@@ -28,19 +26,14 @@ are."""
 
 
 def fit_gates(backbone: PicoBackbone, lists: Sequence[CandidateLists], *, seed: int, pairs: int, steps: int) -> None:
-    """Train the gate alone, on pairs of a query and a generic or specific instruction.
+    """Train the gate alone, in place, on pairs of a query and a generic or specific instruction.
 
-    Args:
-        backbone: The model; its gate is changed in place.
-        lists: Where queries (and instructions, where a source has them) are drawn from.
-        seed: Fixes the draws.
-        pairs: Pairs of each kind.
-        steps: Batches of 256 pairs learnt from.
+    So many `pairs` of each kind are drawn from the lists; `steps` are batches of 256 of them.
     """
     rng = random.Random(f"gates-{seed}")
     queries, instructions, heard = _draw(lists, rng, pairs)
-    embedder = BundledEmbedder(Reranker(backbone, ratio=1))
-    vectors = [_vectors(embedder, texts) for texts in (queries, instructions)]
+    engine = Reranker(backbone, ratio=1)
+    vectors = [embed(engine, texts) for texts in (queries, instructions)]
     wanted = torch.tensor(heard)
     weights = torch.where(wanted == 0, GENERIC_WEIGHT, 1.0)
     decoder = backbone.decoder
@@ -63,19 +56,14 @@ def _draw(lists: Sequence[CandidateLists], rng: random.Random, pairs: int) -> tu
     """Queries, instructions and how far each should be heard."""
     queries: list[str] = []
     instructions: list[str] = []
-    heard: list[float] = []
     for _ in range(pairs):
         source = rng.choice(lists)
         row = rng.randrange(len(source.queries))
-        text, own = source.queries[row], source.instructions[row].task
-        queries.append(text)
-        instructions.append(generic(rng))
-        heard.append(0.0)
-        query, instruction = _specific(text, own, rng)
-        queries.append(query)
-        instructions.append(f"{generic(rng)} {instruction}" if rng.random() < 0.2 else instruction)
-        heard.append(HEARD)
-    return queries, instructions, heard
+        plain = generic(rng)
+        query, told = _specific(source.queries[row], source.instructions[row].task, rng)
+        queries += [source.queries[row], query]
+        instructions += [plain, f"{generic(rng)} {told}" if rng.random() < 0.2 else told]
+    return queries, instructions, [0.0, HEARD] * pairs
 
 
 def _specific(text: str, own: str | None, rng: random.Random) -> tuple[str, str]:
@@ -87,8 +75,3 @@ def _specific(text: str, own: str | None, rng: random.Random) -> tuple[str, str]
         return text, kind_of_text(rng)
     side = split_side(text, rng) if chance < 0.75 else None
     return side or split_query(text, rng) or (text, f"Focus on {text}.")
-
-
-def _vectors(embedder: BundledEmbedder, texts: Sequence[str]) -> Tensor:
-    parts = [embedder.passages(texts[at : at + 256]) for at in range(0, len(texts), 256)]
-    return torch.cat([torch.from_numpy(part) for part in parts])

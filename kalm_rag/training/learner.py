@@ -24,14 +24,9 @@ from kalm_rag.training.losses import list_loss
 
 
 class Learner:
-    """Changes a model in place, from candidate lists.
+    """Changes a model in place, from candidate lists, and hard negatives where they were mined.
 
-    Args:
-        backbone: The model, in float32.
-        lists: What batches are drawn from.
-        mined: Hard negatives of each of them; None draws over the retrieval ranks alone.
-        config: The recipe of this stage.
-        bf16: Compute in bfloat16.
+    The model is in float32; `bf16` computes in bfloat16.
     """
 
     def __init__(
@@ -57,14 +52,9 @@ class Learner:
         self.solver = Solver(model.named_parameters(), peak=config.peak, decay=0.01, embeddings="embed_tokens")
 
     def run(self, seconds: float | None, report: Callable[[int], None]) -> list[float]:
-        """Take all steps, or as many as fit; leave the averaged weights in the model.
+        """Take all steps, or as many as fit into `seconds`; leave the averaged weights in the model; give the losses.
 
-        Args:
-            seconds: Time limit; None has none.
-            report: Called with the number of steps after each quarter.
-
-        Returns:
-            Loss of each batch.
+        After each quarter `report` is called with the number of steps.
 
         Raises:
             KalmRagError: If a loss is not finite or the device's memory is too small.

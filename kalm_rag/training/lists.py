@@ -46,15 +46,14 @@ class CandidateLists:
 
     name: str  # the collection's folder
     passages: Sequence[str]  # texts of the whole collection
-    queries: Sequence[str]  # texts
+    queries: Sequence[str]
     instructions: Sequence[Instructions]  # what each query is asked under
     candidates: Tensor  # passage rows, int64 (L, C): `depth` of them in retrieval order, then random ones
-    depth: int  # how many come from retrieval
+    depth: int
     gold: Tensor  # 1 on relevant candidates, else 0, float32 (L, C); all 0 where a query has no label
     teacher: Tensor  # soft labels, standardised over each list's retrieved part, float32 (L, C)
-    relevant: Sequence[int]  # relevant passages of each query in the whole collection
-    # states of the passages, where an encoder that is not trained has read them
-    states: Sequence[PassageStates] | None = None
+    relevant: Sequence[int]  # how many passages of the whole collection are relevant to each query
+    states: Sequence[PassageStates] | None = None  # of the passages, where an encoder that is not trained has read them
 
     def texts(self, row: int, columns: Sequence[int]) -> list[str]:
         """Passages at some columns of one list."""
@@ -73,58 +72,26 @@ class Asked(NamedTuple):
 class Retriever:
     """Scores of every passage of one collection: BM25, and cosines of all-MiniLM-L6-v2 where that is installed.
 
-    Args:
-        texts: The passages.
-        dense: An engine over pico, or None for BM25 alone.
-        vectors: The passages' vectors, if they are at hand.
+    `dense` is an engine over pico, or None for BM25 alone; `vectors` the passages' vectors, if they are at hand.
     """
 
     def __init__(self, texts: Sequence[str], dense: Reranker | None, vectors: Tensor | None = None) -> None:
-        self._matcher = Bm25(list(texts))
-        self._embedder = BundledEmbedder(dense) if dense is not None else None
-        self._vectors = vectors if vectors is not None else self._embed(texts)
+        self._matcher, self._dense = Bm25(texts), dense
+        self._vectors = embed(dense, texts) if vectors is None and dense is not None else vectors
 
     def scores(self, queries: Sequence[str]) -> Iterator[list[Tensor]]:
         """One float32 ``(passages,)`` per way of scoring, the better retriever first, for each query."""
-        asked = self._embed(queries)
+        asked = embed(self._dense, queries) if self._dense is not None else None
         for row, query in enumerate(queries):
             words = self._matcher.scores(query)
             yield [words] if asked is None or self._vectors is None else [self._vectors @ asked[row], words]
 
-    def _embed(self, texts: Sequence[str]) -> Tensor | None:
-        if self._embedder is None:
-            return None
-        starts = tqdm(range(0, len(texts), _WINDOW), desc="vectors", unit=f"{_WINDOW} texts", mininterval=2.0)
-        parts = [torch.from_numpy(self._embedder.passages(texts[at : at + _WINDOW])) for at in starts]
-        return torch.cat(parts)
 
-
-def find_folders(data: Path, split: str) -> list[Path]:
-    """BEIR folders that have a split: `data` itself, or those right below it.
-
-    Raises:
-        InputError: If there is none.
-    """
-    data = Path(data)
-    if not data.is_dir():
-        raise InputError(f"{data} is not a folder; wanted a BEIR folder or a folder of them.")
-    if (data / "corpus.jsonl").is_file():
-        return [data]
-    folders = [folder for folder in sorted(data.iterdir()) if (folder / "corpus.jsonl").is_file()]
-    if not folders:
-        raise InputError(
-            f"{data} is no BEIR folder and holds none; wanted corpus.jsonl, queries.jsonl and qrels/{split}.tsv in it "
-            f"or in a folder right below it."
-        )
-    kept = [folder for folder in folders if (folder / "qrels" / f"{split}.tsv").is_file()]
-    for folder in folders:
-        if folder not in kept:
-            logger.warning("%s has no split %r and is left out", folder.name, split)
-    if not kept:
-        raise InputError(
-            f"none of the {len(folders)} BEIR folders in {data} has a split {split!r} (qrels/{split}.tsv)."
-        )
-    return kept
+def embed(engine: Reranker, texts: Sequence[str]) -> Tensor:
+    """Vectors of pico's encoder, float32 ``(texts, 384)``."""
+    embedder = BundledEmbedder(engine)
+    starts = tqdm(range(0, len(texts), _WINDOW), desc="vectors", unit=f"{_WINDOW} texts", mininterval=2.0)
+    return torch.cat([torch.from_numpy(embedder.passages(texts[at : at + _WINDOW])) for at in starts])
 
 
 def load_lists(
@@ -158,15 +125,15 @@ def load_lists(
     """
     learnt: list[CandidateLists] = []
     held: list[CandidateLists] = []
-    folders = find_folders(data, split)
+    folders = _find_folders(Path(data), split)
     share = None if queries is None else -(-queries // len(folders))
+    steer = instructions if instructions is not None else Instructions()
     for folder in folders:
         used, dev = _read_folder(folder, split, dev_split, dev_queries)
         rng = random.Random(f"{seed}-{folder.name}")
         chosen = sorted(used.queries)
         rng.shuffle(chosen)
-        apart, steer = read_instructions(folder), instructions if instructions is not None else Instructions()
-        retriever = Retriever(used.passages, dense)
+        apart, retriever = read_instructions(folder), Retriever(used.passages, dense)
         asked = ask(used, chosen[:share], apart, steer), ask(dev, sorted(dev.queries), apart, steer)
         learnt.append(build_lists(used.name, used.passages, asked[0], retriever, rng, learn=True))
         held.append(build_lists(used.name, used.passages, asked[1], retriever, rng, learn=False))
@@ -226,21 +193,22 @@ def build_lists(
     if size < 3:
         raise InputError(f"{name} has {size} passages; wanted at least 3 to draw candidates from.")
     depth = min(DEPTH, size - 1) if learn else min(DEV_DEPTH, size)
-    picked, scores = list[list[int]](), list[Tensor]()
+    picked, scores, gold = list[list[int]](), list[Tensor](), list[list[float]]()
     found = retriever.scores([question.query for question in asked])
-    for question, by_way in zip(
-        asked, tqdm(found, desc=f"{name} lists", total=len(asked), mininterval=2.0), strict=True
-    ):
+    bar = tqdm(asked, desc=f"{name} lists", mininterval=2.0)
+    for question, by_way in zip(bar, found, strict=True):
         if question.skip >= 0:
             for way in by_way:
                 way[question.skip] = -1.0
-        rows = _interleave([way.topk(depth).indices.tolist() for way in by_way[:ways]], depth)
+        ranks = zip(*(way.topk(depth).indices.tolist() for way in by_way[:ways]), strict=True)
+        rows = list(dict.fromkeys(row for rank in ranks for row in rank))[:depth]  # of the ways in turn, each row once
         if learn:
             rows = _with_gold(rows, question.gold)
             rest = [row for row in rng.sample(range(size), min(size, depth + RANDOMS)) if row not in set(rows)]
             rows += rest[: min(RANDOMS, size - depth)]
         picked.append(rows)
         scores.append(torch.stack([way[rows] for way in by_way]))
+        gold.append([float(row in question.gold) for row in rows])
     every = torch.stack(scores, 1)  # (ways of scoring, L, C)
     return CandidateLists(
         name=name,
@@ -249,13 +217,33 @@ def build_lists(
         instructions=[question.instructions for question in asked],
         candidates=torch.tensor(picked),
         depth=depth,
-        gold=torch.tensor(
-            [[float(row in question.gold) for row in rows] for question, rows in zip(asked, picked, strict=True)]
-        ),
+        gold=torch.tensor(gold),
         teacher=fuse(every[0], every[-1], depth, dense_share),  # BM25 alone is both
         relevant=[len(question.gold) for question in asked],
         states=states,
     )
+
+
+def _find_folders(data: Path, split: str) -> list[Path]:
+    """BEIR folders that have a split: `data` itself, or those right below it."""
+    if not data.is_dir():
+        raise InputError(f"{data} is not a folder; wanted a BEIR folder or a folder of them.")
+    if (data / "corpus.jsonl").is_file():
+        return [data]
+    folders = [folder for folder in sorted(data.iterdir()) if (folder / "corpus.jsonl").is_file()]
+    if not folders:
+        raise InputError(
+            f"{data} is no BEIR folder and holds none; wanted corpus.jsonl, queries.jsonl and qrels/{split}.tsv in it "
+            f"or in a folder right below it."
+        )
+    kept = [folder for folder in folders if (folder / "qrels" / f"{split}.tsv").is_file()]
+    for folder in (folder for folder in folders if folder not in kept):
+        logger.warning("%s has no split %r and is left out", folder.name, split)
+    if not kept:
+        raise InputError(
+            f"none of the {len(folders)} BEIR folders in {data} has a split {split!r} (qrels/{split}.tsv)."
+        )
+    return kept
 
 
 def _read_folder(folder: Path, split: str, dev_split: str | None, dev_queries: int) -> tuple[Collection, Collection]:
@@ -278,15 +266,7 @@ def _read_folder(folder: Path, split: str, dev_split: str | None, dev_queries: i
 def _labelled(found: Collection) -> Collection:
     """Only the queries whose relevant passages are in the corpus."""
     ids = set(found.doc_ids)
-    labelled = [
-        query_id for query_id in found.queries if any(g > 0 and doc in ids for doc, g in found.qrels[query_id].items())
-    ]
-    return found.only(labelled)
-
-
-def _interleave(rankings: Sequence[Sequence[int]], size: int) -> list[int]:
-    """First rows of several rankings in turn, each once."""
-    return list(dict.fromkeys(row for rows in zip(*rankings, strict=True) for row in rows))[:size]
+    return found.only(q for q in found.queries if any(g > 0 and doc in ids for doc, g in found.qrels[q].items()))
 
 
 def _with_gold(rows: list[int], gold: set[int]) -> list[int]:

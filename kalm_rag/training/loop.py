@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ def take_steps(
     seconds: float | None,
     after: Callable[[int, float], None] = lambda done, share: None,
 ) -> list[float]:
-    """Take all steps, or as many as fit.
+    """Take all steps, or as many as fit; gives the loss of each batch.
 
     Args:
         step: Learns from one batch at a share (0 to 1) of the peak rate, which warms up, then falls as a cosine to 0;
@@ -30,9 +30,6 @@ def take_steps(
         warm_up: Steps until the peak is reached.
         seconds: Time limit; None has none. The rate falls by the steps or the time, whichever goes faster.
         after: Called after each step with the number of steps and the share of steps or time that is over.
-
-    Returns:
-        Loss of each batch.
     """
     began, losses = time.perf_counter(), list[float]()
 
@@ -54,12 +51,7 @@ def take_steps(
 class Solver:
     """AdamW over a model's free weights: matrices decay, vectors and embeddings don't; gradients are clipped at 1.
 
-    Args:
-        named: Weights by name.
-        peak: Highest learning rate.
-        decay: Weight decay of the matrices.
-        betas: AdamW's.
-        embeddings: Part of the names of embeddings.
+    `peak` is the highest learning rate; `embeddings` is part of the names of those.
     """
 
     def __init__(
@@ -98,8 +90,7 @@ class Solver:
 class WeightAverage:
     """An average of a model's learnt weights over the run, in the computer's own memory.
 
-    Args:
-        model: Before low-rank updates are added to it, if any; the average is of the updated matrices.
+    Made before low-rank updates are added to the model, if any: the average is of the updated matrices.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -111,9 +102,11 @@ class WeightAverage:
     def update(self, share: float) -> None:
         """Move the average towards the weights as they are now by `share`, 0 to 1; the first time, take them whole."""
         self.count += 1
-        for name, weight in self._learnt():
-            now = weight.detach().to("cpu", copy=True)
-            self._mean[name] = self._mean[name].lerp_(now, share) if name in self._mean else now
+        for name, (module, leaf) in self._homes.items():
+            weight = getattr(module, leaf)
+            if weight.requires_grad:
+                now = weight.detach().to("cpu", copy=True)
+                self._mean[name] = self._mean[name].lerp_(now, share) if name in self._mean else now
 
     @torch.no_grad()
     def load(self) -> None:
@@ -122,7 +115,3 @@ class WeightAverage:
             module, leaf = self._homes[name]
             getattr(module, leaf).copy_(mean)
         self._mean = {}
-
-    def _learnt(self) -> Sequence[tuple[str, Tensor]]:
-        weights = [(name, getattr(module, leaf)) for name, (module, leaf) in self._homes.items()]
-        return [(name, weight) for name, weight in weights if weight.requires_grad]

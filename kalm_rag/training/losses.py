@@ -13,14 +13,9 @@ from torch.nn import functional
 
 
 def listwise_loss(margins: Tensor, gold: Tensor) -> Tensor:
-    """Softmax loss over each list: ``-log(sum of gold probabilities)``, mean over lists that have a gold one.
+    """Softmax loss over each list: ``-log(sum of gold probabilities)``, mean over lists that have a gold one, else 0.
 
-    Args:
-        margins: Scores, ``(L, C)``.
-        gold: 1 on relevant candidates, else 0, ``(L, C)``.
-
-    Returns:
-        A scalar; 0 where no list has a relevant candidate.
+    Margins and gold (1 on relevant candidates, else 0) are ``(L, C)``.
 
     Example:
         >>> round(float(listwise_loss(torch.zeros(1, 4), torch.tensor([[1.0, 0, 0, 0]]))), 4)
@@ -35,15 +30,9 @@ def listwise_loss(margins: Tensor, gold: Tensor) -> Tensor:
 
 
 def distillation_loss(margins: Tensor, teacher: Tensor, sharpness: float = 1.5) -> Tensor:
-    """How far each list's softmax is from the teacher's: ``KL(softmax(sharpness * teacher) || softmax(margins))``.
+    """How far lists are from the teacher, mean: ``KL(softmax(sharpness * teacher) || softmax(margins))``, >= 0.
 
-    Args:
-        margins: Scores, ``(L, C)``.
-        teacher: Standardised teacher scores, ``(L, C)``.
-        sharpness: How much one standard deviation of the teacher counts.
-
-    Returns:
-        A scalar >= 0, the mean over lists.
+    The teacher's scores ``(L, C)`` are standardised; `sharpness` is how much one of its standard deviations counts.
     """
     wanted = functional.log_softmax(teacher * sharpness, dim=1)
     return functional.kl_div(functional.log_softmax(margins, dim=1), wanted, log_target=True, reduction="batchmean")
@@ -65,16 +54,9 @@ def mean_ndcg(scores: Tensor, gold: Tensor, relevant: Sequence[int], k: int = 10
 
 
 def calibrate(margins: Tensor, gold: Tensor, weights: Tensor | None = None, steps: int = 200) -> tuple[float, float]:
-    """Fit ``sigmoid(scale * margin + shift)`` to labels by maximum likelihood (Platt), scale > 0.
+    """Scale and shift of ``sigmoid(scale * margin + shift)``, fitted to labels by maximum likelihood (Platt).
 
-    Args:
-        margins: Scores of held-out pairs, ``(P,)``.
-        gold: 1 or 0, ``(P,)``.
-        weights: How much each pair counts, ``(P,)``; None is alike.
-        steps: Newton-like steps of L-BFGS.
-
-    Returns:
-        Scale and shift. The order of passages is unchanged, because scale > 0.
+    Of held-out pairs, all ``(P,)``; `weights` are how much each counts. As scale > 0, no order changes.
     """
     free = torch.zeros(2, requires_grad=True)
     solver = torch.optim.LBFGS([free], max_iter=steps, line_search_fn="strong_wolfe")

@@ -47,11 +47,10 @@ def margins_of(
         for at in range(0, total, _WINDOW):
             window = range(at, min(total, at + _WINDOW))
             wanted = torch.unique(lists.candidates[at : window.stop]).tolist()
-            read = (
-                [lists.states[i] for i in wanted]
-                if lists.states is not None
-                else engine.encode([lists.passages[i] for i in wanted], show_progress=False)
-            )
+            if lists.states is not None:
+                read = [lists.states[i] for i in wanted]
+            else:
+                read = engine.encode([lists.passages[i] for i in wanted], show_progress=False)
             states = dict(zip(wanted, read, strict=True))
             for row in window:
                 own = [states[int(i)] for i in lists.candidates[row]]
@@ -67,11 +66,7 @@ def mine(lists: CandidateLists, margins: Tensor, slack: float) -> list[Mined]:
 
     Dropped are retrieved candidates whose margin is above ``best relevant margin - slack`` and near-copies of a
     relevant passage. A random passage with such a margin is kept: it is the model's error, hardly a missing label.
-
-    Args:
-        lists: The lists.
-        margins: The model's, ``(L, C)``; L may be fewer than there are lists.
-        slack: In units of the margin, >= 0.
+    Margins are the model's, ``(L, C)``, of the first L lists; `slack` >= 0 is in their unit.
     """
     return [_mine_one(lists, row, margins[row], slack) for row in range(len(margins))]
 

@@ -100,11 +100,13 @@ def train(
     timings = Timings()
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config.seed)
-        backbone = new_backbone(MiniLMEncoder.load(encoder))
+        reader, settings = MiniLMEncoder.load(encoder), DecoderConfig()
+        codes = WordCodes.fit(reader.word_embeddings, settings.code_size)
+        backbone = PicoBackbone(reader, codes, PicoDecoder(settings))
         with timings.stage("read"):
             engine = Reranker(backbone, ratio=1)
-            settings = Reading(seed=config.seed, dense_share=config.dense, fast=config.fast)
-            learnt, held = load_sources(config.sources, folders, engine, settings)
+            how = Reading(seed=config.seed, dense_share=config.dense, fast=config.fast)
+            learnt, held = load_sources(config.sources, folders, engine, how)
         fit_statistics(backbone.decoder, learnt)
         with timings.stage("learn"):
             losses = PicoLearner(backbone, learnt, config).run(None if minutes is None else minutes * 60)
@@ -114,6 +116,7 @@ def train(
         dev, margins = measure(engine, held, DEV_RATIOS)
         if held:
             calibrate_on(backbone, held, [by_ratio[DEV_RATIOS[0]] for by_ratio in margins])
+    scale, shift = backbone.decoder.calibration.tolist()
     report = TrainReport(
         folder=out,
         base="",
@@ -121,7 +124,7 @@ def train(
         steps=len(losses),
         losses=losses,
         dev=[replace(row, before=row.retrieval) for row in dev],
-        calibration=(float(backbone.decoder.calibration[0]), float(backbone.decoder.calibration[1])),
+        calibration=(scale, shift),
         seconds=timings.seconds,
         peak_bytes=peak_memory(torch.device("cpu")),
         settings=asdict(config),
@@ -134,7 +137,6 @@ class PicoLearner:
     """Changes the decoder in place; the learnt weights are an average over about the last 100 steps."""
 
     def __init__(self, backbone: PicoBackbone, lists: Sequence[CandidateLists], config: PicoConfig) -> None:
-        """Take the model, what it learns from (with its states), and the recipe."""
         self.backbone, self.config = backbone, config
         self.decoder = backbone.decoder.requires_grad_(True)
         self.random = random.Random(f"{config.seed}-general")
@@ -222,12 +224,6 @@ class PicoLearner:
         ids = ids.clone()
         codes = self.backbone.codes.table[ids] * mask[..., None]
         return self.decoder.prepare(hidden.clone().float(), ids, codes, mask.clone(), segment)
-
-
-def new_backbone(reader: MiniLMEncoder) -> PicoBackbone:
-    """Make an untrained pico."""
-    settings = DecoderConfig()
-    return PicoBackbone(reader, WordCodes.fit(reader.word_embeddings, settings.code_size), PicoDecoder(settings))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ class DevRow:
     """nDCG@10 on one folder's held-out queries at one ratio, over the first 50 candidates of retrieval."""
 
     name: str  # the folder
-    ratio: int  # pooling ratio
-    queries: int  # how many queries
+    ratio: int
+    queries: int
     retrieval: float  # the candidates' own order
     fusion: float  # the teacher's order: BM25 and retrieval
     before: float  # the model as it entered the stage
@@ -41,15 +41,15 @@ class TrainReport:
 
     folder: Path  # where the weights are
     base: str  # what it started from; "" is from scratch
-    stage: str  # which stage
+    stage: str
     steps: int  # batches learnt from (fewer than asked if the time ran out)
-    losses: list[float]  # loss of every batch
-    dev: list[DevRow]  # figures on held-out queries
+    losses: list[float]  # of every batch
+    dev: list[DevRow]
     # scale and shift that make P(yes) right on the held-out queries; 1 and 0 where it is
     calibration: tuple[float, float]
     seconds: dict[str, float]  # wall-clock of each part
     peak_bytes: int  # most memory used: the device's on CUDA, else the process's; 0 where it can't be told
-    settings: dict[str, Any]  # the config
+    settings: dict[str, Any]
     # mean dev nDCG@10 at ratio 4 (or the smallest) after so many steps
     curve: dict[int, float] = field(default_factory=dict)
     # negatives mined and candidates dropped as likely relevant, in stage hard
@@ -60,10 +60,6 @@ class TrainReport:
         """Held-out figures that are lower than before: reasons not to use the result."""
         return [row for row in self.dev if row.after < row.before]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, JSON-able."""
-        return {**asdict(self), "folder": str(self.folder)}
-
 
 def measure(
     engine: Reranker, held: Sequence[CandidateLists], ratios: Sequence[int]
@@ -71,22 +67,16 @@ def measure(
     """Figures of a model (as `before` and `after`) at each ratio, and its margins by ratio for each of the lists."""
     rows, margins = [], []
     for lists in held:
-        margins.append(margins_of(engine, lists, ratios, what=f"measure {lists.name}"))
-        own = -torch.arange(lists.gold.shape[1]).expand(len(lists.queries), -1).float()
-        retrieval, fusion = (mean_ndcg(scores, lists.gold, lists.relevant) for scores in (own, lists.teacher))
-        for ratio, found in margins[-1].items():
+        by_ratio = margins_of(engine, lists, ratios, what=f"measure {lists.name}")
+        margins.append(by_ratio)
+        same = torch.zeros_like(lists.gold)  # ties keep the given order
+        retrieval, fusion = (mean_ndcg(scores, lists.gold, lists.relevant) for scores in (same, lists.teacher))
+        row = DevRow(
+            name=lists.name, ratio=0, queries=len(same), retrieval=retrieval, fusion=fusion, before=0.0, after=0.0
+        )
+        for ratio, found in by_ratio.items():
             score = mean_ndcg(found, lists.gold, lists.relevant)
-            rows.append(
-                DevRow(
-                    name=lists.name,
-                    ratio=ratio,
-                    queries=len(found),
-                    retrieval=retrieval,
-                    fusion=fusion,
-                    before=score,
-                    after=score,
-                )
-            )
+            rows.append(replace(row, ratio=ratio, before=score, after=score))
     return rows, margins
 
 
@@ -94,7 +84,8 @@ def write_run(report: TrainReport, save: Callable[[Path], None]) -> None:
     """Make the report's folder with the weights that `save` writes, and ``train.json``: whole or not at all."""
     with whole_folder(report.folder) as scratch:
         save(scratch)
-        (scratch / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(asdict(report), indent=1, default=str)
+        (scratch / REPORT).write_text(f"{text}\n", encoding="utf-8")
     logger.info("stage %s: %d steps; weights in %s", report.stage, report.steps, report.folder)
 
 

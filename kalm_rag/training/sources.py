@@ -55,7 +55,7 @@ SOURCES = (
 class Reading:
     """How sources are read."""
 
-    seed: int = 0  # fixes every draw
+    seed: int = 0
     dense_share: float = 0.5  # weight of the cosine in the soft labels of lists to learn from; BM25 has the rest
     fast: bool = False  # encode passages in bfloat16
 
@@ -65,11 +65,8 @@ def load_sources(
 ) -> tuple[list[CandidateLists], list[CandidateLists]]:
     """Read sources: lists to learn from, and held-out lists over the same passages.
 
-    Args:
-        sources: Which, and how much of each.
-        folders: Each source is below the first of these that has it.
-        engine: Over pico's encoder, at ratio 1; its states come with the lists.
-        how: Draws, soft labels, precision.
+    Each source is below the first folder that has it. The engine is over pico's encoder, at ratio 1; its states come
+    with the lists.
 
     Raises:
         InputError: If a folder or split is missing, or there is no query to learn from.
