@@ -51,12 +51,7 @@ class MtebReranker:
     """
 
     def __init__(
-        self,
-        engine: Reranker,
-        *,
-        store: Path | str | None = None,
-        system: str | None = None,
-        task_prompts: bool = True,
+        self, engine: Reranker, *, store: Path | str | None = None, system: str | None = None, task_prompts: bool = True
     ) -> None:
         self.engine, self.system, self.task_prompts = engine, system, task_prompts
         self.mteb_model_meta = _meta(engine)

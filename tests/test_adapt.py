@@ -94,7 +94,7 @@ def learnt(toy, base, tmp_path_factory) -> TrainReport:
 
 @pytest.fixture
 def lists(toy) -> CandidateLists:
-    used, _ = load_lists(toy, dev_split="dev", instructions=STEER)
+    used, _ = load_lists(toy, AdaptConfig(dev_split="dev", instructions=STEER))
     return used[0]
 
 
@@ -149,7 +149,7 @@ def test_result_is_the_whole_checkpoint_for_transformers_too(learnt, base):
 
 
 def test_loaded_result_scores_as_it_was_measured_and_has_its_own_states(learnt, base, toy):
-    _, held = load_lists(toy, dev_split="dev", dev_queries=4, instructions=STEER)
+    _, held = load_lists(toy, AdaptConfig(dev_split="dev", dev_queries=4, instructions=STEER))
     with Reranker.from_pretrained(str(learnt.folder), device="cpu", ratio=1) as engine:
         found = margins_of(engine, held[0], RATIOS, what="again")
         assert [mean_ndcg(found[r], held[0].gold, held[0].relevant) for r in RATIOS] == [r.after for r in learnt.dev]
@@ -317,11 +317,11 @@ def test_dropped_candidates_are_never_drawn_and_hard_ones_are(base, lists):
 def test_lists_hold_the_relevant_and_keep_dev_apart(toy, tmp_path):
     folder = write_folder(tmp_path / "both" / "one", {"train": list(range(24))})
     write_folder(tmp_path / "both" / "two", {"train": list(range(12)), "test": [13]})
-    used, held = load_lists(tmp_path / "both", instructions=STEER)
+    used, held = load_lists(tmp_path / "both", AdaptConfig(instructions=STEER))
     assert [one.name for one in used] == ["one", "two"]
     assert [(len(u.queries), len(h.queries)) for u, h in zip(used, held, strict=True)] == [(22, 2), (11, 1)]
     assert not set(used[0].queries) & set(held[0].queries)
-    again, held_again = load_lists(folder, instructions=STEER, seed=5, queries=4)
+    again, held_again = load_lists(folder, AdaptConfig(instructions=STEER, seed=5, steps=1, lists=4))
     assert held_again[0].queries == held[0].queries  # whatever the seed
     assert len(again[0].queries) == 4
     one = used[0]
@@ -336,7 +336,7 @@ def test_instructions_of_a_folder_are_its_tasks(tmp_path):
     folder = write_folder(tmp_path / "told", {"train": list(range(24))})
     rows = [{"_id": f"q{i}", "instruction": f"task {i}", "query": f"query {i}"} for i in range(24)]
     (folder / "instructions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    used, _ = load_lists(folder, instructions=STEER)
+    used, _ = load_lists(folder, AdaptConfig(instructions=STEER))
     for query, steer in zip(used[0].queries, used[0].instructions, strict=True):
         assert steer == dataclasses.replace(STEER, task=query.replace("query", "task"))
 
@@ -346,7 +346,7 @@ def test_failures_leave_nothing_behind(base, toy, tmp_path):
         adapt(base, toy, tmp_path / "out", config=config(learning_rate=1e30), device="cpu")
     assert list(tmp_path.iterdir()) == []
     backbone = load(base)
-    learner = Learner(backbone, [load_lists(toy)[0][0]], None, config(), bf16=False)
+    learner = Learner(backbone, [load_lists(toy, AdaptConfig())[0][0]], None, config(), bf16=False)
     norm = backbone.model.model.decoder.norm.weight
     norm.data[0] = float("nan")
     with pytest.raises(KalmRagError, match=r"the loss is nan; nothing was written. Lower the learning"):

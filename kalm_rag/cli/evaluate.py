@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,8 +39,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help must not
 app = typer.Typer()
 
 Data = Annotated[
-    list[str],
-    typer.Option(help="BEIR folder: FOLDER, FOLDER:SPLIT or FOLDER:SPLIT:pooled. Give it once per set."),
+    list[str], typer.Option(help="BEIR folder: FOLDER, FOLDER:SPLIT or FOLDER:SPLIT:pooled. Give it once per set.")
 ]
 Split = Annotated[str, typer.Option(help="Judgements of sets that name no split.")]
 Pooled = Annotated[bool, typer.Option(help="Rank only the passages that a query's judgements name, in every set.")]
@@ -84,27 +84,17 @@ def evaluate(
             from kalm_rag.evaluation import evaluate as measure
             from kalm_rag.evaluation import summarise
 
+            rank = partial(measure, others=models[1:], retriever=pico, ratios=wanted)
+            rank = partial(rank, top_k=top_k, max_queries=max_queries, cache=cache)
             reports = []
             for what, own in zip(sets, tasks, strict=True):
                 err.print(f"[bold]{shown(what.name)}[/bold]")
-                report = measure(
-                    what,
-                    models[0],
-                    others=models[1:],
-                    retriever=pico,
-                    ratios=wanted,
-                    top_k=top_k,
-                    max_queries=max_queries,
-                    instructions=Instructions(system=system, task=own),
-                    cache=cache,
-                )
-                reports.append(report)
+                reports.append(rank(what, models[0], instructions=Instructions(system=system, task=own)))
                 if not as_json:
-                    _print_report(report)
+                    _print_report(reports[-1])
         summary = summarise(reports)
         if as_json:
-            found = {"sets": [report.to_dict() for report in reports], "summary": [row.to_dict() for row in summary]}
-            print_json(found)
+            print_json({"sets": [one.to_dict() for one in reports], "summary": [row.to_dict() for row in summary]})
         elif len(reports) > 1:
             _print_summary(summary)
 
@@ -112,8 +102,7 @@ def evaluate(
 @app.command("eval-instructions", rich_help_panel=MEASURING)
 def evaluate_instructions(
     data: Annotated[
-        list[str] | None,
-        typer.Option(help="BEIR folder as in eval.", show_default="the bundled contrast set alone"),
+        list[str] | None, typer.Option(help="BEIR folder as in eval.", show_default="the bundled contrast set alone")
     ] = None,
     split: Split = "test",
     pooled: Pooled = False,
@@ -136,8 +125,7 @@ def evaluate_instructions(
             ]
         if as_json:
             print_json({"models": [report.to_dict() for report in reports]})
-            return
-        for report in reports:
+        for report in reports if not as_json else ():
             _print_instructions(report)
 
 
@@ -165,25 +153,17 @@ def curve(
         check_plot(plot)
         kept = [Codec.parse(name) for name in codecs.split(",")]
         sets, wanted = _sets(data, split, pooled), _ratios(ratios)
-        with _loaded([model]) as (pico, models):
-            found = measure_curve(
-                sets,
-                models[0],
-                retriever=pico,
-                ratios=wanted,
-                codecs=kept,
-                top_k=top_k,
-                max_queries=max_queries,
-                cache=cache,
-            )
+        with _loaded([model]) as (pico, (engine,)):
+            measure = partial(measure_curve, retriever=pico, ratios=wanted, codecs=kept)
+            found = measure(sets, engine, top_k=top_k, max_queries=max_queries, cache=cache)
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text(curve_table(found), encoding="utf-8")
         draw_curve(found, plot)
         if as_json:
             print_json(found.to_dict())
-            return
-        print_text(curve_table(found))
-        out.print(f"table in {shown(str(table))}, plot in {shown(str(plot))}", soft_wrap=True)
+        else:
+            print_text(curve_table(found))
+            out.print(f"table in {shown(str(table))}, plot in {shown(str(plot))}", soft_wrap=True)
 
 
 @contextmanager
@@ -240,84 +220,76 @@ def _print_report(report: EvalReport) -> None:
         f"{'judged' if report.pooled else 'by all-MiniLM-L6-v2'}, recall among them {report.rows[0].recall_k:.4f}"
         + (f"; task: {shown(report.task[:60])} ..." if report.task else "")
     )
-    table = _table("ranking", "r", "nDCG@10", "MRR@10", "R@10", "ECE", "ECE 1:1", "Brier", "kept", "dropped", "ms")
+    rows = []
     for row in report.rows:
-        sure: list[str] = [""] * 6
-        if (one := row.calibration) is not None:
-            shares = ["-" if share is None else f"{share:.1%}" for share in (one.kept, one.dropped)]
-            sure = [f"{one.ece:.4f}", _figure(one.balanced_ece), f"{one.brier:.4f}", *shares, f"{row.milliseconds:.0f}"]
-        figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.recall_10)]
-        table.add_row(_label(row), _ratio(row), *figures, *sure)
-    out.print(table)
+        rows.append([*_who(row), *_figures(row.ndcg_10, row.mrr_10, row.recall_10)])
+        if (sure := row.calibration) is not None:
+            shares = ["-" if share is None else f"{share:.1%}" for share in (sure.kept, sure.dropped)]
+            rows[-1] += [*_figures(sure.ece, sure.balanced_ece, sure.brier), *shares, f"{row.milliseconds:.0f}"]
+    _print_table("ranking, r, nDCG@10, MRR@10, R@10, ECE, ECE 1:1, Brier, kept, dropped, ms", rows)
     _print_changes(report.rows)
     out.print("seconds: " + stages(report.seconds) + "\n")
 
 
 def _print_summary(rows: Sequence[Summary]) -> None:
     out.print(f"[bold]mean of {rows[0].sets} sets[/bold]")
-    table = _table("ranking", "r", "nDCG@10", "ECE", "ECE 1:1", "worst gain", "where")
+    cells = []
     for row in rows:
-        errors = [_figure(row.ece), _figure(row.balanced_ece)]
         worst = "" if row.worst_gain is None else f"{row.worst_gain:+.4f}"
-        table.add_row(_label(row), _ratio(row), f"{row.ndcg_10:.4f}", *errors, worst, shown(row.worst_set or ""))
-    out.print(table)
+        cells.append([*_who(row), *_figures(row.ndcg_10, row.ece, row.balanced_ece), worst, shown(row.worst_set or "")])
+    _print_table("ranking, r, nDCG@10, ECE, ECE 1:1, worst gain, where", cells)
     _print_changes(rows)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _print_changes(rows: Sequence[EvalRow] | Sequence[Summary]) -> None:
     """Gains of nDCG@10 with 95% intervals and p values, where there are any."""
-    extra = ["over first model"] if any(row.over_first for row in rows) else []
-    table = _table("ranking", "r", "over retrieval (95%), p", "over fusion (95%), p", *extra)
-    for row in rows:
-        changes = [row.over_retrieval, row.over_fusion] + ([row.over_first] if extra else [])
-        if any(changes):
-            table.add_row(_label(row), _ratio(row), *[_change(change) for change in changes])
-    out.print(table)
+    names = "ranking, r, over retrieval (95%) p, over fusion (95%) p"
+    extra = ", over first model" if any(row.over_first for row in rows) else ""
+    changes = [(row, (row.over_retrieval, row.over_fusion, row.over_first)[: 3 if extra else 2]) for row in rows]
+    _print_table(names + extra, [[*_who(row), *map(_change, own)] for row, own in changes if any(own)])
 
 
 def _print_instructions(report: InstructionReport) -> None:
-    kinds = list(report.contrast[0].kinds)
-    out.print(f"[bold]{_name(report.model)}[/bold], r={report.ratio}: is the kind asked for above the other kind?")
-    table = _table("instruction", "accuracy (95%)", "both ways", "weakest contrast")
+    out.print(
+        f"[bold]{shown(Path(report.model).name)}[/bold], r={report.ratio}: is the kind asked for above the other kind?"
+    )
+    rows = []
     for contrast in report.contrast:
-        weak = min(kinds, key=lambda kind: contrast.kinds[kind])
+        weak, low = min(contrast.kinds.items(), key=lambda kind: kind[1])
         accuracy = f"{contrast.accuracy:.3f} ({contrast.low:.3f} {contrast.high:.3f})"
-        table.add_row(contrast.where, accuracy, f"{contrast.both:.3f}", f"{contrast.kinds[weak]:.2f} {weak}")
-    out.print(table)
+        rows.append([contrast.where, accuracy, f"{contrast.both:.3f}", f"{low:.2f} {weak}"])
+    _print_table("instruction, accuracy (95%), both ways, weakest contrast", rows)
     if report.drift:
         out.print("generic instructions must change nothing: change of nDCG@10")
-        table = _table("set", "queries", "nDCG@10", "mean |change|", "worst", "own task (95%), p")
+        rows = []
         for drift in report.drift:
-            figures = [f"{drift.ndcg_10:.4f}", f"{drift.mean:.4f}", f"{drift.worst:+.4f}"]
-            table.add_row(shown(drift.name), str(drift.queries), *figures, _change(drift.own_task))
-        out.print(table)
+            figures = [*_figures(drift.ndcg_10, drift.mean), f"{drift.worst:+.4f}"]
+            rows.append([shown(drift.name), str(drift.queries), *figures, _change(drift.own_task)])
+        _print_table("set, queries, nDCG@10, mean |change|, worst, own task (95%) p", rows)
     if report.following:
         out.print("one query under many users' instructions, over the query's candidates")
-        table = _table("set", "asked", "pairs", "nDCG@10", "MRR@10", "robustness@10", "over query (95%), p")
+        rows = []
         for row in report.following:
-            figures = [f"{value:.4f}" for value in (row.ndcg_10, row.mrr_10, row.robustness_10)]
-            table.add_row(shown(row.name), row.asked, str(row.instructions), *figures, _change(row.over_query))
-        out.print(table)
+            figures = _figures(row.ndcg_10, row.mrr_10, row.robustness_10)
+            rows.append([shown(row.name), row.asked, str(row.instructions), *figures, _change(row.over_query)])
+        _print_table("set, asked, pairs, nDCG@10, MRR@10, robustness@10, over query (95%) p", rows)
 
 
-def _table(*columns: str) -> Table:
-    return Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _print_table(columns: str, rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*columns.split(", "), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
 
 
-def _label(row: EvalRow | Summary) -> str:
-    return row.ranking if row.model is None else _name(row.model)
+def _who(row: EvalRow | Summary) -> tuple[str, str]:
+    """Name and ratio of a ranking."""
+    name = row.ranking if row.model is None else shown(Path(row.model).name)
+    return name, "" if row.ratio is None else str(row.ratio)
 
 
-def _name(model: str) -> str:
-    return shown(Path(model).name)
-
-
-def _ratio(row: EvalRow | Summary) -> str:
-    return "" if row.ratio is None else str(row.ratio)
+def _figures(*values: float | None) -> list[str]:
+    return ["" if value is None else f"{value:.4f}" for value in values]
 
 
 def _change(change: Change | None) -> str:

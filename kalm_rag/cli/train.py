@@ -19,10 +19,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help must not
 
 app = typer.Typer()
 
-_ADAPT = (
-    *("stage", "split", "dev_split", "steps", "lists", "candidates", "learning_rate", "teacher", "lora", "accumulate"),
-    *("checkpointing", "max_tokens", "system", "task", "device", "dtype"),
-)
+_COMMON = ("data", "to", "seed", "minutes", "base", "plot")
+"""Arguments that pico's recipe takes, too."""
 _BASE = "Checkpoint to adapt: a folder (of an earlier stage too), a repository id or a name (nano)."
 
 
@@ -71,7 +69,7 @@ def train(
 
     distil: soft labels.
     """
-    settings = {name: value for name, value in locals().items() if name in _ADAPT and value is not None}
+    settings = {name: value for name, value in locals().items() if name not in _COMMON and value is not None}
     with errors():
         logging.getLogger("kalm_rag").setLevel(logging.INFO)
         if plot is not None:
@@ -90,14 +88,10 @@ def train(
             reports = _adapt(base, data[0], to, settings | {"seed": seed}, minutes=minutes)
         _print_reports(reports)
         if plot is not None:
-            _draw(reports, plot)
+            from kalm_rag.training.report import draw_losses
 
-
-def _draw(reports: Sequence[TrainReport], plot: Path) -> None:
-    from kalm_rag.training.plot import draw_losses
-
-    draw_losses({report.stage: report.losses for report in reports}, plot)
-    out.print(f"losses drawn in {shown(str(plot))}", soft_wrap=True)
+            draw_losses({report.stage: report.losses for report in reports}, plot)
+            out.print(f"losses drawn in {shown(str(plot))}", soft_wrap=True)
 
 
 def _adapt(base: str, data: Path, to: Path, settings: dict[str, Any], *, minutes: float | None) -> list[TrainReport]:
@@ -114,7 +108,6 @@ def _adapt(base: str, data: Path, to: Path, settings: dict[str, Any], *, minutes
 
 
 def _print_reports(reports: Sequence[TrainReport]) -> None:
-    """Figures on held-out queries before and after each stage."""
     table = Table("stage", "held out, nDCG@10", "ratio", "queries", "retrieval", "BM25 + retrieval", "before", "after")
     for report in reports:
         for row in report.dev:

@@ -7,13 +7,4 @@ from kalm_rag.evaluation.metrics import RESAMPLES, paired_interval
 from kalm_rag.evaluation.report import EvalReport, EvalRow, Summary, summarise
 from kalm_rag.evaluation.run import evaluate
 
-__all__ = [
-    "RESAMPLES",
-    "EvalReport",
-    "EvalRow",
-    "EvalSet",
-    "Summary",
-    "evaluate",
-    "paired_interval",
-    "summarise",
-]
+__all__ = ["RESAMPLES", "EvalReport", "EvalRow", "EvalSet", "Summary", "evaluate", "paired_interval", "summarise"]

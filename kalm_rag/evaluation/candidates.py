@@ -89,10 +89,12 @@ class StoredEngine:
         timings: Timings | None = None,
     ) -> Tensor:
         """Score one query's candidates, float32 ``(candidates,)``; `timings` get the stages fetch, encode and score."""
-        timings = timings if timings is not None else Timings()
-        how = {"missing": "encode", "timings": timings, "instructions": instructions, "ratio": ratio}
+        store, timings = self.store, timings if timings is not None else Timings()
+        ranking = rank_texts(
+            self.engine, store, query, texts, missing="encode", timings=timings, instructions=instructions, ratio=ratio
+        )
         margins = torch.full((len(texts),), -torch.inf)
-        for candidate in rank_texts(self.engine, self.store, query, texts, **how).candidates:  # type: ignore[arg-type]
+        for candidate in ranking.candidates:
             if candidate.margin is not None:
                 margins[candidate.index] = candidate.margin
         return margins
@@ -128,20 +130,81 @@ class StoredEngine:
         return Scored(margins=margins, milliseconds=float(np.median(spent)), encoding=encoding)
 
 
-@contextmanager
-def state_folder(cache: Path | None) -> Iterator[Path]:
-    """Give the folder that keeps states for another run, or a temporary one."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = cache if cache is not None else Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """Where sets are measured: who retrieves, how much, and the folder that keeps the states of one ratio."""
 
+    retriever: Reranker  # its vectors retrieve
+    ratio: int
+    folder: Path
+    top_k: int  # most candidates retrieved; a pooled set has all its judged passages
+    max_queries: int | None  # only the first so many queries of a set; None is all
 
-@contextmanager
-def stored(engine: Reranker, ratio: int, folder: Path) -> Iterator[StoredEngine]:
-    """Open the store that keeps an engine's states of one ratio in a folder; models that make the same share them."""
-    with open_store(folder / f"states_r{ratio}.sqlite3", engine.at(ratio).layout()) as store:
-        yield StoredEngine(engine, store)
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        engine: Reranker,
+        *,
+        retriever: Reranker | None,
+        ratio: int,
+        top_k: int,
+        max_queries: int | None,
+        cache: Path | None,
+    ) -> Iterator[Workplace]:
+        """Make a temporary folder where there is no `cache`; without a retriever, the engine is it.
+
+        Raises:
+            InputError: If a number is out of range.
+        """
+        check_count(top_k, "top_k")
+        if max_queries is not None:
+            check_count(max_queries, "max_queries")
+        searcher = engine if retriever is None else retriever
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = cache if cache is not None else Path(scratch)
+            folder.mkdir(parents=True, exist_ok=True)
+            yield cls(retriever=searcher, ratio=ratio, folder=folder, top_k=top_k, max_queries=max_queries)
+
+    @contextmanager
+    def stored(self, engine: Reranker) -> Iterator[StoredEngine]:
+        """Open the store of an engine's states; models that make the same share them."""
+        layout = engine.at(self.ratio).layout()
+        with open_store(self.folder / f"states_r{self.ratio}.sqlite3", layout) as store:
+            yield StoredEngine(engine, store)
+
+    def find(self, what: EvalSet, texts: Mapping[str, str] | None = None) -> Candidates:
+        """Read a set, index its passages and find each query's candidates.
+
+        `texts` are what some queries ask instead of their own text, by query id.
+
+        Raises:
+            InputError: If the retriever's model gives no vectors, the folder or split is missing, or a pooled query has
+                no judged passage in the corpus.
+        """
+        if not hasattr(self.retriever.backbone, "embed_query"):
+            raise InputError(
+                f"model {self.retriever.info.name!r} gives no retrieval vectors. Pass "
+                f"retriever=Reranker.from_pretrained('pico') to retrieve with pico and rerank with it."
+            )
+        whole = load_collection(Path(what.folder), what.split)
+        found = whole.only(list(whole.queries)[: self.max_queries], texts)
+        pools = _pools(found) if what.pooled else None
+        indexed = range(len(found.passages)) if pools is None else sorted({row for pool in pools for row in pool})
+        place = {row: spot for spot, row in enumerate(indexed)}
+        embedder, every = BundledEmbedder(self.retriever), torch.tensor(indexed)
+        with self.stored(self.retriever) as reader:
+            passages = [found.passages[row] for row in indexed]
+            parts = [embedder.from_states(states) for _, states in reader.index(passages)]
+        vectors, rows, cosines = torch.from_numpy(np.concatenate(parts)), [], []
+        for number, query in enumerate(tqdm(found.queries.values(), desc="retrieve", unit="query")):
+            near = vectors @ torch.tensor(embedder.query(query))
+            own = torch.arange(len(near)) if pools is None else torch.tensor([place[row] for row in pools[number]])
+            nearest = near[own].sort(descending=True, stable=True)
+            cut = None if what.pooled else self.top_k
+            rows.append(every[own[nearest.indices[:cut]]])
+            cosines.append(nearest.values[:cut])
+        return Candidates(what=what, found=found, rows=rows, cosines=cosines)
 
 
 def check_ratios(ratios: Sequence[int]) -> list[int]:
@@ -154,67 +217,6 @@ def check_ratios(ratios: Sequence[int]) -> list[int]:
     if not checked or any(ratio % checked[0] for ratio in checked):
         raise InputError(f"ratios are {list(ratios)}; wanted at least one, each a multiple of the smallest.")
     return checked
-
-
-def check_retriever(engine: Reranker, retriever: Reranker | None) -> Reranker:
-    """Give the retriever, or the reranking engine itself if its model embeds.
-
-    Raises:
-        InputError: If there is no retriever and the model gives no vectors.
-    """
-    if retriever is None and not hasattr(engine.backbone, "embed_query"):
-        raise InputError(
-            f"model {engine.info.name!r} gives no retrieval vectors. Pass retriever=Reranker.from_pretrained('pico') "
-            f"to retrieve with pico and rerank with it."
-        )
-    return engine if retriever is None else retriever
-
-
-def find_candidates(
-    what: EvalSet,
-    retriever: Reranker,
-    *,
-    ratio: int,
-    folder: Path,
-    top_k: int,
-    max_queries: int | None,
-    texts: Mapping[str, str] | None = None,
-) -> Candidates:
-    """Read a set, index its passages and find each query's candidates.
-
-    Args:
-        what: Which set.
-        retriever: Its vectors retrieve.
-        ratio: Of the states that the vectors are made of.
-        folder: Keeps these states.
-        top_k: Most candidates retrieved, >= 1; a pooled set has all its judged passages.
-        max_queries: Only the first so many queries; None is all.
-        texts: What some queries ask instead of their own text, by query id.
-
-    Raises:
-        InputError: If the folder or split is missing, an argument is out of range, or a pooled query has no judged
-            passage in the corpus.
-    """
-    check_count(top_k, "top_k")
-    if max_queries is not None:
-        check_count(max_queries, "max_queries")
-    whole = load_collection(Path(what.folder), what.split)
-    found = whole.only(list(whole.queries)[:max_queries], texts)
-    pools = _pools(found) if what.pooled else None
-    indexed = range(len(found.passages)) if pools is None else sorted({row for pool in pools for row in pool})
-    place = {row: spot for spot, row in enumerate(indexed)}
-    embedder, every = BundledEmbedder(retriever), torch.tensor(indexed)
-    with stored(retriever, ratio, folder) as reader:
-        parts = [embedder.from_states(states) for _, states in reader.index([found.passages[row] for row in indexed])]
-    vectors, rows, cosines = torch.from_numpy(np.concatenate(parts)), [], []
-    for number, query in enumerate(tqdm(found.queries.values(), desc="retrieve", unit="query")):
-        near = vectors @ torch.tensor(embedder.query(query))
-        own = torch.arange(len(near)) if pools is None else torch.tensor([place[row] for row in pools[number]])
-        nearest = near[own].sort(descending=True, stable=True)
-        cut = None if what.pooled else top_k
-        rows.append(every[own[nearest.indices[:cut]]])
-        cosines.append(nearest.values[:cut])
-    return Candidates(what=what, found=found, rows=rows, cosines=cosines)
 
 
 def _pools(found: Collection) -> list[list[int]]:

@@ -17,15 +17,7 @@ from torch import Tensor
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation.beir import EvalSet
-from kalm_rag.evaluation.candidates import (
-    Candidates,
-    StoredEngine,
-    check_ratios,
-    check_retriever,
-    find_candidates,
-    state_folder,
-    stored,
-)
+from kalm_rag.evaluation.candidates import Candidates, StoredEngine, Workplace, check_ratios
 from kalm_rag.evaluation.metrics import best_first, load_measures, mean, query_metrics
 from kalm_rag.evaluation.plots import check_plot, new_figure, save, tidy
 from kalm_rag.evaluation.report import Plain
@@ -84,18 +76,17 @@ def measure_curve(
     ratios, kinds = check_ratios(ratios), [Codec.parse(codec) for codec in codecs]
     if not sets or not kinds:
         raise InputError(f"{len(sets)} sets and {len(kinds)} codecs; wanted at least one of each.")
-    searcher = check_retriever(engine, retriever)
     layouts = [engine.info.layout(ratio, codec) for codec in kinds for ratio in ratios]
     cells: list[list[CurvePoint]] = []  # by set
     floors: list[list[float]] = []
     queries, most = 0, 0
-    with state_folder(cache) as folder:
+    with Workplace.open(
+        engine, retriever=retriever, ratio=ratios[0], top_k=top_k, max_queries=max_queries, cache=cache
+    ) as place:
         for what in sets:
-            candidates = find_candidates(
-                what, searcher, ratio=ratios[0], folder=folder, top_k=top_k, max_queries=max_queries
-            )
+            candidates = place.find(what)
             floors.append([_quality(candidates, ranked.scores) for ranked in baselines(candidates)])
-            with stored(engine, ratios[0], folder) as reader:
+            with place.stored(engine) as reader:
                 cells.append([_measure(reader, candidates, layout) for layout in layouts])
             queries, most = queries + len(candidates.rows), max(most, candidates.top_k)
     return Curve(

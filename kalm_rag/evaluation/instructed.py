@@ -19,14 +19,7 @@ from tqdm import tqdm
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation.beir import EvalSet, read_instructions
-from kalm_rag.evaluation.candidates import (
-    Candidates,
-    StoredEngine,
-    check_retriever,
-    find_candidates,
-    state_folder,
-    stored,
-)
+from kalm_rag.evaluation.candidates import Candidates, StoredEngine, Workplace
 from kalm_rag.evaluation.metrics import Change, best_first, compare, load_measures, mean, paired_interval, query_metrics
 from kalm_rag.evaluation.report import Plain
 from kalm_rag.instructions import Instructions
@@ -119,18 +112,16 @@ def evaluate_instructions(
         MissingDependencyError: If ir-measures is not installed.
     """
     load_measures()
-    searcher = check_retriever(engine, retriever) if sets else engine
     contrasts = measure_contrast(engine, ratio=ratio) if contrast else ()
     drift: list[Drift] = []
     following: list[Following] = []
-    with state_folder(cache) as folder:
+    with Workplace.open(
+        engine, retriever=retriever, ratio=ratio, top_k=top_k, max_queries=max_queries, cache=cache
+    ) as place:
         for what in sets:
             apart = read_instructions(what.folder)
-            texts = {query_id: query for query_id, (_, query) in apart.items()}
-            candidates = find_candidates(
-                what, searcher, ratio=ratio, folder=folder, top_k=top_k, max_queries=max_queries, texts=texts
-            )
-            with stored(engine, ratio, folder) as reader:
+            candidates = place.find(what, {query_id: query for query_id, (_, query) in apart.items()})
+            with place.stored(engine) as reader:
                 if apart:
                     following += _following(reader, candidates, apart)
                 else:

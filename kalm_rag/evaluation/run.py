@@ -12,15 +12,7 @@ from torch import Tensor
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.evaluation.beir import EvalSet
-from kalm_rag.evaluation.candidates import (
-    Candidates,
-    StoredEngine,
-    check_ratios,
-    check_retriever,
-    find_candidates,
-    state_folder,
-    stored,
-)
+from kalm_rag.evaluation.candidates import Candidates, StoredEngine, Workplace, check_ratios
 from kalm_rag.evaluation.fusion import Bm25, fuse
 from kalm_rag.evaluation.metrics import (
     Change,
@@ -83,19 +75,18 @@ def evaluate(
     engines = {model.info.name: model for model in (engine, *others)}
     if len(engines) < 1 + len(others):
         raise InputError(f"models are {', '.join(m.info.name for m in (engine, *others))}; wanted each name once.")
-    searcher = check_retriever(engine, retriever)
     load_measures()
     steer = instructions if instructions is not None else Instructions()
     timings = Timings()
-    with state_folder(cache) as folder:
+    with Workplace.open(
+        engine, retriever=retriever, ratio=ratios[0], top_k=top_k, max_queries=max_queries, cache=cache
+    ) as place:
         with timings.stage("retrieve"):
-            candidates = find_candidates(
-                what, searcher, ratio=ratios[0], folder=folder, top_k=top_k, max_queries=max_queries
-            )
+            candidates = place.find(what)
         with timings.stage("bm25"):
             rankings = baselines(candidates)
         for model in engines.values():
-            with stored(model, ratios[0], folder) as reader:
+            with place.stored(model) as reader:
                 rankings += _rerank(reader, candidates, ratios, steer, timings)
     return EvalReport(
         name=what.name,

@@ -77,8 +77,8 @@ def adapt(
     folder = find_checkpoint(str(base))[0]
     read_config(folder)  # a bad base fails before the data is read
     timings = Timings()
-    with timings.stage("read"):
-        learnt, held = _read(data, config, where)
+    with timings.stage("read"), bundled_retriever(where) or nullcontext() as dense:
+        learnt, held = load_lists(data, config, dense)
     reports = []
     for stage, target in zip(stages, outs, strict=True):
         run = _Run(folder, replace(config, stage=stage), where, bf16)
@@ -89,21 +89,6 @@ def adapt(
         del run
         gc.collect()  # the next stage's model finds the room of this one's
     return reports
-
-
-def _read(data: Path, config: AdaptConfig, device: torch.device) -> tuple[list[CandidateLists], list[CandidateLists]]:
-    """Lists to learn from and held-out lists; pico retrieves beside BM25 where it is installed."""
-    with bundled_retriever(device) or nullcontext() as dense:
-        return load_lists(
-            data,
-            split=config.split,
-            dev_split=config.dev_split,
-            dev_queries=config.dev_queries,
-            queries=config.steps * config.lists,
-            instructions=config.instructions,
-            dense=dense,
-            seed=config.seed,
-        )
 
 
 class _Run:

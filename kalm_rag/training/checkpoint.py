@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,8 +22,6 @@ from kalm_rag.models.t5gemma2.text_model import KEY_MAPPING
 
 _COPIED = (".json", ".model", ".txt", ".jinja")
 """Files kept beside the weights. A model card is not: it describes the base."""
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 REPORT = "train.json"
 
@@ -75,11 +72,8 @@ def save_checkpoint(base: Path, folder: Path, weights: Mapping[str, Tensor]) -> 
 
 def stored_dtypes(base: Path) -> dict[str, torch.dtype]:
     """How the base stores each tensor, by the name that `T5Gemma2TextReranker` gives it."""
-    found: dict[str, str] = {}
-    for file in sorted(base.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            found |= {_our_name(name): tensors.get_slice(name).get_dtype() for name in tensors.keys()}
-    return {name: _DTYPES[dtype] for name, dtype in found.items() if dtype in _DTYPES}
+    files = (load_file(file) for file in sorted(base.glob("*.safetensors")))  # mapped: no weight is read
+    return {_our_name(name): tensor.dtype for tensors in files for name, tensor in tensors.items()}
 
 
 def _our_name(name: str) -> str:

@@ -35,11 +35,7 @@ def generic(rng: random.Random) -> str:
 
 
 def split_query(text: str, rng: random.Random) -> tuple[str, str] | None:
-    """Move a run of words from a query into an instruction, so that the instruction has to be read.
-
-    Returns:
-        The shorter query and the instruction, or None if the query has fewer than 5 words.
-    """
+    """Move a run of words from a query of at least 5 into an instruction, so that the instruction has to be read."""
     words = text.split()
     if len(words) < 5:
         return None
@@ -50,11 +46,7 @@ def split_query(text: str, rng: random.Random) -> tuple[str, str] | None:
 
 
 def split_side(text: str, rng: random.Random) -> tuple[str, str] | None:
-    """Split a question into its topic and an instruction that says which side of the topic is wanted.
-
-    Returns:
-        The topic as a query and the instruction, or None if the question is of no known form.
-    """
+    """Split a question of a known form into its topic and an instruction that says which side of it is wanted."""
     plain = " ".join(text.split()).rstrip(" ?.")
     for form, sides in WORDS["sides"]:
         found = re.fullmatch(form, plain, re.IGNORECASE)

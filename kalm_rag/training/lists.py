@@ -25,6 +25,7 @@ from kalm_rag.evaluation.fusion import Bm25, fuse
 from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.instructions import Instructions
 from kalm_rag.states import PassageStates
+from kalm_rag.training.config import AdaptConfig
 
 logger = logging.getLogger(__name__)
 
@@ -95,29 +96,12 @@ def embed(engine: Reranker, texts: Sequence[str]) -> Tensor:
 
 
 def load_lists(
-    data: Path,
-    *,
-    split: str = "train",
-    dev_split: str | None = None,
-    dev_queries: int = 100,
-    queries: int | None = None,
-    instructions: Instructions | None = None,
-    dense: Reranker | None = None,
-    seed: int = 0,
+    data: Path, config: AdaptConfig, dense: Reranker | None = None
 ) -> tuple[list[CandidateLists], list[CandidateLists]]:
-    """Read folders into lists to learn from and held-out lists.
+    """Read one BEIR folder or a folder of them into lists to learn from, no more than are met, and held-out lists.
 
-    Which queries are held out depends on their ids alone, so that it is the same for every seed and stage.
-
-    Args:
-        data: One BEIR folder, or a folder of them.
-        split: Labelled queries to learn from.
-        dev_split: Labelled queries to measure on; None holds out a tenth of `split`.
-        dev_queries: Most held-out queries of a folder, >= 1.
-        queries: Most queries to learn from in all, spread over the folders; None is all.
-        instructions: What queries are asked under where a folder has no ``instructions.jsonl``; None is the default.
-        dense: An engine over pico that retrieves beside BM25; None is BM25 alone.
-        seed: Fixes the draws.
+    Which queries are held out depends on their ids alone, so that it is the same for every seed and stage. `dense` is
+    an engine over pico that retrieves beside BM25.
 
     Raises:
         InputError: If a folder, split or file is missing or empty, or too few labelled queries are left.
@@ -125,18 +109,17 @@ def load_lists(
     """
     learnt: list[CandidateLists] = []
     held: list[CandidateLists] = []
-    folders = _find_folders(Path(data), split)
-    share = None if queries is None else -(-queries // len(folders))
-    steer = instructions if instructions is not None else Instructions()
+    folders = _find_folders(Path(data), config.split)
+    share, steer = -(-config.steps * config.lists // len(folders)), config.instructions
     for folder in folders:
-        used, dev = _read_folder(folder, split, dev_split, dev_queries)
-        rng = random.Random(f"{seed}-{folder.name}")
+        used, dev = _read_folder(folder, config)
+        rng = random.Random(f"{config.seed}-{folder.name}")
         chosen = sorted(used.queries)
         rng.shuffle(chosen)
         apart, retriever = read_instructions(folder), Retriever(used.passages, dense)
-        asked = ask(used, chosen[:share], apart, steer), ask(dev, sorted(dev.queries), apart, steer)
-        learnt.append(build_lists(used.name, used.passages, asked[0], retriever, rng, learn=True))
-        held.append(build_lists(used.name, used.passages, asked[1], retriever, rng, learn=False))
+        for out, queries, learn in ((learnt, chosen[:share], True), (held, sorted(dev.queries), False)):
+            asked = ask(used if learn else dev, queries, apart, steer)
+            out.append(build_lists(used.name, used.passages, asked, retriever, rng, learn=learn))
     return learnt, held
 
 
@@ -173,13 +156,13 @@ def build_lists(
     dense_share: float = 0.5,
     states: Sequence[PassageStates] | None = None,
 ) -> CandidateLists:
-    """Give each query its candidates; in lists to learn from, with its relevant passages and random ones.
+    """Give each query its candidates; in lists to `learn` from, with its relevant passages and random ones.
 
     Args:
         name: The collection's name.
-        passages: Its texts.
+        passages: Its texts, and of the retriever.
         asked: The queries.
-        retriever: Over the passages.
+        retriever: Finds candidates.
         rng: Draws random passages.
         learn: Whether they are learnt from, or held out.
         ways: Ways of retrieving that give candidates in turn: 1 is the first, 2 both.
@@ -246,19 +229,20 @@ def _find_folders(data: Path, split: str) -> list[Path]:
     return kept
 
 
-def _read_folder(folder: Path, split: str, dev_split: str | None, dev_queries: int) -> tuple[Collection, Collection]:
+def _read_folder(folder: Path, config: AdaptConfig) -> tuple[Collection, Collection]:
     """The collection twice: with the queries to learn from, and with the held-out ones."""
-    found = _labelled(load_collection(folder, split))
-    other = found if dev_split is None else _labelled(load_collection(folder, dev_split))
+    found = other = _labelled(load_collection(folder, config.split))
+    if config.dev_split is not None:
+        other = _labelled(load_collection(folder, config.dev_split))
     order = sorted(other.queries, key=lambda one: hashlib.sha256(one.encode()).hexdigest())
-    most = dev_queries if dev_split is not None else min(dev_queries, max(1, len(order) // 10))
-    dev = other.only(order[:most])
+    tenth = max(1, len(order) // 10) if config.dev_split is None else len(order)
+    dev = other.only(order[: min(config.dev_queries, tenth)])
     texts = set(dev.queries.values())
     left = [query_id for query_id, text in found.queries.items() if query_id not in dev.queries and text not in texts]
     if not left or not dev.queries:
         raise InputError(
-            f"{folder} has {len(found.queries)} labelled queries in split {split!r}, of which {len(left)} are left to "
-            f"learn from beside {len(dev.queries)} held out; wanted at least 1 each."
+            f"{folder} has {len(found.queries)} labelled queries in split {config.split!r}, of which {len(left)} are "
+            f"left to learn from beside {len(dev.queries)} held out; wanted at least 1 each."
         )
     return found.only(left), dev
 

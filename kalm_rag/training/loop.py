@@ -36,15 +36,14 @@ def take_steps(
     def spent() -> float:
         return 0.0 if seconds is None else (time.perf_counter() - began) / max(seconds, 1e-9)
 
-    with tqdm(total=steps, desc="learn", unit="step", mininterval=2.0) as bar:
-        for number in range(steps):
-            share = max(number / steps, spent())
-            if share >= 1:
-                break
-            losses.append(step(min(1.0, (number + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * share))))
-            bar.update()
-            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
-            after(number + 1, max((number + 1) / steps, spent()))
+    bar = tqdm(range(steps), desc="learn", unit="step", mininterval=2.0)
+    for number in bar:
+        share = max(number / steps, spent())
+        if share >= 1:
+            break
+        losses.append(step(min(1.0, (number + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * share))))
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+        after(number + 1, max((number + 1) / steps, spent()))
     return losses
 
 

@@ -29,12 +29,9 @@ def listwise_loss(margins: Tensor, gold: Tensor) -> Tensor:
     return (margins.logsumexp(1) - hit).mean()
 
 
-def distillation_loss(margins: Tensor, teacher: Tensor, sharpness: float = 1.5) -> Tensor:
-    """How far lists are from the teacher, mean: ``KL(softmax(sharpness * teacher) || softmax(margins))``, >= 0.
-
-    The teacher's scores ``(L, C)`` are standardised; `sharpness` is how much one of its standard deviations counts.
-    """
-    wanted = functional.log_softmax(teacher * sharpness, dim=1)
+def distillation_loss(margins: Tensor, teacher: Tensor) -> Tensor:
+    """How far lists are from a standardised teacher, mean: ``KL(softmax(1.5 * teacher) || softmax(margins))``."""
+    wanted = functional.log_softmax(1.5 * teacher, dim=1)
     return functional.kl_div(functional.log_softmax(margins, dim=1), wanted, log_target=True, reduction="batchmean")
 
 
@@ -44,22 +41,22 @@ def list_loss(margins: Tensor, gold: Tensor, teacher: Tensor, soft: float) -> Te
     return loss + soft * distillation_loss(margins, teacher) if soft else loss
 
 
-def mean_ndcg(scores: Tensor, gold: Tensor, relevant: Sequence[int], k: int = 10) -> float:
-    """Mean nDCG@k of binary labels; ties keep the given order. `relevant` counts those outside the list too."""
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+def mean_ndcg(scores: Tensor, gold: Tensor, relevant: Sequence[int]) -> float:
+    """Mean nDCG@10 of binary labels; ties keep the given order. `relevant` counts those outside the list too."""
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :10]
     gains = gold.gather(1, order)
-    discount = 1.0 / torch.arange(2, k + 2).float().log2()
-    ideal = torch.stack([discount[: max(1, min(k, n))].sum() for n in relevant])
+    discount = 1.0 / torch.arange(2, 12).float().log2()
+    ideal = torch.stack([discount[: max(1, n)].sum() for n in relevant])
     return float(((gains * discount[: gains.shape[1]]).sum(1) / ideal).mean())
 
 
-def calibrate(margins: Tensor, gold: Tensor, weights: Tensor | None = None, steps: int = 200) -> tuple[float, float]:
+def calibrate(margins: Tensor, gold: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
     """Scale and shift of ``sigmoid(scale * margin + shift)``, fitted to labels by maximum likelihood (Platt).
 
     Of held-out pairs, all ``(P,)``; `weights` are how much each counts. As scale > 0, no order changes.
     """
     free = torch.zeros(2, requires_grad=True)
-    solver = torch.optim.LBFGS([free], max_iter=steps, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([free], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         solver.zero_grad()

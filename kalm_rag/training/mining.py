@@ -30,15 +30,8 @@ def margins_of(
 ) -> dict[int, Tensor]:
     """Score lists as a user's query would be: encode (unless their states are at hand), pool, decode.
 
-    Args:
-        engine: Over the model as it is now.
-        lists: Their first `rows` are scored; None is all.
-        ratios: Each a multiple of the smallest.
-        what: Name on the progress bar.
-        rows: How many lists.
-
-    Returns:
-        Float32 margins ``(rows, C)`` by ratio.
+    The first `rows` lists are scored, None is all; `what` names the progress bar. Ratios are multiples of the smallest;
+    gives float32 margins ``(rows, C)`` by ratio.
     """
     engine = engine.at(min(ratios)) if lists.states is None else engine
     total = len(lists.queries) if rows is None else rows

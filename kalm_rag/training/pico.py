@@ -77,7 +77,6 @@ def train(
     seed: int = 0,
     minutes: float | None = None,
     config: PicoConfig | None = None,
-    encoder: Path | str | None = None,
 ) -> TrainReport:
     """Make pico's weights from scratch.
 
@@ -87,7 +86,6 @@ def train(
         seed: Fixes every draw; ignored if `config` is given.
         minutes: Stop learning after this many minutes (the result then depends on the machine); None runs all steps.
         config: The whole recipe; None takes the shipped one.
-        encoder: As `PicoBackbone.load` takes it.
 
     Raises:
         InputError: If a folder or split is missing, or `out` holds something.
@@ -100,7 +98,7 @@ def train(
     timings = Timings()
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(config.seed)
-        reader, settings = MiniLMEncoder.load(encoder), DecoderConfig()
+        reader, settings = MiniLMEncoder.load(), DecoderConfig()
         codes = WordCodes.fit(reader.word_embeddings, settings.code_size)
         backbone = PicoBackbone(reader, codes, PicoDecoder(settings))
         with timings.stage("read"):
@@ -141,13 +139,8 @@ class PicoLearner:
         self.decoder = backbone.decoder.requires_grad_(True)
         self.random = random.Random(f"{config.seed}-general")
         self.batches = Batches(lists, self.random, candidates=config.candidates, randoms=3)
-        self.solver = Solver(
-            self.decoder.named_parameters(),
-            peak=config.learning_rate,
-            decay=0.02,
-            embeddings="segment",
-            betas=(0.9, 0.98),
-        )
+        weights = self.decoder.named_parameters()
+        self.solver = Solver(weights, peak=config.learning_rate, decay=0.02, embeddings="segment", betas=(0.9, 0.98))
         self.average = WeightAverage(self.decoder)
 
     def run(self, seconds: float | None = None) -> list[float]:
@@ -208,14 +201,15 @@ class PicoLearner:
         chance = self.random.random()
         own = [batch.lists.instructions[row].task for row in batch.rows]
         texts = [batch.lists.queries[row] for row in batch.rows]
+        told: list[str] = []
         if chance < 0.12:
-            return self._read(texts, 0), self._read([generic(self.random) for _ in own], 1), False
-        if all(own) and chance < 0.6:
-            return self._read(texts, 0), self._read([str(text) for text in own], 1), True
-        if chance < 0.24:
+            told = [generic(self.random) for _ in own]
+        elif all(own) and chance < 0.6:
+            told = [str(text) for text in own]
+        elif chance < 0.24:
             parts = [split_query(text, self.random) or (text, text) for text in texts]
-            return self._read([q for q, _ in parts], 0), self._read([i for _, i in parts], 1), True
-        return self._read(texts, 0), None, False
+            texts, told = [query for query, _ in parts], [instruction for _, instruction in parts]
+        return self._read(texts, 0), self._read(told, 1) if told else None, chance >= 0.12
 
     def _read(self, texts: Sequence[str], segment: int) -> Prepared:
         encoder = self.backbone.encoder

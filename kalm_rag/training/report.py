@@ -1,25 +1,30 @@
-"""What a training run reports, and how its figures on held-out queries are measured."""
+"""What a training run reports: figures on held-out queries, ``train.json``, and a picture of the losses."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kalm_rag.engine.reranker import Reranker
+from kalm_rag.evaluation.plots import new_figure, save, tidy
 from kalm_rag.training.checkpoint import REPORT, whole_folder
 from kalm_rag.training.lists import CandidateLists
 from kalm_rag.training.losses import mean_ndcg
 from kalm_rag.training.mining import margins_of
 
 logger = logging.getLogger(__name__)
+
+WINDOW = 50
+"""Batches that the line is a mean over: one batch's loss depends most on its ratio and source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,30 @@ def write_run(report: TrainReport, save: Callable[[Path], None]) -> None:
         text = json.dumps(asdict(report), indent=1, default=str)
         (scratch / REPORT).write_text(f"{text}\n", encoding="utf-8")
     logger.info("stage %s: %d steps; weights in %s", report.stage, report.steps, report.folder)
+
+
+def draw_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw each stage's losses one behind the other, as dots (without the highest 2%) and as a running mean.
+
+    Stages have losses of their own (labels, fusion and soft labels weigh differently), so that only a stage's own fall
+    says something. `losses` are those of ``train.json`` by stage; the path ends in svg, png or pdf.
+    """
+    figure = new_figure(8, 3.8)
+    axes = figure.subplots()
+    start = 0
+    for (stage, values), colour in zip(losses.items(), ("#1f6fb4", "#d1622b", "#3b8f5a"), strict=False):
+        steps = range(start + 1, start + len(values) + 1)
+        means = [np.mean(values[max(0, end - WINDOW) : end]) for end in range(1, len(values) + 1)]
+        axes.plot(steps, values, ".", color=colour, alpha=0.15, markersize=3, rasterized=True)
+        axes.plot(steps, means, color=colour, label=f"{stage}, {len(values)} steps")
+        start += len(values)
+    every = np.concatenate([*losses.values()])
+    if every.size:  # a few batches far above would flatten the rest
+        axes.set_ylim(0, 1.1 * np.quantile(every, 0.98))
+    axes.set(xlabel="step", ylabel=f"loss (dots) and its mean over {WINDOW} steps")
+    tidy(axes)
+    axes.legend(frameon=False)
+    save(figure, path)
 
 
 def peak_memory(device: torch.device) -> int:
