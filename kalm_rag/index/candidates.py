@@ -189,7 +189,8 @@ def keep_states(engine: Reranker, store: StateStore, texts: Sequence[str], timin
         absent = store.missing(keys)
     todo = {key: text for key, text in zip(keys, texts, strict=True) if key in absent}
     with timings.stage("encode"):
-        at_hand = _from_cache(store, list(todo))
+        cache = cache_beside(store) if store.layout.codec is Codec.EXACT else None  # as they were made, or not at all
+        at_hand = {} if cache is None else cache.states(list(todo))
         left = [key for key in todo if key not in at_hand]
         states = engine.encode([todo[key] for key in left], show_progress=False, keys=left)
         at_hand |= dict(zip(left, states, strict=True))
@@ -236,12 +237,6 @@ def as_stored(states: Sequence[PassageStates], store: StateStore) -> StateBatch:
         return batch_states(states)
     payloads = [pack_states(s, store.layout) for s in states]
     return unpack_batch(payloads, [s.tokens for s in states], [s.total_tokens for s in states], store.layout)
-
-
-def _from_cache(store: StateStore, keys: Sequence[str]) -> dict[str, PassageStates]:
-    """States that this process has in memory (embedded a moment ago, say), exactly as they were made."""
-    cache = cache_beside(store)
-    return {} if cache is None or store.layout.codec is not Codec.EXACT else cache.states(keys)
 
 
 def _keep_if_possible(

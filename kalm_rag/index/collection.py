@@ -113,8 +113,9 @@ def chroma_errors(what: str) -> Iterator[None]:
     except (KalmRagError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except (InvalidArgumentError, NotFoundError, UniqueConstraintError, ValueError, TypeError) as err:
-        gone = " It was deleted or made again by another door: refresh(), or open again." if _is_gone(err) else ""
-        raise InputError(f"{what}: {str(err)[:300]}{gone}") from err
+        gone = isinstance(err, NotFoundError) and "does not exist" in str(err)
+        advice = " It was deleted or made again by another door: refresh(), or open again." if gone else ""
+        raise InputError(f"{what}: {str(err)[:300]}{advice}") from err
     except BaseException as err:  # its Rust part raises panics as BaseException, its HTTP client bare Exception
         told = str(err)
         raise StoreError(f"{what}: Chroma failed ({type(err).__name__}: {told[:300]}). {_advice(told)}") from err
@@ -123,10 +124,6 @@ def chroma_errors(what: str) -> Iterator[None]:
 def collection_errors(collection: Collection) -> AbstractContextManager[None]:
     """`chroma_errors` about one collection."""
     return chroma_errors(f"collection {collection.name!r}")
-
-
-def _is_gone(err: BaseException) -> bool:
-    return isinstance(err, NotFoundError) and "does not exist" in str(err)
 
 
 _BROKEN = ("hnsw", "segment writer", "error finding id", "error getting embedding")
@@ -197,17 +194,13 @@ def passage_rule(collection: Collection, notes: CollectionNotes | None = None) -
     return PassageRule("llama_index:embed" if nodes else DOCUMENT)
 
 
-def records(collection: Collection, rule: PassageRule, *, texts: bool = True) -> Pages:
-    """All records of a collection, page by page: ids, and the texts that are read if asked for (else None)."""
-    include = (["documents", "metadatas"] if rule.needs_metadata else ["documents"]) if texts else []
-    for page in pages(collection, include):
-        ids, nothing = page["ids"], [None] * len(page["ids"])
-        if texts:
-            metadatas = page["metadatas"] if rule.needs_metadata else nothing
-            rows = zip(ids, page["documents"], metadatas, strict=True)
-            yield ids, [rule.text(document, metadata, i) for i, document, metadata in rows]
-        else:
-            yield ids, list(nothing)
+def records(collection: Collection, rule: PassageRule) -> Pages:
+    """All records of a collection, page by page: ids, and the texts that are read."""
+    for page in pages(collection, ["documents", "metadatas"] if rule.needs_metadata else ["documents"]):
+        ids = page["ids"]
+        metadatas = page["metadatas"] if rule.needs_metadata else [None] * len(ids)
+        rows = zip(ids, page["documents"], metadatas, strict=True)
+        yield ids, [rule.text(document, metadata, i) for i, document, metadata in rows]
 
 
 def pages(collection: Collection, include: list[str]) -> Iterator[dict[str, Any]]:

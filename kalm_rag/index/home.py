@@ -22,6 +22,7 @@ from kalm_rag.index.collection import (
     chroma_errors,
     live_collections,
     note,
+    pages,
     passage_rule,
     records,
     require_collection,
@@ -209,16 +210,13 @@ class CollectionHome:
 
     def gc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
         """Drop references of records and collections that are gone, then states that nothing refers to."""
-        swept = GcReport(states=0, payload_bytes=0)
+        swept = GcReport()
         self._let_go_of_memory()
         for store in self.stores():
             self._forget_gone(store)
             live = live_collections(self.database, store)
             scopes = {self.database.scope} | ({""} if self._given_store is None else set())
-            report = store.gc(live, scopes=scopes, younger_than=younger_than)
-            swept = GcReport(
-                states=swept.states + report.states, payload_bytes=swept.payload_bytes + report.payload_bytes
-            )
+            swept += store.gc(live, scopes=scopes, younger_than=younger_than)
         return swept
 
     def rebuild(self, embedder: Embedder | None, *, show_progress: bool = False) -> RebuildReport:
@@ -258,12 +256,12 @@ class CollectionHome:
     def _forget_gone(self, store: StateStore) -> int:
         """Drop references of records that are gone, looked at again while nobody writes."""
         gone = {r.record_id for r in store.references(self.collection_id)}
-        for ids, _ in records(self.collection, self.rule, texts=False):
-            gone.difference_update(ids)
+        for page in pages(self.collection, []):
+            gone.difference_update(page["ids"])
         dropped = 0
-        for page in chunked(sorted(gone), PAGE):
+        for ids in chunked(sorted(gone), PAGE):
             with self.database.writing():
-                dropped += store.unreference(self.collection_id, set(page) - set(self.find(page)))
+                dropped += store.unreference(self.collection_id, set(ids) - set(self.find(ids)))
         return dropped
 
     def _where(self) -> Any:  # noqa: ANN401 - folder, client or ":memory:"

@@ -97,6 +97,9 @@ class Home(Protocol):
     def notes(self) -> CollectionNotes:
         """What made the collection."""
 
+    def find(self, ids: list[str]) -> list[str]:
+        """Which of the ids there are."""
+
     def find_again(self) -> None:
         """Look the collection up again by name."""
 
@@ -115,7 +118,7 @@ class CollectionWriter:
         """Write new records; InputError if an id exists already, and nothing is written then."""
         report = AddReport()
         with self._home.database.writing():
-            taken = [i for page in chunked(records.ids, PAGE) for i in self._known(page)]
+            taken = [i for page in chunked(records.ids, PAGE) for i in self._home.find(page)]
             if taken:
                 raise InputError(
                     f"{len(taken)} of {len(records)} ids exist already (first: {taken[0]!r}). Use upsert(...)."
@@ -143,7 +146,7 @@ class CollectionWriter:
         deleted = 0
         for page in chunked(dict.fromkeys(ids), PAGE):
             with self._home.database.writing():
-                known = self._known(page)
+                known = self._home.find(page)
                 if known:
                     with collection_errors(self._collection):
                         self._collection.delete(ids=known)
@@ -158,10 +161,6 @@ class CollectionWriter:
 
     def _batch_size(self) -> int:
         return min(BATCH, int(self._home.database.client.get_max_batch_size()))
-
-    def _known(self, ids: list[str]) -> list[str]:
-        with collection_errors(self._collection):
-            return list(self._collection.get(ids=ids, include=[])["ids"]) if ids else []
 
     def _texts(self, records: Records) -> list[str | None]:
         rule = self._home.rule
