@@ -245,6 +245,8 @@ def _open_client(folder: Path | None, **fields: str) -> ClientAPI:
 
 def read_folder(path: str | os.PathLike[str]) -> Path:
     """The folder that a path names: one folder, one client, however it is spelled."""
+    if path == "":  # a variable that was never set, not the working folder
+        raise InputError("path is empty, which is no folder here. Name the folder of a Chroma database, or '.'.")
     try:
         folder = Path(path).expanduser().resolve()
         is_file = folder.exists() and not folder.is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -28,8 +29,12 @@ def writers(bench: Bench) -> None:
                 assert process.stdin is not None
                 process.stdin.write("go\n")
             for process in two:
-                wanted |= set(process.communicate(timeout=200)[0].split()) - {"ready"}
-                bench.row.add("foreign", "a writer failed", process.returncode != 0)
+                try:
+                    wanted |= set(process.communicate(timeout=200)[0].split()) - {"ready"}
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    bench.row.add("hangs", "a writer")
+                bench.row.add("foreign", "a writer failed", bool(process.returncode))
             bench.row.trials += 1
             what = "two writers"
             check_index(bench.row, path, engine, Fresh(engine), {}, what)

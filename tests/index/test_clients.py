@@ -199,7 +199,7 @@ def test_foreign_errors_come_out_as_ours(tmp_path: Path, tiny: Reranker) -> None
             index.add([""], ["x"])
 
 
-@pytest.mark.parametrize("path", ["\0", b"x", 3, "x" * 5000, "a\ud800", "~nobody-of-this-name/x"], ids=repr)
+@pytest.mark.parametrize("path", ["", "\0", b"x", 3, "x" * 5000, "a\ud800", "~nobody-of-this-name/x"], ids=repr)
 def test_paths_that_are_none_are_told(tmp_path: Path, tiny: Reranker, path: Any) -> None:
     with pytest.raises(InputError, match=r"path is .* is no folder here|folder is (bytes|int); wanted the path"):
         reopen(path, tiny)
