@@ -9,58 +9,87 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from faults.children import end, start
 from faults.table import Bench, Fresh, check_index
 from test_rebuild import passages
-from test_store_sqlite import changeable
+from test_store_sqlite import changeable, edit
 from toy import QUERY, reopen
 
 from kalm_rag import Reranker, open_store
 from kalm_rag.engine.relevance import Relevance
 from kalm_rag.errors import KalmRagError
-from kalm_rag.states import batch_states
+from kalm_rag.states import PassageStates, StateBatch, batch_states
 from kalm_rag.store import stored_layout
+
+EDITS = [f"ratio={ratio}" for ratio in (1, 2, 3, 5, 6, 8)] + [
+    *("codec='bf16'", "codec='int8'", "state_dtype='bfloat16'", "state_dtype='float16'", "hidden_size=8", "format=2"),
+]
+"""What a namespace row may be rewritten to."""
 
 
 def flips(bench: Bench) -> None:
-    """Every bit of the namespace row; a bit of every byte of the file's header and of what stands in its pages."""
-    texts = passages(6)
+    """Of pico's store: every bit of the namespace row, and other values in it; a bit of many bytes of all pages."""
+    texts = [" ".join(["honey"] * length) for length in range(1, 15, 2)]  # some have as many states at ratio 4 and 5
     whole, broken = bench.folder / "whole.sqlite3", bench.folder / "broken.sqlite3"
-    with Reranker.from_pretrained(str(bench.model), device="cpu") as engine:
+    with Reranker.from_pretrained("pico", device="cpu") as engine:
         layout, states = engine.layout("exact"), engine.encode(texts)
         with open_store(whole, layout) as store:
             store.put_many(states)
         want = engine.score(QUERY, batch_states(states))
-        data = whole.read_bytes()
-        row = data.index(layout.fingerprint.encode()) - 12
-        namespace = [(place, 1 << bit) for place in range(row, row + 100) for bit in range(8)]
-        others = [(place, 1 << place % 8) for place in changeable(data)]
-        most = bench.count(4000)
-        others = random.Random(0).sample(others, most) if most < len(others) else others
         seen: Counter[str] = Counter()
-        for place, bits in namespace + others:
-            broken.write_bytes(data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :])
+        for change in _changes(whole.read_bytes(), layout.fingerprint, bench.count(4000)):
+            _make(whole, broken, change)
             try:
-                seen[_read(broken, engine, [s.key for s in states], want, bench)] += 1
+                seen[_read(broken, engine, states, want, bench)] += 1
             except KalmRagError:
                 seen["refused"] += 1
             except Exception as err:
-                bench.row.add("foreign", f"byte {place} ^ {bits}: {type(err).__name__}: {err}")
+                bench.row.add("foreign", f"{change}: {type(err).__name__}: {err}")
             bench.row.trials += 1
             for leftover in bench.folder.glob("broken*"):
                 leftover.unlink()
     bench.row.notes.append(", ".join(f"{count} {what}" for what, count in seen.most_common()))
 
 
-def _read(broken: Path, engine: Reranker, keys: list[str], want: list[Relevance], bench: Bench) -> str:
-    """Open a changed file as an index does, and score what it gives."""
+def _changes(data: bytes, fingerprint: str, most: int) -> list[tuple[int, int] | str]:
+    """A place and the bits that turn there, or a new value in the namespace row."""
+    row = data.index(fingerprint.encode()) - 12
+    namespace = [(place, 1 << bit) for place in range(row, row + 100) for bit in range(8)]
+    others = [(place, 1 << place % 8) for place in changeable(data)]
+    return [*EDITS, *namespace, *(random.Random(0).sample(others, most) if most < len(others) else others)]
+
+
+def _make(whole: Path, broken: Path, change: tuple[int, int] | str) -> None:
+    data = bytearray(whole.read_bytes())
+    if isinstance(change, tuple):
+        data[change[0]] ^= change[1]
+    broken.write_bytes(data)
+    if isinstance(change, str):
+        edit(broken, f"UPDATE namespaces SET {change}")
+
+
+def _read(broken: Path, engine: Reranker, states: list[PassageStates], want: list[Relevance], bench: Bench) -> str:
+    """Open a changed file as an index does, and score each passage that it gives other states for."""
     layout = stored_layout(broken, engine.info.fingerprint)
+    outcomes = set()
     with open_store(broken, layout if layout is not None else engine.layout("exact")) as store:
-        fetched = store.get_many(keys)
-        scores = engine.score(QUERY, fetched.batch) if fetched.batch is not None else []
-    wrong = sum(abs(got.margin - want[at].margin) > 1e-5 for at, got in zip(fetched.found, scores, strict=True))
-    bench.row.add("wrong", "a changed byte", wrong)
-    return "missing" if fetched.missing else "right"
+        for state, score in zip(states, want, strict=True):
+            try:
+                batch = store.get_many([state.key]).batch
+            except KalmRagError:
+                outcomes.add("refused")
+                continue
+            outcomes.add("right" if batch is not None else "missing")
+            if batch is not None and not _is_same(batch, state):
+                (got,) = engine.score(QUERY, batch)
+                bench.row.add("wrong", "a changed byte", abs(got.margin - score.margin) > 1e-5)
+    return "refused" if "refused" in outcomes else "missing" if "missing" in outcomes else "right"
+
+
+def _is_same(batch: StateBatch, state: PassageStates) -> bool:
+    told = (batch.ratio, int(batch.tokens[0]), int(batch.total_tokens[0]))
+    return told == (state.ratio, state.tokens, state.total_tokens) and torch.equal(batch.vectors[0], state.vectors)
 
 
 def full(bench: Bench) -> None:
