@@ -194,7 +194,19 @@ def test_ctrl_c_in_the_pass_ends_one_request_and_not_the_line() -> None:
     assert waiting.result() == [2.0]
 
 
-class CutShort(threading.Event):
+class Watched(threading.Event):
+    """Tells that it is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.begun.set()
+        return super().wait(timeout)
+
+
+class CutShort(Watched):
     """Ctrl-C arrives in the very moment in which the turn has come."""
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -208,9 +220,11 @@ def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:
     queue, slow = DecodeQueue(), Slow()
     first = ask(queue, slow, 0, [0.0])
     later: list[Asked] = []
+    request = Request(slow, [1], states_of([1.0]), None, share=1)
+    request.woken = woken = CutShort() if leads else Watched()
 
     def interrupt() -> None:
-        until(lambda: queue._line)
+        woken.begun.wait()  # before that, Ctrl-C would come anywhere in the line's own code
         later.append(ask(queue, slow, 2, [2.0]))
         if leads:
             slow.gate.release()
@@ -219,9 +233,6 @@ def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:
 
     killer = threading.Thread(target=interrupt)
     killer.start()
-    request = Request(slow, [1], states_of([1.0]), None, share=1)
-    if leads:
-        request.woken = CutShort()
     with pytest.raises(KeyboardInterrupt):
         queue.run(request)
     killer.join()
