@@ -5,12 +5,13 @@ The Chroma side of `kalm_rag.langchain.vectorstore`, which writes and searches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import chromadb
 import chromadb.config
 from langchain_chroma import Chroma
+from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 
 from kalm_rag.engine.reranker import Reranker
@@ -34,12 +35,19 @@ from kalm_rag.index.settings import (
     read_store,
 )
 from kalm_rag.langchain.embeddings import KaLMEmbeddings
+from kalm_rag.langchain.inputs import check_documents
 from kalm_rag.states import Codec
 from kalm_rag.store import StateStore
 
 if TYPE_CHECKING:
     from chromadb.api import CreateCollectionConfiguration
     from typing_extensions import Self
+
+_CONNECTION = {
+    *("collection_name", "persist_directory", "host", "port", "headers", "chroma_cloud_api_key", "tenant", "database"),
+    *("client_settings", "client", "collection_metadata", "collection_configuration"),
+}
+"""Arguments of a store's connection, which ``from_texts`` and ``from_documents`` hand on."""
 
 
 class ChromaWithStates(Chroma, HasStates):
@@ -117,6 +125,98 @@ class ChromaWithStates(Chroma, HasStates):
         except BaseException:
             opened.close()
             raise
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[str],
+        embedding: Embeddings | None = None,
+        metadatas: list[dict[str, Any]] | None = None,
+        ids: list[str] | None = None,
+        collection_name: str = Chroma._LANGCHAIN_DEFAULT_COLLECTION_NAME,
+        persist_directory: str | None = None,
+        host: str | None = None,
+        port: int | None = None,
+        headers: dict[str, str] | None = None,
+        chroma_cloud_api_key: str | None = None,
+        tenant: str | None = None,
+        database: str | None = None,
+        client_settings: chromadb.config.Settings | None = None,
+        client: chromadb.ClientAPI | None = None,
+        collection_metadata: dict[str, Any] | None = None,
+        collection_configuration: CreateCollectionConfiguration | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> Self:
+        """Make a store and add texts. Arguments in the order of ``Chroma.from_texts``, so that both are called alike.
+
+        Args:
+            texts: Passages; read once.
+            embedding: What makes the vectors; None takes the bundled ones.
+            metadatas: One per text, or None.
+            ids: One per text; None makes new ones, so that adding the same texts again doubles them.
+            collection_name: Name of the collection.
+            persist_directory: As all that follow, an argument of the class.
+            host: Where a Chroma server is.
+            port: Its port.
+            headers: HTTP headers for it.
+            chroma_cloud_api_key: Key of Chroma Cloud.
+            tenant: Tenant in the database.
+            database: Database of the tenant.
+            client_settings: Settings of the client.
+            client: An open client.
+            collection_metadata: Metadata of a new collection.
+            collection_configuration: Configuration of a new collection.
+            **settings: The other arguments of the class: ``model``, ``store``, ``passage``, ...
+        """
+        given = {name: value for name, value in locals().items() if name in _CONNECTION}
+        made = cls(embedding_function=embedding, **given, **settings)
+        made.add_texts(texts, metadatas, ids)
+        return made
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Iterable[Document],
+        embedding: Embeddings | None = None,
+        ids: list[str] | None = None,
+        collection_name: str = Chroma._LANGCHAIN_DEFAULT_COLLECTION_NAME,
+        persist_directory: str | None = None,
+        host: str | None = None,
+        port: int | None = None,
+        headers: dict[str, str] | None = None,
+        chroma_cloud_api_key: str | None = None,
+        tenant: str | None = None,
+        database: str | None = None,
+        client_settings: chromadb.config.Settings | None = None,
+        client: chromadb.ClientAPI | None = None,
+        collection_metadata: dict[str, Any] | None = None,
+        collection_configuration: CreateCollectionConfiguration | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> Self:
+        """Make a store and add documents, under their ids or new ones. Arguments as ``Chroma.from_documents`` has them.
+
+        Args:
+            documents: Read once.
+            embedding: What makes the vectors; None takes the bundled ones.
+            ids: One per document, in place of their own.
+            collection_name: Name of the collection; this and all that follow as in `from_texts`.
+            persist_directory: Folder of a local database.
+            host: Where a Chroma server is.
+            port: Its port.
+            headers: HTTP headers for it.
+            chroma_cloud_api_key: Key of Chroma Cloud.
+            tenant: Tenant in the database.
+            database: Database of the tenant.
+            client_settings: Settings of the client.
+            client: An open client.
+            collection_metadata: Metadata of a new collection.
+            collection_configuration: Configuration of a new collection.
+            **settings: The other arguments of the class.
+        """
+        given = {name: value for name, value in locals().items() if name in _CONNECTION}
+        made = cls(embedding_function=embedding, **given, **settings)
+        made.add_documents(check_documents(documents), **({} if ids is None else {"ids": ids}))
+        return made
 
     def _embeddings_and_place(self) -> tuple[Embeddings, CollectionPlace]:
         """What makes the vectors, and the collection that is for them."""

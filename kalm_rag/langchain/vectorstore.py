@@ -10,7 +10,7 @@ import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from langchain_chroma import Chroma
 from langchain_chroma.vectorstores import DEFAULT_K
@@ -36,10 +36,6 @@ from kalm_rag.store import GcReport, sweep_folder
 from kalm_rag.store.base import GRACE_SECONDS
 from kalm_rag.store.chroma import drop_companions
 from kalm_rag.store.rows import chunked
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -120,52 +116,6 @@ class KaLMChroma(ChromaWithStates):
     similarity_search_by_vector = _named(Chroma.similarity_search_by_vector)
     similarity_search_by_vector_with_relevance_scores = _named(Chroma.similarity_search_by_vector_with_relevance_scores)
     max_marginal_relevance_search_by_vector = _named(Chroma.max_marginal_relevance_search_by_vector)
-
-    @classmethod
-    def from_texts(  # type: ignore[override]
-        cls,
-        texts: Iterable[str],
-        embedding: Embeddings | None = None,
-        metadatas: list[dict[str, Any]] | None = None,
-        ids: list[str] | None = None,
-        collection_name: str = Chroma._LANGCHAIN_DEFAULT_COLLECTION_NAME,
-        **settings: Any,  # noqa: ANN401
-    ) -> Self:
-        """Make a store and add texts.
-
-        Args:
-            texts: Passages; read once.
-            embedding: What makes the vectors; None takes the bundled ones.
-            metadatas: One per text, or None.
-            ids: One per text; None makes new ones, so that adding the same texts again doubles them.
-            collection_name: Name of the collection.
-            **settings: Other arguments of the class, ``persist_directory`` for instance.
-        """
-        made = cls(collection_name, embedding, **settings)
-        made.add_texts(texts, metadatas, ids)
-        return made
-
-    @classmethod
-    def from_documents(  # type: ignore[override]
-        cls,
-        documents: Iterable[Document],
-        embedding: Embeddings | None = None,
-        ids: list[str] | None = None,
-        collection_name: str = Chroma._LANGCHAIN_DEFAULT_COLLECTION_NAME,
-        **settings: Any,  # noqa: ANN401
-    ) -> Self:
-        """Make a store and add documents.
-
-        Args:
-            documents: Read once; kept under their ids, or new ones.
-            embedding: What makes the vectors; None takes the bundled ones.
-            ids: One per document, in place of their own.
-            collection_name: Name of the collection.
-            **settings: Other arguments of the class, ``persist_directory`` for instance.
-        """
-        made = cls(collection_name, embedding, **settings)
-        made.add_documents(documents, **({} if ids is None else {"ids": ids}))
-        return made
 
     def add_texts(
         self,
