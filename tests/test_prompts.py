@@ -309,6 +309,30 @@ def test_instruction_above_two_slots() -> None:
     assert Instructions.from_prompt(template).task == "Answer only from the documents below."
 
 
+@pytest.mark.parametrize(
+    ("template", "task"),
+    [
+        (f"{SHORT} For example:\nQ: Wet?\nA: Yes [1].\nNow it's your turn.\nContext: {{context}}\nQ: {{q}}\nA:", SHORT),
+        (
+            f"Example 1:\nQuestion: a?\nAnswer: b\n\nExample 2:\nQuestion: c?\nAnswer:\nd\ne\n\n{SHORT}\n{{context}}",
+            SHORT,
+        ),
+        (f"{SHORT}\n## Examples\n**Q:** a?\n**A:** b\n\n**Q:** c?\n**A:** d\n\n**Q:** {{question}}\n**A:**", SHORT),
+        (f"{SHORT}\nHere is an example:\nSource 1:\n\nUse salt.\n\nQuery: c?\nAnswer: d [1].", SHORT),  # no slots
+        (
+            "Find laws. For example:\n- statutes\n- treaties\n{context}",
+            "Find laws. For example:\n- statutes\n- treaties",
+        ),
+        ("Find laws, for example statutes.\n{context}", "Find laws, for example statutes."),
+        ("Example:\nQuestion: {question}\n{context}", None),
+    ],
+)
+def test_worked_examples_are_no_task(template: str, task: str | None) -> None:
+    """An example of the answer's form (a red sky, wet water) became what to look for, and moved the top hit."""
+    assert Instructions.from_prompt(template).task == task
+    assert Instructions.from_prompt(("system", template)).system == task
+
+
 HOSTILE: dict[str, Callable[[int], str]] = {
     "unclosed tag": lambda n: "{context}\n<" + "a" * n,
     "unclosed expressions": lambda n: "{{ x }}" + "{{" * (n // 2),
@@ -323,6 +347,8 @@ HOSTILE: dict[str, Callable[[int], str]] = {
     "a fence below slots": lambda n: "{a}\n" * (n // 8) + "-" * (n // 2) + "x",
     "a text above slots": lambda n: "k" * (n // 2) + ":\n" + "{a}\n" * (n // 8),
     "spaces": lambda n: "{context}" + " " * n + "x",
+    "examples without an answer": lambda n: "Example:\nQ: x\n" * (n // 14),
+    "examples": lambda n: "Example:\nQ: x\nA: y\n" * (n // 19),
     "NULs": lambda n: "{context}" + "\0" * n,
     "filters": lambda n: ("{{ x" + "|lower" * 300 + " }}") * (n // 1806),
     "doubled text": lambda n: (
@@ -518,6 +544,7 @@ class TestLlamaIndex:
         from llama_index.core.chat_engine import CondenseQuestionChatEngine
         from llama_index.core.embeddings import MockEmbedding
         from llama_index.core.llms.mock import MockLLM
+        from llama_index.core.query_engine import CitationQueryEngine
 
         index = VectorStoreIndex.from_documents([Document(text="x")], embed_model=MockEmbedding(embed_dim=4))
         engine = index.as_query_engine(
@@ -528,6 +555,10 @@ class TestLlamaIndex:
         for mode in ("context", "condense_plus_context"):
             chat = index.as_chat_engine(chat_mode=mode, llm=MockLLM(), system_prompt=LAWYER + ' {"static": 1}')
             assert str(Instructions.from_prompt(chat).system).startswith(LAWYER + ' {"static": 1}')
+        citing = CitationQueryEngine.from_args(index, llm=MockLLM())
+        told = str(Instructions.from_prompt(citing).task)
+        assert told.startswith("Please provide an answer based solely on the provided sources.")
+        assert told.endswith("If none of the sources are helpful, you should indicate that.")
         condense = CondenseQuestionChatEngine.from_defaults(query_engine=engine, llm=MockLLM())
         assert Instructions.from_prompt(condense).task == SHORT
 

@@ -3,7 +3,8 @@
 Imports neither framework: an object is told by the attributes it has. The template is parsed, never formatted; what
 the app fills in per query (documents, question, history) goes, with labels, fences and tags. System messages' remains
 become the system text, human messages' the task. A single-string prompt has no system message, so all of it is task.
-Example turns (a human message that an assistant message answers) and assistant messages are left out.
+Example turns (a human message that an assistant message answers), assistant messages and worked examples in a text
+("For example: ...") are left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 from kalm_rag.errors import InputError
+from kalm_rag.instructions.examples import drop_examples
 from kalm_rag.instructions.jinja import jinja_messages
 from kalm_rag.instructions.pieces import Piece, Slot, Values
 from kalm_rag.instructions.strip import strip_slots
@@ -73,7 +75,7 @@ def read_prompt(prompt: object) -> tuple[str | None, str | None]:
     answered = [m.role == "human" and n.role == "ai" for m, n in pairwise(messages)]
     texts: dict[str, list[str]] = {"system": [], "human": []}
     for message, is_example in zip(messages, [*answered, False][: len(messages)], strict=True):
-        left = "" if is_example or message.role not in texts else strip_slots(message.pieces)
+        left = "" if is_example or message.role not in texts else strip_slots(drop_examples(message.pieces))
         if left:
             texts[message.role].append(left)
     return "\n".join(texts["system"]) or None, "\n".join(texts["human"]) or None
