@@ -7,6 +7,7 @@ traced as a chain run with the candidates as its input, and its start always has
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun, Callbacks
@@ -19,7 +20,7 @@ from langchain_core.runnables.config import (
     get_callback_manager_for_config,
     run_in_executor,
 )
-from pydantic import BaseModel, ConfigDict, StrictInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 from typing_extensions import Self
 
 from kalm_rag.checks import check_cut
@@ -33,11 +34,14 @@ from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
 from kalm_rag.index.settings import place_of
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.inputs import (
+    CALL_NAMES,
     CONFIG_SPECS,
+    DEFAULT_TOP_N,
     RerankInput,
     check_documents,
     check_names,
-    configured_instructions,
+    configured,
+    read_call,
     read_input,
 )
 from kalm_rag.langchain.settings import EngineSettings
@@ -70,7 +74,7 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
         decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU, a little less exactly; None as they are.
         compiled: Whether a KaLM checkpoint's decoder is compiled, which takes a minute at the first query.
         prefix_cache_bytes: Most bytes of decoder work that a KaLM checkpoint keeps between queries; None leaves it.
-        top_n: Most documents given back, >= 1; None gives all.
+        top_n: Most documents given back, >= 1; None gives all. Not given, it is 4, as everywhere in LangChain.
         threshold: Keep only P(yes) >= this, in [0, 1].
         missing: Documents without stored states are encoded and kept (``"encode"``), an error (``"raise"``), or put
             unscored behind the others (``"skip"``).
@@ -95,7 +99,7 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
         'Paris is the capital of France.'
     """
 
-    top_n: StrictInt | None = 3
+    top_n: StrictInt | None = DEFAULT_TOP_N
     threshold: float | None = None
     missing: Missing = "encode"
     passage: str = DOCUMENT
@@ -151,7 +155,8 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
     def with_instructions(self, instructions: object) -> Self:
         """Give a copy that follows other instructions, e.g. those of another prompt.
 
-        For one call in a chain, use ``config={"configurable": {"kalm_instructions": ...}}``.
+        For one call in a chain, use ``config={"configurable": {"kalm_instructions": ...}}``; ``kalm_top_n`` and
+        ``kalm_threshold`` go the same way.
 
         Args:
             instructions: `Instructions`, a task as a string, or the app's prompt or chain.
@@ -213,8 +218,21 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
         query: str | PreparedQuery,
         config: RunnableConfig,
         owners: Owners | None = None,
+        said: Mapping[str, Any] | None = None,
     ) -> list[Document]:
-        """Rerank without a trace of its own, for a step that has one; see `compress_documents`."""
+        """Rerank without a trace of its own, for a step that has one; see `compress_documents`.
+
+        Args:
+            documents: Candidates.
+            query: The question.
+            config: The chain's.
+            owners: Records the candidates are of.
+            said: What the call says otherwise, read by `read_call`; goes before what its config says.
+        """
+        said = {**configured(config), **(said if said is not None else {})}
+        return (self.model_copy(update=said) if said else self)._rank(documents, query, owners)
+
+    def _rank(self, documents: Sequence[Document], query: str | PreparedQuery, owners: Owners | None) -> list[Document]:
         blank, documents = is_blank(query), check_documents(documents)
         if not documents:
             return []
@@ -222,15 +240,13 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
             placed = unscored_candidates(len(documents), top_n=self.top_n, threshold=self.threshold)
             return [self._scored(documents[one.index], one) for one in placed]
         engine, store = self.lazy.get()
-        told, rule = configured_instructions(config), PassageRule(self.passage)
+        rule = PassageRule(self.passage)
         placed = rank_candidates(
             engine,
             store,
             query,
             [rule.text(document.page_content, document.metadata, document.id or "") for document in documents],
-            instructions=None
-            if isinstance(query, PreparedQuery)  # has its own
-            else as_instructions(told if told is not None else self.instructions),
+            instructions=None if isinstance(query, PreparedQuery) else self.instructions,  # it has its own
             ratio=self.ratio,
             top_n=self.top_n,
             threshold=self.threshold,
@@ -260,15 +276,18 @@ class KaLMRerank(RunnableSerializable[Any, list[Document]]):
 
     Reads the question under ``query``, ``question`` or ``input``, the documents under ``documents``, ``context`` or
     ``docs`` (the first there is), out of a dict or a pydantic or dataclass state; documents may be dicts with
-    ``page_content``. Instructions of one call: ``config["configurable"]["kalm_instructions"]``.
+    ``page_content``. For one call, ``bind`` and ``invoke`` take `instructions`, `top_n` and `threshold`, and so does
+    ``config["configurable"]``, as ``kalm_instructions``, ``kalm_top_n`` and ``kalm_threshold``; what a call says goes
+    before what its config says. ``configurable_fields`` knows the three, too.
 
     Args:
         compressor: What reranks. None makes a `KaLMDocumentCompressor`.
         name: Name of the step in traces and events; None is the class's.
-        **settings: Arguments of `KaLMDocumentCompressor` (``top_n``, ``model``, ...), in place of `compressor`.
+        **settings: Arguments of `KaLMDocumentCompressor` (``top_n``, ``model``, ...), in place of `compressor`. Beside
+            a compressor, `instructions`, `top_n` and `threshold` of this step, in place of the compressor's.
 
     Raises:
-        InputError: If both a compressor and settings are given.
+        InputError: If both a compressor and other settings are given.
         pydantic.ValidationError: If a setting is unknown or out of range.
 
     Example:
@@ -281,6 +300,10 @@ class KaLMRerank(RunnableSerializable[Any, list[Document]]):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     compressor: KaLMDocumentCompressor
+    # the compressor's own, where `configurable_fields` looks for them
+    instructions: AnyInstructions = Field(default=None, exclude=True, repr=False)
+    top_n: int | None = Field(default=DEFAULT_TOP_N, exclude=True, repr=False)
+    threshold: float | None = Field(default=None, exclude=True, repr=False)
 
     def __init__(
         self,
@@ -289,6 +312,7 @@ class KaLMRerank(RunnableSerializable[Any, list[Document]]):
         name: str | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> None:
+        said = {} if compressor is None else {key: settings.pop(key) for key in CALL_NAMES if key in settings}
         if compressor is not None and settings:
             raise InputError(f"compressor and {', '.join(sorted(settings))} were both given; wanted one of them.")
         if compressor is None:
@@ -298,7 +322,12 @@ class KaLMRerank(RunnableSerializable[Any, list[Document]]):
             raise InputError(
                 f"compressor is {type(compressor).__name__}; wanted a KaLMDocumentCompressor, or its settings by name."
             )
-        super().__init__(compressor=compressor, name=name)  # type: ignore[call-arg]
+        if isinstance(compressor, Mapping):
+            compressor = KaLMDocumentCompressor(**compressor)
+        if said:
+            compressor = compressor.model_copy(update=read_call(said))
+        own = {key: getattr(compressor, key) for key in CALL_NAMES}
+        super().__init__(compressor=compressor, name=name, **own)  # type: ignore[call-arg]
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -317,7 +346,7 @@ class KaLMRerank(RunnableSerializable[Any, list[Document]]):
 
     @property
     def config_specs(self) -> list[ConfigurableFieldSpec]:
-        """What a call's config may carry: ``kalm_instructions``."""
+        """What a call's config may carry: ``kalm_instructions``, ``kalm_top_n``, ``kalm_threshold``."""
         return CONFIG_SPECS
 
     def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
@@ -329,35 +358,44 @@ class KaLMRerank(RunnableSerializable[Any, list[Document]]):
 
         Args:
             input: Question and documents; see the class.
-            config: Callbacks, tags, ``run_id``, ``run_name``, and instructions of this call.
-            **kwargs: Refused.
+            config: Callbacks, tags, ``run_id``, ``run_name``, and what this call says; see the class.
+            **kwargs: `instructions`, `top_n` and `threshold` of this call.
 
         Raises:
-            InputError: If a key is missing, or an argument is unknown.
+            InputError: If a key is missing, or an argument is unknown or out of range.
         """
-        _refuse(kwargs)
-        return self._call_with_config(self._rerank, input, config)
+        return self._call_with_config(partial(self._rerank, _read_call(kwargs)), input, config)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
         """Rerank without holding up the event loop; see `invoke`."""
-        _refuse(kwargs)
-        return await self._acall_with_config(self._arerank, input, config)
+        return await self._acall_with_config(partial(self._arerank, _read_call(kwargs)), input, config)
 
-    def _rerank(self, given: object, run_manager: CallbackManagerForChainRun, config: RunnableConfig) -> list[Document]:
+    def _rerank(
+        self, said: dict[str, Any], given: object, run_manager: CallbackManagerForChainRun, config: RunnableConfig
+    ) -> list[Document]:
         query, documents = read_input(given)
-        return self.compressor.rank(documents, query, config)
+        return self.compressor.rank(documents, query, config, said=said)
 
     async def _arerank(
-        self, given: object, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
+        self, said: dict[str, Any], given: object, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
     ) -> list[Document]:
         query, documents = read_input(given)
         with cancel_on_error():
-            return await run_in_executor(None, self.compressor.rank, documents, query, config)
+            return await run_in_executor(None, partial(self.compressor.rank, said=said), documents, query, config)
 
 
-def _refuse(kwargs: Mapping[str, object]) -> None:
-    if kwargs:
-        raise InputError(f"unknown arguments {', '.join(sorted(kwargs))}; the step takes its input and a config.")
+def _read_call(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What one call of the step says otherwise than its compressor.
+
+    Raises:
+        InputError: If an argument is unknown or out of range.
+    """
+    if unknown := sorted(kwargs.keys() - set(CALL_NAMES)):
+        check_names(unknown, CALL_NAMES, "KaLMRerank.invoke")
+        raise InputError(
+            f"unknown arguments {', '.join(unknown)}; the step takes its input, a config and {', '.join(CALL_NAMES)}."
+        )
+    return read_call(kwargs)
 
 
 def _config(callbacks: Callbacks | None) -> RunnableConfig:

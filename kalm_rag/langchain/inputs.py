@@ -1,4 +1,4 @@
-"""What LangChain components of ours are given: documents, a chain step's input, instructions in a config."""
+"""What LangChain components of ours are given: documents, a chain step's input, what a call's config says."""
 
 from __future__ import annotations
 
@@ -11,23 +11,37 @@ from langchain_core.runnables import ConfigurableFieldSpec, RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from pydantic import BaseModel, Field
 
-from kalm_rag.checks import check_items, unknown_argument_hint
+from kalm_rag.checks import check_cut, check_items, unknown_argument_hint
 from kalm_rag.errors import InputError
+from kalm_rag.instructions import as_instructions
 
-CONFIG_KEY = "kalm_instructions"
-"""Key in ``config["configurable"]`` for the instructions of one call."""
+DEFAULT_TOP_N = 4
+"""How many documents come back where nobody says: as many as LangChain's own vector stores and retrievers give."""
+
+_CONFIGURED = {
+    "instructions": (
+        str | dict[str, str | None] | None,
+        "What kind of passage is wanted, for this call: a task, or {'system': ..., 'task': ...}.",
+    ),
+    "top_n": (int | None, "Most documents given back, for this call."),
+    "threshold": (float | None, "Keep only P(yes) >= this, for this call."),
+}
+"""What a call's config may say as ``kalm_<name>``; None there says nothing."""
+
+CALL_NAMES = tuple(_CONFIGURED)
+"""What one call may say otherwise than a component's settings."""
 
 CONFIG_SPECS = [
     ConfigurableFieldSpec(
-        id=CONFIG_KEY,
-        annotation=str | dict[str, str | None] | None,
-        name="Instructions",
-        description="What kind of passage is wanted, for this call: a task, or {'system': ..., 'task': ...}.",
-        default=None,
-        is_shared=True,
+        id=f"kalm_{name}", annotation=kind, name=name.capitalize(), description=text, default=None, is_shared=True
     )
+    for name, (kind, text) in _CONFIGURED.items()
 ]
-"""Tells LangServe that calls may carry instructions; what no spec names is dropped there."""
+"""Tells LangServe what calls may say. What no spec names is dropped there: so is ``kalm_filter``, which may be what
+keeps one customer's documents from another's."""
+
+FILTER_KEY = "kalm_filter"
+"""Key in ``config["configurable"]`` for the filter of one call to a retriever; None there lifts the filter."""
 
 _QUERY_KEYS = ("query", "question", "input")
 _DOCUMENT_KEYS = ("documents", "context", "docs")
@@ -100,9 +114,32 @@ def check_documents(documents: Iterable[Document]) -> list[Document]:
     return read
 
 
-def configured_instructions(config: RunnableConfig | None) -> Any:  # noqa: ANN401 - whatever the app put there
-    """Instructions that a call's config, or that of the running chain, carries; None for none."""
-    return (ensure_config(config).get("configurable") or {}).get(CONFIG_KEY)
+def configured(config: RunnableConfig | None) -> dict[str, Any]:
+    """What a call's config, or that of the running chain, says: instructions, top_n, threshold, as far as it does.
+
+    Raises:
+        InputError: If a number is out of range, or the instructions are none.
+    """
+    held = ensure_config(config).get("configurable") or {}
+    said = {name: value for name in _CONFIGURED if (value := held.get(f"kalm_{name}")) is not None}
+    return read_call(said, prefix="kalm_")
+
+
+def read_call(said: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Check what one call says otherwise than a component's settings, and read its instructions.
+
+    Args:
+        said: Any of instructions, top_n and threshold.
+        prefix: What stands before the names where the caller wrote them.
+
+    Raises:
+        InputError: If a number is out of range, or the instructions are none.
+    """
+    check_cut(said.get("top_n"), said.get("threshold"), count=f"{prefix}top_n", least=f"{prefix}threshold")
+    read = dict(said)
+    if "instructions" in said:
+        read["instructions"] = as_instructions(said["instructions"])
+    return read
 
 
 def _as_document(value: object) -> object:

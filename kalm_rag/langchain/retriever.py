@@ -11,7 +11,7 @@ from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, Callba
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import ConfigurableFieldSpec, RunnableConfig
-from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables.config import ensure_config, run_in_executor
 from langchain_core.vectorstores import VectorStore
 from pydantic import ConfigDict, Field, StrictInt, field_serializer, field_validator, model_validator
 from typing_extensions import Self
@@ -23,9 +23,12 @@ from kalm_rag.index.candidates import Owners
 from kalm_rag.index.settings import ByName
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.compressor import RETRIEVAL_RANK, RETRIEVAL_SCORE, KaLMDocumentCompressor
-from kalm_rag.langchain.inputs import CONFIG_SPECS, check_names, configured_instructions
+from kalm_rag.langchain.inputs import CONFIG_SPECS, DEFAULT_TOP_N, FILTER_KEY, check_names, configured
 
 logger = logging.getLogger(__name__)
+
+_OWN: Any = object()
+"""Stands for the retriever's own filter and threshold in a call that says neither: None lifts them."""
 
 
 @runtime_checkable
@@ -55,9 +58,12 @@ class KaLMRetriever(ByName, BaseRetriever):
     """Takes `fetch_k` candidates from a vector store and gives the `k` that the decoder finds most relevant.
 
     Over a `KaLMChroma` the candidates' stored states are used. Over any other vector store (or with a `compressor` of
-    yours) states come from the compressor's store, or from memory. ``invoke`` takes `k`, `fetch_k`, `filter`,
-    `instructions` and `threshold` for one call, too, and so does ``config["configurable"]["kalm_instructions"]``.
-    What a call says goes before what the retriever says, that before what the compressor says.
+    yours) states come from the compressor's store, or from memory. ``invoke`` (and ``bind``) takes `k`, `fetch_k`,
+    `filter`, `instructions` and `threshold` for one call, too; None there lifts a filter or a threshold. So does
+    ``config["configurable"]``, under ``kalm_top_n``, ``kalm_threshold``, ``kalm_filter`` and ``kalm_instructions``:
+    what it says holds for every step of ours in a chain; for one of them use ``configurable_fields``.
+    What a call says goes before what its config says, that before what the retriever says, and that before what the
+    compressor says.
 
     Behind a retriever that asks several times and compares whole documents (``MultiQueryRetriever``), each question's
     own ``relevance_score`` makes one document look like several. Put the reranking outside, so that it is done once,
@@ -66,7 +72,7 @@ class KaLMRetriever(ByName, BaseRetriever):
 
     Args:
         vectorstore: Where candidates come from.
-        k: Documents wanted, >= 1. Not given, it is the `top_n` that the compressor was given, or else 4.
+        k: Documents wanted, >= 1. Not given, it is the `top_n` that the compressor was given, or else the same default.
         fetch_k: Candidates, >= 1; at least `k` are taken.
         instructions: `Instructions`, a task as a string, or the app's prompt or chain.
         threshold: Keep only P(yes) >= this.
@@ -96,7 +102,7 @@ class KaLMRetriever(ByName, BaseRetriever):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     vectorstore: VectorStore
-    k: StrictInt = 4
+    k: StrictInt = DEFAULT_TOP_N
     fetch_k: StrictInt = 50
     instructions: AnyInstructions = None
     threshold: float | None = None
@@ -138,6 +144,8 @@ class KaLMRetriever(ByName, BaseRetriever):
                 )
             if wanted is not None:
                 self.k = wanted
+            self.compressor = self.compressor.model_copy()
+            self.compressor.model_fields_set.discard("top_n")  # it is `k` now, which a call's config may change
         check_count(self.k, "k")
         check_count(self.fetch_k, "fetch_k")
         check_cut(None, self.threshold)
@@ -154,7 +162,7 @@ class KaLMRetriever(ByName, BaseRetriever):
 
     @property
     def config_specs(self) -> list[ConfigurableFieldSpec]:
-        """What a call's config may carry: ``kalm_instructions``."""
+        """What a call's config may carry: ``kalm_instructions``, ``kalm_top_n``, ``kalm_threshold``."""
         return CONFIG_SPECS
 
     def invoke(self, input: str, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
@@ -172,9 +180,9 @@ class KaLMRetriever(ByName, BaseRetriever):
         run_manager: CallbackManagerForRetrieverRun,
         k: int | None = None,
         fetch_k: int | None = None,
-        filter: Any = None,  # noqa: ANN401 - each vector store has its own kind
+        filter: Any = _OWN,  # noqa: ANN401 - each vector store has its own kind
         instructions: object = None,
-        threshold: float | None = None,
+        threshold: float | None = _OWN,
     ) -> list[Document]:
         compressor, search = self._plan(query, k, fetch_k, filter, instructions, threshold)
         found = self._search_own(compressor, search)
@@ -192,9 +200,9 @@ class KaLMRetriever(ByName, BaseRetriever):
         run_manager: AsyncCallbackManagerForRetrieverRun,
         k: int | None = None,
         fetch_k: int | None = None,
-        filter: Any = None,  # noqa: ANN401 - each vector store has its own kind
+        filter: Any = _OWN,  # noqa: ANN401 - each vector store has its own kind
         instructions: object = None,
-        threshold: float | None = None,
+        threshold: float | None = _OWN,
     ) -> list[Document]:
         compressor, search = await run_in_executor(None, self._plan, query, k, fetch_k, filter, instructions, threshold)
         found = await run_in_executor(None, self._search_own, compressor, search)
@@ -222,23 +230,25 @@ class KaLMRetriever(ByName, BaseRetriever):
     def _changes(self, k: int | None, instructions: object, threshold: float | None) -> dict[str, Any]:
         """Settings of the compressor that this call, or else the retriever, says otherwise."""
         top_n = check_count(k if k is not None else self.k, "k")
-        threshold = threshold if threshold is not None else self.threshold
-        check_cut(None, threshold)
+        check_cut(None, None if threshold is _OWN else threshold)
         told = as_instructions(instructions)
         said = {
             "instructions": told if told is not None else self.instructions,
-            "threshold": threshold,
+            "threshold": self.threshold,
             "ratio": self.ratio,
             "keep_score": None if self.keep_score else False,
         }
-        return {"top_n": top_n, **{name: value for name, value in said.items() if value is not None}}
+        changes = {"top_n": top_n, **{name: value for name, value in said.items() if value is not None}}
+        return changes if threshold is _OWN else {**changes, "threshold": threshold}
 
     def _search(self, query: str, k: int, fetch_k: int | None, filter: Any) -> dict[str, Any]:  # noqa: ANN401
         """Arguments of the vector store's search."""
         check_text(query, "query")
         count = max(k, check_count(fetch_k if fetch_k is not None else self.fetch_k, "fetch_k"))
         search = {"query": query, "k": count, **self.search_kwargs}
-        chosen = filter if filter is not None else self.filter
+        if filter is not _OWN:
+            search.pop("filter", None)
+        chosen = self.filter if filter is _OWN else filter
         if chosen is not None:
             search["filter"] = chosen
         store = self.vectorstore
@@ -296,7 +306,12 @@ def _as_candidates(found: Sequence[Any], search: Mapping[str, Any], *, scored: b
 
 
 def _arguments(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call, with the instructions that its config, or that of the running chain, carries."""
+    """Arguments of a call, and before them what its config, or that of the running chain, says."""
     check_names(kwargs, ("k", "fetch_k", "filter", "instructions", "threshold"), "KaLMRetriever.invoke")
-    configured = configured_instructions(config)
-    return kwargs if configured is None else {"instructions": configured, **kwargs}
+    said = configured(config)
+    if "top_n" in said:
+        said["k"] = said.pop("top_n")
+    held = ensure_config(config).get("configurable") or {}
+    if FILTER_KEY in held:
+        said["filter"] = held[FILTER_KEY]
+    return {**said, **kwargs}

@@ -76,7 +76,7 @@ def test_duplicates_and_edited_texts(compressor: KaLMDocumentCompressor) -> None
 def test_cuts(compressor: KaLMDocumentCompressor) -> None:
     everything = compressor.compress_documents(documents(), QUERY)
     assert compressor.model_copy(update={"top_n": 2}).compress_documents(documents(), QUERY) == everything[:2]
-    assert len(KaLMDocumentCompressor(reranker=compressor.reranker).compress_documents(documents(), QUERY)) == 3
+    assert len(KaLMDocumentCompressor(reranker=compressor.reranker).compress_documents(documents(), QUERY)) == 4
     middle = everything[2].metadata["relevance_score"]
     kept = compressor.model_copy(update={"threshold": middle}).compress_documents(documents(), QUERY)
     assert kept == everything[:3]

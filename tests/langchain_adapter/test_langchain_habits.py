@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("langchain_chroma", reason="langchain-chroma is not installed (extra 'langchain')")
 
 from langchain_chroma import Chroma
+from langchain_core.documents import Document
+from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
+from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_documents import QUERY, TEXTS, VECTORS, documents
+from pydantic import ValidationError
 
 from kalm_rag.engine.reranker import Reranker
-from kalm_rag.langchain import KaLMChroma
+from kalm_rag.errors import InputError
+from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMRerank, KaLMRetriever
+
+
+def configured(**settings: Any) -> Any:
+    return {"configurable": settings}
+
+
+@pytest.fixture
+def filled(chroma: KaLMChroma) -> KaLMChroma:
+    chroma.add_documents(documents())
+    return chroma
 
 
 @pytest.mark.parametrize("name", ["from_texts", "from_documents", "__init__"])
@@ -39,3 +56,120 @@ def test_a_folder_by_its_place(tiny: Reranker, tmp_path: Path) -> None:
     assert made._collection.metadata["owner"] == "us"
     assert made.verify().clean
     made.close()
+
+
+def test_one_number_of_documents_where_nobody_says(filled: KaLMChroma) -> None:
+    """The compressor gave 3, the retriever 4."""
+    given = {"query": QUERY, "documents": documents()}
+    counts = [
+        len(filled.as_compressor().compress_documents(documents(), QUERY)),
+        len(filled.as_compressor().as_runnable().invoke(given)),
+        len(KaLMRerank(store=filled).invoke(given)),
+        len(KaLMRetriever(vectorstore=filled).invoke(QUERY)),
+        len(filled.rerank(QUERY)),
+        len(filled.similarity_search(QUERY)),
+    ]
+    assert counts == [4] * 6
+
+
+def test_one_call_to_a_retriever(filled: KaLMChroma) -> None:
+    retriever = KaLMRetriever(vectorstore=filled, k=4)
+    two, best = retriever.invoke(QUERY, k=2), retriever.invoke(QUERY)[0]
+    assert len(two) == 2
+    assert retriever.bind(k=2).invoke(QUERY) == two
+    assert retriever.invoke(QUERY, configured(kalm_top_n=2)) == two
+    assert retriever.with_config(configured(kalm_top_n=2)).invoke(QUERY) == two
+    assert (RunnablePassthrough() | retriever).invoke(QUERY, configured(kalm_top_n=2)) == two
+    fields = retriever.configurable_fields(k=ConfigurableField("how_many"), filter=ConfigurableField("where"))
+    assert fields.invoke(QUERY, configured(how_many=2)) == two
+    assert [d.id for d in fields.invoke(QUERY, configured(where={"place": 3}))] == ["id-3"]
+    assert len(fields.invoke(QUERY)) == 4
+    assert retriever.invoke(QUERY, configured(kalm_top_n=3), k=2) == two, "the call goes before its config"
+    score = best.metadata["relevance_score"]
+    wanted = [best]
+    assert retriever.invoke(QUERY, threshold=score) == wanted
+    assert retriever.bind(threshold=score).invoke(QUERY) == wanted
+    assert retriever.invoke(QUERY, configured(kalm_threshold=score)) == wanted
+    assert [d.id for d in retriever.bind(filter={"place": 3}).invoke(QUERY)] == ["id-3"]
+    assert [d.id for d in retriever.invoke(QUERY, configured(kalm_filter={"place": 3}))] == ["id-3"]
+    with pytest.raises(InputError, match="kalm_top_n is 0; wanted a whole number"):
+        retriever.invoke(QUERY, configured(kalm_top_n=0))
+    with pytest.raises(InputError, match=r"kalm_threshold is 2; wanted P\(yes\)"):
+        retriever.invoke(QUERY, configured(kalm_threshold=2))
+    with pytest.raises(ValidationError, match="k is 0; wanted a whole number"):
+        fields.invoke(QUERY, configured(how_many=0))
+
+
+def test_a_configured_k_of_a_retriever_whose_compressor_has_a_top_n(filled: KaLMChroma) -> None:
+    """The copy that LangChain makes for the call was refused: two numbers were given."""
+    compressor = filled.as_compressor(top_n=3)
+    retriever = KaLMRetriever(vectorstore=filled, compressor=compressor)
+    fields = retriever.configurable_fields(k=ConfigurableField("how_many"))
+    assert [len(fields.invoke(QUERY, configured(**said))) for said in ({}, {"how_many": 1})] == [3, 1]
+    assert compressor.model_fields_set >= {"top_n"}, "the caller's own is left as it is"
+
+
+def test_a_filter_or_a_threshold_is_lifted_for_one_call(filled: KaLMChroma) -> None:
+    """``filter=None`` meant the retriever's own, so that nothing could lift it."""
+    for settings in ({"filter": {"place": 3}}, {"search_kwargs": {"filter": {"place": 3}}}):
+        retriever = KaLMRetriever(vectorstore=filled, k=5, **settings)
+        assert [d.id for d in retriever.invoke(QUERY)] == ["id-3"]
+        assert len(retriever.invoke(QUERY, filter=None)) == 5
+        assert len(retriever.bind(filter=None).invoke(QUERY)) == 5
+        assert len(retriever.invoke(QUERY, configured(kalm_filter=None))) == 5
+        assert [d.id for d in retriever.invoke(QUERY, filter={"place": 1})] == ["id-1"]
+        assert [d.id for d in retriever.invoke(QUERY, configured(kalm_top_n=None, kalm_threshold=None))] == ["id-3"]
+    strict = KaLMRetriever(vectorstore=filled, k=5, threshold=1.0)
+    assert strict.invoke(QUERY) == []
+    assert len(strict.invoke(QUERY, threshold=None)) == 5
+
+
+def test_one_call_to_a_step(compressor: KaLMDocumentCompressor) -> None:
+    given = {"query": QUERY, "documents": documents()}
+    step = KaLMRerank(compressor)
+    every = step.invoke(given)
+    score = every[1].metadata["relevance_score"]
+    assert len(every) == 5
+    assert step.bind(top_n=2).invoke(given) == every[:2]
+    assert step.bind(threshold=score).invoke(given) == every[:2]
+    assert step.invoke(given, configured(kalm_top_n=2)) == every[:2]
+    assert step.invoke(given, configured(kalm_threshold=score)) == every[:2]
+    assert step.invoke(given, configured(kalm_top_n=1), top_n=2) == every[:2], "the call goes before its config"
+    fields = step.configurable_fields(top_n=ConfigurableField("how_many"), threshold=ConfigurableField("least"))
+    assert fields.invoke(given, configured(how_many=2)) == every[:2]
+    assert fields.invoke(given, configured(least=score)) == every[:2]
+    assert fields.invoke(given) == every
+    food = KaLMRerank(compressor, instructions="Find food.").invoke(given)
+    assert food == step.bind(instructions="Find food.").invoke(given) != every
+    assert (
+        step.configurable_fields(instructions=ConfigurableField("task")).invoke(given, configured(task="Find food."))
+        == food
+    )
+    with pytest.raises(InputError, match="top_n is 0; wanted a whole number"):
+        step.bind(top_n=0).invoke(given)
+    with pytest.raises(InputError, match=r"KaLMRerank.invoke has no argument top_k\. Did you mean top_n"):
+        step.bind(top_k=1).invoke(given)
+
+
+def test_one_call_without_holding_up_the_loop(compressor: KaLMDocumentCompressor, filled: KaLMChroma) -> None:
+    given = {"query": QUERY, "documents": documents()}
+    step, retriever = KaLMRerank(compressor), KaLMRetriever(vectorstore=filled, filter={"place": 3})
+    two = step.invoke(given)[:2]
+    assert asyncio.run(step.bind(top_n=2).ainvoke(given)) == two
+    assert asyncio.run(step.ainvoke(given, configured(kalm_top_n=2))) == two
+    assert len(asyncio.run(retriever.bind(filter=None, k=2).ainvoke(QUERY))) == 2
+    assert len(asyncio.run(retriever.ainvoke(QUERY, configured(kalm_filter=None, kalm_top_n=2)))) == 2
+
+
+def test_one_call_to_a_compressor_of_a_chain(compressor: KaLMDocumentCompressor) -> None:
+    retrievers = pytest.importorskip("langchain_classic.retrievers", reason="langchain-classic is not installed")
+    vectors = InMemoryVectorStore(VECTORS)
+    vectors.add_documents(documents())
+    behind = retrievers.ContextualCompressionRetriever(
+        base_compressor=compressor, base_retriever=vectors.as_retriever(search_kwargs={"k": 5})
+    )
+    chain = behind | RunnableLambda(list)
+    every: list[Document] = chain.invoke(QUERY)
+    assert len(every) == 5
+    assert chain.invoke(QUERY, configured(kalm_top_n=2)) == every[:2]
+    assert chain.invoke(QUERY, configured(kalm_threshold=every[1].metadata["relevance_score"])) == every[:2]

@@ -51,8 +51,8 @@ def test_runnable(compressor: KaLMDocumentCompressor) -> None:
         step.invoke({"text": QUERY})
     with pytest.raises(InputError, match="input is str; wanted a dict"):
         step.invoke(QUERY)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="unknown arguments top_n"):
-        step.invoke({"query": QUERY, "docs": []}, top_n=3)
+    with pytest.raises(InputError, match="unknown arguments model; the step takes its input, a config and"):
+        step.invoke({"query": QUERY, "docs": []}, model="pico")
 
 
 def test_no_instructions_in_a_config_leaves_the_components_own(compressor: KaLMDocumentCompressor) -> None:
@@ -109,7 +109,8 @@ def test_a_server_sees_input_and_configuration(compressor: KaLMDocumentCompresso
     assert step.invoke(read) == compressor.compress_documents(documents(), QUERY)
     chain = RunnablePassthrough.assign(context=step) | (lambda x: x["context"])
     for component in (step, chain, KaLMRetriever(vectorstore=chroma)):
-        assert [spec.id for spec in component.config_specs] == ["kalm_instructions"]
+        wanted = ["kalm_instructions", "kalm_threshold", "kalm_top_n"]
+        assert sorted(spec.id for spec in component.config_specs) == wanted
     assert "kalm_instructions" in str(chain.config_schema().model_json_schema())
 
 
@@ -140,7 +141,8 @@ def test_a_step_takes_the_settings_of_its_compressor(tiny: Reranker, compressor:
     found = step.invoke({"query": QUERY, "docs": documents()})
     assert [d.id for d in found] == [d.id for d in compressor.compress_documents(documents(), QUERY)[:2]]
     assert KaLMRerank().compressor == KaLMDocumentCompressor()
-    with pytest.raises(InputError, match="compressor and top_n were both given"):
-        KaLMRerank(compressor, top_n=2)
+    assert KaLMRerank(compressor, top_n=2).invoke({"query": QUERY, "docs": documents()}) == found
+    with pytest.raises(InputError, match="compressor and missing were both given"):
+        KaLMRerank(compressor, top_n=2, missing="skip")
     with pytest.raises(InputError, match=r"KaLMRerank has no argument top_k\. Did you mean top_n\?"):
         KaLMRerank(top_k=2)

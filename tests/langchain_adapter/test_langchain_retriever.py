@@ -39,7 +39,7 @@ def test_retriever_over_another_vector_store(tiny: Reranker) -> None:
     found = retriever.invoke(QUERY)
     assert [d.page_content for d in found] == [TEXTS[2:][r.index] for r in tiny.rank(QUERY, TEXTS[2:], top_n=2)]
     assert all(isinstance(d.metadata["retrieval_score"], float) for d in found)
-    assert compressor.top_n == 3, "the retriever's k is not the compressor's business"
+    assert compressor.top_n == 4, "the retriever's k is not the compressor's business"
 
 
 @pytest.mark.parametrize(
