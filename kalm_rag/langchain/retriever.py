@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
@@ -26,6 +26,9 @@ from kalm_rag.langchain.compressor import RETRIEVAL_RANK, RETRIEVAL_SCORE, KaLMD
 from kalm_rag.langchain.inputs import CONFIG_SPECS, DEFAULT_TOP_N, FILTER_KEY, check_names, configured
 
 logger = logging.getLogger(__name__)
+
+_MMR_POOL = 5
+"""Of how many times as many documents ``"mmr"`` chooses its candidates, as LangChain's own 20 for 4."""
 
 _OWN: Any = object()
 """Stands for the retriever's own filter and threshold in a call that says neither: None lifts them."""
@@ -78,12 +81,15 @@ class KaLMRetriever(ByName, BaseRetriever):
         threshold: Keep only P(yes) >= this.
         ratio: A multiple of the stored ratio to score at; None takes the stored one.
         filter: The vector store's own filter.
-        search_kwargs: Further arguments of its ``similarity_search``. A vector store with a ``fetch_k`` of its own
-            (FAISS looks at so many, then filters) is told at least the number of candidates; more by
+        search_type: ``"similarity"``, or ``"mmr"``: the vector store's ``max_marginal_relevance_search``, which gives
+            candidates that are unlike each other. The decoder then orders them by relevance alone.
+        search_kwargs: Further arguments of the search. A vector store with a ``fetch_k`` of its own (FAISS looks at so
+            many, then filters) is told at least the number of candidates, for ``"mmr"`` 5 times as many; more by
             ``search_kwargs={"fetch_k": 1000}``.
         compressor: What scores; None takes the vector store's own, or else pico.
         keep_score: Give ``relevance_score`` = P(yes) in the metadata. False leaves it out.
-        keep_retrieval_score: Keep the vector store's score (Chroma: a distance, lower is nearer) and rank.
+        keep_retrieval_score: Keep the vector store's score (Chroma: a distance, lower is nearer; none with ``"mmr"``)
+            and rank.
 
     Raises:
         pydantic.ValidationError: If an argument is unknown or out of range, or `k` and the compressor's `top_n` were
@@ -108,6 +114,7 @@ class KaLMRetriever(ByName, BaseRetriever):
     threshold: float | None = None
     ratio: StrictInt | None = None
     filter: Any = None
+    search_type: Literal["similarity", "mmr"] = "similarity"
     search_kwargs: dict[str, Any] = Field(default_factory=dict)
     compressor: KaLMDocumentCompressor | None = None
     keep_score: bool = True
@@ -151,7 +158,7 @@ class KaLMRetriever(ByName, BaseRetriever):
         check_cut(None, self.threshold)
         if taken := sorted({"k", "query"} & self.search_kwargs.keys()):
             raise InputError(f"search_kwargs has {', '.join(taken)}; give k to the retriever itself.")
-        if "fetch_k" in self.search_kwargs and _own(self.vectorstore) is not None:
+        if "fetch_k" in self.search_kwargs and self.search_type != "mmr" and _own(self.vectorstore) is not None:
             raise InputError("search_kwargs has fetch_k, which Chroma's search hasn't; give it to the retriever.")
         return self
 
@@ -173,6 +180,22 @@ class KaLMRetriever(ByName, BaseRetriever):
         """Retrieve and rerank without holding up the event loop."""
         return await super().ainvoke(input, config, **_arguments(config, kwargs))
 
+    def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:  # noqa: ANN401
+        """Add documents to the vector store, as LangChain's own retriever does.
+
+        Args:
+            documents: Passages.
+            **kwargs: Of the vector store's ``add_documents``, ``ids`` for instance.
+
+        Returns:
+            Their ids.
+        """
+        return self.vectorstore.add_documents(documents, **kwargs)
+
+    async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:  # noqa: ANN401
+        """Add documents without holding up the event loop; see `add_documents`."""
+        return await self.vectorstore.aadd_documents(documents, **kwargs)
+
     def _get_relevant_documents(
         self,
         query: str,
@@ -187,9 +210,7 @@ class KaLMRetriever(ByName, BaseRetriever):
         compressor, search = self._plan(query, k, fetch_k, filter, instructions, threshold)
         found = self._search_own(compressor, search)
         if found is None:
-            store = self.vectorstore
-            search_store = store.similarity_search_with_score if self.keep_retrieval_score else store.similarity_search
-            found = query, search_store(**search)
+            found = query, getattr(self.vectorstore, self._search_name())(**search)
         candidates = _as_candidates(found[1], search, scored=self.keep_retrieval_score)
         return compressor.run(candidates, found[0], _config(run_manager), self._owners(candidates))
 
@@ -207,9 +228,7 @@ class KaLMRetriever(ByName, BaseRetriever):
         compressor, search = await run_in_executor(None, self._plan, query, k, fetch_k, filter, instructions, threshold)
         found = await run_in_executor(None, self._search_own, compressor, search)
         if found is None:  # its own async methods: a store opened in async mode has no others
-            store, scored = self.vectorstore, self.keep_retrieval_score
-            search_store = store.asimilarity_search_with_score if scored else store.asimilarity_search
-            found = query, await search_store(**search)
+            found = query, await getattr(self.vectorstore, f"a{self._search_name()}")(**search)
         candidates = _as_candidates(found[1], search, scored=self.keep_retrieval_score)
         owners = await run_in_executor(None, self._owners, candidates)
         return await compressor.arun(candidates, found[0], _config(run_manager), owners)
@@ -251,18 +270,23 @@ class KaLMRetriever(ByName, BaseRetriever):
         chosen = self.filter if filter is _OWN else filter
         if chosen is not None:
             search["filter"] = chosen
-        store = self.vectorstore
-        search_store = store.similarity_search_with_score if self.keep_retrieval_score else store.similarity_search
-        own = signature(search_store).parameters.get("fetch_k")
+        own = signature(getattr(self.vectorstore, self._search_name())).parameters.get("fetch_k")
         if own is not None and "fetch_k" not in search:
-            search["fetch_k"] = max(count, own.default) if isinstance(own.default, int) else count
+            pool = count * _MMR_POOL if self.search_type == "mmr" else count
+            search["fetch_k"] = max(pool, own.default) if isinstance(own.default, int) else pool
         return search
+
+    def _search_name(self) -> str:
+        """The vector store's method that gives candidates."""
+        if self.search_type == "mmr":
+            return "max_marginal_relevance_search"
+        return "similarity_search_with_score" if self.keep_retrieval_score else "similarity_search"
 
     def _search_own(
         self, compressor: KaLMDocumentCompressor, search: dict[str, Any]
     ) -> tuple[str | PreparedQuery, Sequence[Any]] | None:
         """Search a store with states with a query that is then read for search and decoder alike; None for others."""
-        own = _own(self.vectorstore)
+        own = _own(self.vectorstore) if self.search_type == "similarity" else None
         return None if own is None else own.search_prepared(compressor.instructions, **search)
 
     def _owners(self, candidates: Sequence[Document]) -> Owners | None:
@@ -297,12 +321,12 @@ def _as_candidates(found: Sequence[Any], search: Mapping[str, Any], *, scored: b
         )
     if not scored:
         return [one if isinstance(one, Document) else one[0] for one in found]
-    return [
-        document.model_copy(
-            update={"metadata": {**document.metadata, RETRIEVAL_SCORE: float(score), RETRIEVAL_RANK: place}}
-        )
-        for place, (document, score) in enumerate(found, start=1)
-    ]
+    return [_with_retrieval(one, place) for place, one in enumerate(found, start=1)]
+
+
+def _with_retrieval(found: Document | tuple[Document, float], place: int) -> Document:
+    document, kept = (found, {}) if isinstance(found, Document) else (found[0], {RETRIEVAL_SCORE: float(found[1])})
+    return document.model_copy(update={"metadata": {**document.metadata, **kept, RETRIEVAL_RANK: place}})
 
 
 def _arguments(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:

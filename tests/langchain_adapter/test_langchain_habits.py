@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ pytest.importorskip("langchain_chroma", reason="langchain-chroma is not installe
 
 from langchain_chroma import Chroma
 from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_documents import QUERY, TEXTS, VECTORS, documents
@@ -173,3 +175,56 @@ def test_one_call_to_a_compressor_of_a_chain(compressor: KaLMDocumentCompressor)
     assert len(every) == 5
     assert chain.invoke(QUERY, configured(kalm_top_n=2)) == every[:2]
     assert chain.invoke(QUERY, configured(kalm_threshold=every[1].metadata["relevance_score"])) == every[:2]
+
+
+ALIKE = [*(f"Bees make honey{'!' * i}" for i in range(9)), "Steel rusts."]
+
+
+class Pointing(Embeddings):
+    """Bees point one way, nearly; steel another."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [[1.0, 0.01 * len(text), 0.0] if "ees" in text else [0.5, 0.0, 1.0] for text in texts]
+
+    def embed_query(self, text: str) -> list[float]:
+        return [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["chroma", "in memory"])
+def test_candidates_that_are_unlike_each_other(tiny: Reranker, kind: str) -> None:
+    store: Any = (
+        KaLMChroma(f"mmr-{uuid.uuid4()}", Pointing(), reranker=tiny)
+        if kind == "chroma"
+        else InMemoryVectorStore(Pointing())
+    )
+    compressor = KaLMDocumentCompressor(reranker=tiny, store=store if kind == "chroma" else None)
+    settings: dict[str, Any] = {"vectorstore": store, "compressor": compressor, "k": 2, "fetch_k": 2}
+    near, unlike = KaLMRetriever(**settings), KaLMRetriever(**settings, search_type="mmr", keep_retrieval_score=True)
+    near.add_documents([Document(t, id=f"id-{i}") for i, t in enumerate(ALIKE)])
+    assert "Steel rusts." not in [d.page_content for d in near.invoke(QUERY)]
+    found = unlike.invoke(QUERY)
+    assert "Steel rusts." in [d.page_content for d in found]
+    texts = [d.page_content for d in sorted(found, key=_rank)]
+    assert [d.page_content for d in found] == [texts[r.index] for r in tiny.rank(QUERY, texts)]
+    assert sorted(map(_rank, found)) == [1, 2]
+    assert not any("retrieval_score" in d.metadata for d in found), "MMR gives no scores"
+    assert asyncio.run(unlike.ainvoke(QUERY)) == found
+    same = KaLMRetriever(**settings, search_type="mmr", search_kwargs={"lambda_mult": 1.0, "fetch_k": 10})
+    assert same.invoke(QUERY) == near.invoke(QUERY), "its arguments go to the store"
+    with pytest.raises(ValidationError, match="Input should be 'similarity' or 'mmr'"):
+        KaLMRetriever(**settings, search_type="best")
+
+
+def _rank(document: Document) -> int:
+    rank: int = document.metadata["retrieval_rank"]
+    return rank
+
+
+def test_mmr_over_the_bundled_vectors_reads_stored_states(pico: Reranker) -> None:
+    store = KaLMChroma(f"mmr-{uuid.uuid4()}", reranker=pico)
+    retriever = KaLMRetriever(vectorstore=store, k=2, search_type="mmr", filter={"place": {"$gte": 1}})
+    assert retriever.add_documents(documents()) == [f"id-{i}" for i in range(5)]
+    assert store.verify().clean
+    assert retriever.invoke(QUERY)[0].id == "id-3"
+    assert asyncio.run(retriever.aadd_documents(documents()[:1], ids=["again"])) == ["again"]
+    assert store.get_by_ids(["again"])[0].page_content == TEXTS[0]
