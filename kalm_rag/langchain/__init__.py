@@ -1,4 +1,4 @@
-"""LangChain: a document compressor, a Chroma vector store and a retriever that score stored passage states.
+"""LangChain: a document compressor, a Chroma vector store, a retriever and more that score stored passage states.
 
 Thin: states are found by content (`kalm_rag.index.candidates`), the engine scores them, the classes here
 speak the framework's language: documents, callbacks, configs. Needs ``langchain-core``; `KaLMChroma` needs
@@ -14,12 +14,14 @@ from kalm_rag.errors import missing_extra
 if TYPE_CHECKING:
     from kalm_rag.langchain.bytestore import StateByteStore
     from kalm_rag.langchain.compressor import KaLMDocumentCompressor, KaLMRerank
+    from kalm_rag.langchain.cross_encoder import KaLMCrossEncoder
     from kalm_rag.langchain.embeddings import KaLMEmbeddings
     from kalm_rag.langchain.retriever import KaLMRetriever
     from kalm_rag.langchain.vectorstore import KaLMChroma
 
 _HOMES = {
     "KaLMChroma": "vectorstore",
+    "KaLMCrossEncoder": "cross_encoder",
     "KaLMDocumentCompressor": "compressor",
     "KaLMEmbeddings": "embeddings",
     "KaLMRerank": "compressor",
@@ -28,6 +30,7 @@ _HOMES = {
 }
 __all__ = [
     "KaLMChroma",
+    "KaLMCrossEncoder",
     "KaLMDocumentCompressor",
     "KaLMEmbeddings",
     "KaLMRerank",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import pickle
 import uuid
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("langchain_chroma", reason="langchain-chroma is not installed (extra 'langchain')")
 
 from langchain_chroma import Chroma
+from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
@@ -21,8 +23,8 @@ from langchain_documents import QUERY, TEXTS, VECTORS, documents
 from pydantic import ValidationError
 
 from kalm_rag.engine.reranker import Reranker
-from kalm_rag.errors import InputError
-from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMRerank, KaLMRetriever
+from kalm_rag.errors import InputError, MissingStateError
+from kalm_rag.langchain import KaLMChroma, KaLMCrossEncoder, KaLMDocumentCompressor, KaLMRerank, KaLMRetriever
 
 
 def configured(**settings: Any) -> Any:
@@ -228,3 +230,54 @@ def test_mmr_over_the_bundled_vectors_reads_stored_states(pico: Reranker) -> Non
     assert retriever.invoke(QUERY)[0].id == "id-3"
     assert asyncio.run(retriever.aadd_documents(documents()[:1], ids=["again"])) == ["again"]
     assert store.get_by_ids(["again"])[0].page_content == TEXTS[0]
+
+
+def test_a_cross_encoder_for_what_takes_one(filled: KaLMChroma, tiny: Reranker) -> None:
+    retrievers = pytest.importorskip("langchain_classic.retrievers", reason="langchain-classic is not installed")
+    rerankers = pytest.importorskip("langchain_classic.retrievers.document_compressors")
+    encoder = KaLMCrossEncoder(store=filled, missing="raise")  # all of them are stored, so nothing is encoded
+    reranker = rerankers.CrossEncoderReranker(model=encoder, top_n=2)
+    behind = retrievers.ContextualCompressionRetriever(
+        base_compressor=reranker, base_retriever=filled.as_retriever(search_kwargs={"k": 5})
+    )
+    wanted = [d.id for d in filled.rerank(QUERY, k=2)]
+    assert [d.id for d in behind.invoke(QUERY)] == wanted
+    assert [d.id for d in asyncio.run(behind.ainvoke(QUERY))] == wanted
+    assert [d.id for d in behind.invoke(" ")] == [d.id for d in filled.similarity_search(" ", k=2)]
+
+
+def test_a_cross_encoder_scores_pairs_in_their_order(tiny: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = KaLMCrossEncoder(reranker=tiny, instructions="Find food.")
+    assert isinstance(encoder, BaseCrossEncoder)
+    encoded: list[str] = []
+    encode = type(tiny.backbone).encode
+
+    def counted(self: Any, passages: Any, *args: Any, **kwargs: Any) -> Any:
+        encoded.extend(passages)
+        return encode(self, passages, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny.backbone), "encode", counted)
+    texts = [f"{text} {uuid.uuid4()}" for text in TEXTS]
+    pairs = [(query, text) for text in texts for query in (QUERY, "what rusts?")]
+    scores = encoder.score(pairs)
+    monkeypatch.undo()
+    assert len(encoded) == len(texts), "a passage was encoded again for the second query"
+    wanted = tiny.predict(pairs, instructions="Find food.").tolist()
+    assert scores == pytest.approx(wanted, abs=1e-6)
+    assert encoder.score(pairs[:1]) == pytest.approx(wanted[:1], abs=1e-6)
+    assert all(type(score) is float for score in scores)
+    assert encoder.score([(QUERY, "equation \ud835"), (" ", "Steel rusts.")]) == [0.0, 0.0]
+    assert encoder.score([]) == []
+    assert KaLMCrossEncoder(reranker=tiny, missing="skip").score([(QUERY, str(uuid.uuid4()))]) == [0.0]
+    with pytest.raises(MissingStateError, match="1 of 1 candidates have no stored states"):
+        KaLMCrossEncoder(reranker=tiny, missing="raise").score([(QUERY, str(uuid.uuid4()))])
+    for wrong in [(QUERY, 3)], ["ab"], [(QUERY,)]:
+        with pytest.raises(InputError, match=r"pair 0 is .*; wanted"):
+            encoder.score(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="text_pairs is one string"):
+        encoder.score(QUERY)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match=r"KaLMCrossEncoder has no argument instruction\. Did you mean"):
+        KaLMCrossEncoder(instruction="x")  # type: ignore[call-arg]
+    again = pickle.loads(pickle.dumps(encoder))
+    assert again.instructions == encoder.instructions
+    assert again.score(pairs[:2]) == pytest.approx(scores[:2], abs=1e-6)
