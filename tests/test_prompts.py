@@ -562,6 +562,41 @@ class TestLlamaIndex:
         condense = CondenseQuestionChatEngine.from_defaults(query_engine=engine, llm=MockLLM())
         assert Instructions.from_prompt(condense).task == SHORT
 
+    def test_agents(self) -> None:
+        """FunctionAgent was refused; the format of ReActAgent and the hand-over of a workflow were taken for a task."""
+        from llama_index.core.agent.workflow import AgentWorkflow, CodeActAgent, ReActAgent
+        from llama_index.core.llms.mock import MockLLM
+
+        def react(name: str, system: str | None) -> Any:
+            return ReActAgent(name=name, tools=[], llm=MockLLM(), description="d", system_prompt=system)
+
+        lawyer, other = react("a", LAWYER + " {x}"), react("b", "Write poems.")
+        for agent in (
+            lawyer,
+            AgentWorkflow([lawyer]),
+            AgentWorkflow([lawyer, react("b", LAWYER + " {x}")], root_agent="a"),
+        ):
+            assert Instructions.from_prompt(agent) == Instructions(system=LAWYER + " {x}")
+        acting = CodeActAgent(code_execute_fn=print, llm=MockLLM(), system_prompt=LAWYER)
+        assert Instructions.from_prompt(acting) == Instructions(system=LAWYER)
+        with pytest.raises(InputError, match="has agents with several system texts"):
+            Instructions.from_prompt(AgentWorkflow([lawyer, other], root_agent="a"))
+        with pytest.raises(InputError, match="ReActAgent holds no prompt: its system_prompt is None"):
+            Instructions.from_prompt(react("a", None))
+        from llama_index.core.question_gen import LLMQuestionGenerator
+
+        with pytest.raises(InputError, match=r"holds no prompt \(none that get_prompts\(\) gives takes documents\)"):
+            Instructions.from_prompt(LLMQuestionGenerator.from_defaults(llm=MockLLM()))
+
+    def test_function_agent(self) -> None:
+        from llama_index.core.agent.workflow import FunctionAgent
+
+        mock = pytest.importorskip("llama_index.core.llms.mock")
+        if not hasattr(mock, "MockFunctionCallingLLM"):
+            pytest.skip("this llama-index-core has no mock of an LLM that calls functions")
+        agent = FunctionAgent(tools=[], llm=mock.MockFunctionCallingLLM(), system_prompt=LAWYER)
+        assert Instructions.from_prompt(agent) == Instructions(system=LAWYER)
+
     def test_engine_for_a_chat_model(self) -> None:
         from llama_index.core import Document, VectorStoreIndex
         from llama_index.core.embeddings import MockEmbedding

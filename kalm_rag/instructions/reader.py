@@ -35,8 +35,8 @@ _READ_ROLES = ("system", "human")
 _INNER = ("_query_engine", "combine_documents_chain", "combine_docs_chain", "llm_chain", "prompt")
 """Where engines over engines and LangChain's older chains keep what has the prompt."""
 _WANTED = (
-    "a string, (role, text) pairs, a LangChain or LlamaIndex prompt template, an LCEL chain, a query engine or a chat "
-    "engine"
+    "a string, (role, text) pairs, a LangChain or LlamaIndex prompt template, an LCEL chain, a query engine, a chat "
+    "engine or an agent"
 )
 
 
@@ -100,7 +100,10 @@ def _mapping_messages(prompt: Mapping[Any, Any], values: Values, llm: object) ->
     """A message as a dict, or prompts by name (what ``get_prompts()`` of LlamaIndex gives)."""
     if "role" in prompt and "content" in prompt:
         return _list_messages([prompt], values)
-    return _answering_messages(list(prompt.items()), values, llm)
+    messages = _answering_messages(list(prompt.items()), values, llm)
+    if messages is None:
+        raise InputError(f"there is no prompt in it; wanted {_WANTED}.")
+    return messages
 
 
 def _list_messages(prompt: Sequence[object], values: Values) -> list[_Message]:
@@ -195,28 +198,56 @@ def _lone_message(message: Any, values: Values, llm: object) -> list[_Message] |
 
 
 def _holder_messages(holder: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
-    """Query engines, chat engines and chains: whatever keeps its prompts for itself."""
+    """Query engines, chat engines, chains, agents and workflows: whatever keeps its prompts for itself."""
     llm = getattr(holder, "_llm", None) or getattr(getattr(holder, "_response_synthesizer", None), "_llm", None) or llm
     system = getattr(llm, "system_prompt", None)  # LlamaIndex puts it before whatever an engine asks its LLM
     standing = [_Message("system", parse(system, "literal", values))] if isinstance(system, str) else []
+    messages = _agent_messages(holder, values)
+    if messages is not None:
+        return messages
     messages = _chat_engine_messages(holder, values, llm)
+    found = holder.get_prompts() if callable(getattr(holder, "get_prompts", None)) else None
+    if messages is None and found is not None:
+        messages = _found_messages(found, values, llm)
     if messages is not None:
         return standing + messages
-    if not callable(getattr(holder, "get_prompts", None)) and not hasattr(holder, "_query_engine"):
-        return None
-    found = _prompts_of(holder)
-    if not found:
+    if found is not None or hasattr(holder, "_query_engine"):
         inner = next((i for name in _INNER if (i := getattr(holder, name, None)) is not None), None)
         if inner is not None:
             return _messages(inner, values, llm)
-        raise InputError(f"{type(holder).__name__} holds no prompt (get_prompts() is empty); wanted {_WANTED}.")
-    return standing + _answering_messages(found, values, llm)
+    if not found:  # an app's own engine or workflow
+        fields = [(n, v) for n, v in getattr(holder, "__dict__", {}).items() if hasattr(v, "template_var_mappings")]
+        messages = _answering_messages(fields, values, llm)
+    if messages is not None:
+        return standing + messages
+    if found is None:
+        return None
+    reason = "none that get_prompts() gives takes documents" if found else "get_prompts() is empty"
+    raise InputError(f"{type(holder).__name__} holds no prompt ({reason}); wanted {_WANTED}.")
 
 
-def _prompts_of(holder: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401
-    """Prompts of a query engine by name, or of a chain by place (later ones count more: they answer)."""
-    found = holder.get_prompts() if callable(getattr(holder, "get_prompts", None)) else []
-    return list(found.items()) if isinstance(found, Mapping) else list(enumerate(found))
+def _found_messages(found: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
+    """Of what ``get_prompts()`` gives: an engine's by name, a chain's by place (later ones count more: they answer)."""
+    if not isinstance(found, Mapping):
+        return _answering_messages(list(enumerate(found)), values, llm)
+    return _answering_messages(list(found.items()), values, llm, is_engine=True)
+
+
+def _agent_messages(agent: Any, values: Values) -> list[_Message] | None:  # noqa: ANN401
+    """LlamaIndex's agents, and workflows of them: the system text. Formats and hand-overs are the framework's."""
+    if isinstance(getattr(agent, "agents", None), Mapping) and hasattr(agent, "root_agent"):
+        members = list(agent.agents.values())
+    elif hasattr(agent, "system_prompt") and hasattr(agent, "take_step"):
+        members = [agent]
+    else:
+        return None
+    texts = {member.system_prompt for member in members}
+    if len(texts) > 1:
+        raise InputError(f"{type(agent).__name__} has agents with several system texts. Pass the one that searches.")
+    text = next(iter(texts), None)
+    if not isinstance(text, str):
+        raise InputError(f"{type(agent).__name__} holds no prompt: its system_prompt is {text!r}. Give it one.")
+    return [_Message("system", parse(text, "literal", values))]
 
 
 def _chat_engine_messages(engine: Any, values: Values, llm: object) -> list[_Message] | None:  # noqa: ANN401
@@ -236,18 +267,24 @@ def _chat_engine_messages(engine: Any, values: Values, llm: object) -> list[_Mes
     return messages
 
 
-def _answering_messages(prompts: Sequence[tuple[Any, Any]], values: Values, llm: object) -> list[_Message]:
-    """The prompt that answers from documents; among chain steps the last, among named ones the first."""
-    if not prompts:
-        raise InputError(f"there is no prompt in it; wanted {_WANTED}.")
+def _answering_messages(
+    prompts: Sequence[tuple[Any, Any]], values: Values, llm: object, *, is_engine: bool = False
+) -> list[_Message] | None:
+    """The prompt that answers from documents; among chain steps the last, among named ones the first. None if none is.
+
+    Of an engine's prompts only those count that take documents, or are a synthesizer's (their names tell): others
+    rewrite, route or hand over.
+    """
     best: tuple[tuple[bool, bool, int], list[_Message]] | None = None
     for place, (name, prompt) in enumerate(prompts):
         messages = _messages(prompt, values, llm)
         takes = any(piece.takes_documents for m in messages for piece in m.pieces if isinstance(piece, Slot))
+        if is_engine and not takes and not str(name).endswith("_template"):
+            continue
         worth = (str(name).endswith("text_qa_template"), takes, place if isinstance(name, int) else -place)
         if best is None or worth > best[0]:
             best = (worth, messages)
-    return best[1] if best is not None else []
+    return best[1] if best is not None else None
 
 
 def _role(role: object) -> str:

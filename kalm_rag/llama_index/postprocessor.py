@@ -25,7 +25,7 @@ from kalm_rag.index.lazy_engine import is_blank, rank_candidates, unscored_candi
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.llama_index.fields import PassageFields
 from kalm_rag.llama_index.nodes import check_nodes, read_node, with_score
-from kalm_rag.llama_index.steering import calling_engine, override, overriding
+from kalm_rag.llama_index.steering import override, overriding, surrounding_instructions
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
@@ -60,7 +60,7 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         missing: Nodes without stored states: ``"encode"`` (and keep), ``"raise"``, or ``"skip"`` (treated as nodes
             without text).
         instructions: `Instructions`, a task, any prompt or engine (read now), or ``"auto"``: those of the prompt of
-            the query or chat engine that runs this, read anew at each query.
+            the query or chat engine, agent or workflow that runs this (the innermost), read anew at each query.
         metadata_mode: Which metadata the scored text of a node holds: the mode they were indexed with. Left out with a
             `KaLMChromaVectorStore`: nodes are read as its collection says.
         passage: How a node is read, in place of `metadata_mode`: ``"document"``, or a template over text and metadata
@@ -122,7 +122,7 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         return "KaLMNodePostprocessor"
 
     def follow(self, engine: object) -> Self:
-        """Read the instructions of one query or chat engine from its prompts at every query, wherever this runs.
+        """Read the instructions of one engine or agent from its prompts at every query, wherever this runs.
 
         Args:
             engine: What ``index.as_query_engine()`` or ``as_chat_engine()`` gave, or anything that holds prompts.
@@ -185,20 +185,16 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
             return as_instructions(self.instructions)  # may have been assigned, in any form
         if self._followed is not None:
             return Instructions.from_prompt(self._followed)
-        engine = calling_engine(self)
-        if engine is None:
+        found = surrounding_instructions()
+        if found is None:
             logger.log(
                 logging.INFO if self._warned else logging.WARNING,
-                "instructions='auto' found no query or chat engine around this postprocessor, so the default "
-                "instructions hold. Use follow(engine), or pass the prompt as instructions=.",
+                "instructions='auto' found no query or chat engine, agent or workflow with a prompt around this "
+                "postprocessor, so the default instructions hold. Use follow(engine), or pass the prompt as "
+                "instructions=.",
             )
             self._warned = True
-            return None
-        try:
-            return Instructions.from_prompt(engine)
-        except InputError as err:  # it only retrieves: a RetrieverTool, response_mode="no_text"
-            logger.info("no prompt to follow, so the default instructions hold: %s", err)
-            return None
+        return found
 
     def _rerank(
         self, nodes: list[NodeWithScore], query: QueryBundle | None, instructions: Instructions | None
@@ -212,7 +208,7 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         if not nodes:
             return []
         with self._announced(nodes, query) as ranked:
-            candidates = self._rank(nodes, query.query_str, instructions)
+            candidates = self._rank(nodes, query.query_str.strip(), instructions)  # a RetrieverTool adds line ends
             ranked += [with_score(nodes[c.index], c.probability, keep=self.keep_retrieval_score) for c in candidates]
         return ranked
 

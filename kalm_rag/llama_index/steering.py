@@ -5,13 +5,21 @@ Overrides live in a context variable: a thread or task sees those it set, or tha
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from types import FrameType
 
+from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.chat_engine.types import BaseChatEngine
+from llama_index.core.workflow import Workflow
+
+from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
+
+logger = logging.getLogger(__name__)
 
 _overrides: ContextVar[Mapping[int, Instructions] | None] = ContextVar("kalm_rag_overrides", default=None)
 
@@ -33,23 +41,25 @@ def overriding(component: object) -> Instructions | None:
     return now.get(id(component)) if now is not None else None
 
 
-def calling_engine(component: object) -> Any | None:  # noqa: ANN401 - a query or chat engine of any make
-    """Find the query or chat engine that is running a postprocessor just now.
+def surrounding_instructions() -> Instructions | None:
+    """Instructions of the engine, agent or workflow that is running a postprocessor just now; None if there are none.
 
-    LlamaIndex gives postprocessors no way back to their engine, and one may sit in several; the engine on the call
-    stack that lists `component` among its postprocessors, or one that called it (an app's wrapper around it), is the
-    right one in every case (sync, async, nested).
+    LlamaIndex gives postprocessors no way back to their engine, and one may sit in several; the innermost on the call
+    stack that holds a prompt is the right one in every case (sync, async, nested, behind an app's own postprocessor,
+    retriever or tool). One that lists postprocessors and holds none only retrieves: then nothing is followed.
     """
-    callers = [component]
-    frame = sys._getframe(1)
+    asked: list[object] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        held = getattr(owner, "__dict__", {}).get("_node_postprocessors") if owner is not None else None
-        if isinstance(held, list | tuple) and any(post is caller for post in held for caller in callers):
-            return owner
-        if owner is not None and owner is not callers[-1]:
-            callers.append(owner)
-        if frame.f_back is None:
-            break
         frame = frame.f_back
+        if not isinstance(owner, BaseQueryEngine | BaseChatEngine | Workflow) or any(owner is one for one in asked):
+            continue
+        asked.append(owner)
+        try:
+            return Instructions.from_prompt(owner)
+        except InputError as err:  # a RetrieverTool around, response_mode="no_text"
+            logger.info("no prompt to follow in %s: %s", type(owner).__name__, err)
+            if hasattr(owner, "_node_postprocessors"):
+                return Instructions()
     return None

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 from llama_index.core import PromptTemplate, VectorStoreIndex
-from llama_index.core.llms import MockLLM
+from llama_index.core.agent.workflow import ReActAgent, ToolCallResult
+from llama_index.core.base.response.schema import Response
+from llama_index.core.evaluation import RetrieverEvaluator
+from llama_index.core.llms import CompletionResponse, MockLLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.query_engine import CustomQueryEngine, RetrieverQueryEngine
 from llama_index.core.response_synthesizers.no_text import NoText
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.retrievers import BaseRetriever
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.tools import RetrieverTool
+from llama_index.core.workflow import StartEvent, StopEvent, Workflow, step
 from llama_nodes import EMBEDDING, QUERY, documents, engine_of, expected, got, index_of, make_nodes, same, scored
 
 from kalm_rag import Instructions, Reranker
@@ -21,6 +26,7 @@ from kalm_rag.errors import InputError
 from kalm_rag.llama_index import KaLMChromaVectorStore, KaLMNodePostprocessor
 
 LAW = Instructions(task="Find statutes only.")
+LAWS = Instructions(task="Find laws.")
 
 
 class TestInstructions:
@@ -73,12 +79,79 @@ class TestInstructions:
         nodes = app.query(QUERY).source_nodes
         same(got(nodes), expected(vectors.parts.get()[0], nodes, Instructions(task="Find laws.")))
 
+    def test_auto_follows_whatever_holds_the_prompt(self, vectors: KaLMChromaVectorStore) -> None:
+        """Patterns for own engines: none of them lists the postprocessor, and 'auto' was without effect."""
+        index, asked = index_of(vectors, documents()), "Find laws.\n\nContext:\n{context_str}\n\nQuestion: {query_str}"
+        post = vectors.as_postprocessor(instructions="auto", top_n=None)
+
+        class Own(CustomQueryEngine):
+            retriever: BaseRetriever
+            reranker: BaseNodePostprocessor
+            qa_prompt: PromptTemplate
+
+            def custom_query(self, query_str: str) -> Response:
+                nodes = self.reranker.postprocess_nodes(self.retriever.retrieve(query_str), query_str=query_str)
+                return Response("", source_nodes=nodes)
+
+        class Reranking(BaseRetriever):
+            def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+                nodes = index.as_retriever(similarity_top_k=10).retrieve(query_bundle)
+                return post.postprocess_nodes(nodes, query_bundle)
+
+        class Flow(Workflow):
+            qa_prompt = PromptTemplate("Class attributes are not read.")
+
+            def __init__(self) -> None:
+                super().__init__(timeout=20)
+                self.prompt = PromptTemplate(asked)
+
+            @step
+            async def rerank(self, ev: StartEvent) -> StopEvent:
+                nodes = await index.as_retriever(similarity_top_k=10).aretrieve(ev.query)
+                return StopEvent(result=await post.apostprocess_nodes(nodes, query_str=ev.query))
+
+        async def flow() -> list[NodeWithScore]:
+            return list(await Flow().run(query=QUERY))
+
+        prompt, retriever = PromptTemplate(asked), index.as_retriever(similarity_top_k=10)
+        own = Own(retriever=retriever, reranker=post, qa_prompt=prompt)
+        inside = RetrieverQueryEngine.from_args(Reranking(), llm=MockLLM(max_tokens=4), text_qa_template=prompt)
+        for nodes in (own.query(QUERY).source_nodes, inside.query(QUERY).source_nodes, asyncio.run(flow())):
+            same(got(nodes), expected(vectors.parts.get()[0], nodes, LAWS))
+
+    def test_auto_follows_the_agent_that_searches(self, vectors: KaLMChromaVectorStore) -> None:
+        class Searching(MockLLM):
+            def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+                done = "Observation:" in prompt.split(QUERY)[-1]
+                call = f'Thought: I look.\nAction: search\nAction Input: {{"input": "{QUERY}"}}'
+                return CompletionResponse(text="Thought: I know.\nAnswer: Nile." if done else call)
+
+        post, seen = vectors.as_postprocessor(instructions="auto", top_n=None), list[NodeWithScore]()
+        retriever = index_of(vectors, documents()).as_retriever(similarity_top_k=10)
+        tool = RetrieverTool.from_defaults(retriever, [post], name="search", description="Searches.")
+
+        async def run() -> None:
+            agent = ReActAgent(tools=[tool], llm=Searching(), system_prompt="Look for laws.", streaming=False)
+            handler = agent.run(QUERY)
+            async for event in handler.stream_events():
+                if isinstance(event, ToolCallResult):
+                    seen.extend(event.tool_output.raw_output)
+            assert str(await handler) == "Nile."
+
+        asyncio.run(run())
+        engine, words = vectors.parts.get()[0], f"input is {QUERY}"  # the tool's wording, less its line ends
+        texts = [n.node.get_content(metadata_mode=MetadataMode.EMBED) for n in seen]
+        truth = engine.rank(words, texts, instructions=Instructions(system="Look for laws."))
+        assert [n.score for n in seen] == pytest.approx([r.probability for r in truth], abs=1e-5)
+
     def test_auto_without_an_engine_around_is_told(self, tiny: Reranker, caplog: pytest.LogCaptureFixture) -> None:
-        """In a workflow or a custom engine there is no prompt to follow; a warning once, then a line per query."""
+        """An evaluator of retrievers, say, has no prompt to follow; a warning once, then a line per query."""
         post = KaLMNodePostprocessor(reranker=tiny, instructions="auto")
+        retriever = VectorStoreIndex(make_nodes(), embed_model=EMBEDDING).as_retriever()
+        evaluator = RetrieverEvaluator.from_metric_names(["mrr"], retriever=retriever, node_postprocessors=[post])
         with caplog.at_level("INFO", "kalm_rag.llama_index"):
             for _ in range(2):
-                post.postprocess_nodes(scored(), query_str=QUERY)
+                evaluator.evaluate(QUERY, ["n0"])
         told = [r.levelname for r in caplog.records if "found no query or chat engine" in r.getMessage()]
         assert told == ["WARNING", "INFO"]
 
