@@ -73,7 +73,7 @@ class KaLMCrossEncoder(EngineSettings, BaseCrossEncoder):
         places: dict[str, list[int]] = {}
         pairs = check_items(text_pairs, "text_pairs", "a list of (query, passage) pairs")
         for place, pair in enumerate(pairs):
-            if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+            if not isinstance(pair, list | tuple) or [isinstance(text, str) for text in pair] != [True, True]:
                 raise InputError(f"pair {place} is {pair!r:.80}; wanted (query, passage).")
             places.setdefault(pair[0], []).append(place)
         scores = [0.0] * len(pairs)
