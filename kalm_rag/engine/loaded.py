@@ -68,6 +68,7 @@ class LoadedModel:
         decoder_weights: str | None = None,
         compiled: bool = False,
         prefix_cache_bytes: int | None = None,
+        max_passage_tokens: int | None = None,
     ) -> Self:
         """Load a model by name, or share it if this process has it already.
 
@@ -87,6 +88,9 @@ class LoadedModel:
             prefix_cache_bytes: Most bytes of decoder work that a KaLM checkpoint keeps in memory, so that passages
                 seen before under the same instructions are scored faster; 0 keeps nothing. All engines of one loaded
                 model share it, and the last number given holds. None leaves it: 512 MiB on the CPU, 0 on a GPU.
+            max_passage_tokens: Where passages are cut; states made under another cut are others. None is 2,048 for
+                pico, which reads a long passage in overlapping windows of 256, and the protocol's 1,024 for KaLM
+                checkpoints, which read it in one pass.
 
         Raises:
             ModelError: If the name is unknown or the checkpoint can't be fetched or loaded.
@@ -114,6 +118,7 @@ class LoadedModel:
             dtype=parse_dtype(dtype, devices[0]),
             decoder_weights=decoder_weights,
             compiled=compiled,
+            max_passage_tokens=max_passage_tokens,
         )
         try:
             engine = cls(loaded[0], ratio=ratio, batch_size=batch_size, helpers=loaded[1:])

@@ -86,6 +86,7 @@ class ChromaIndex:
         device: str | torch.device | Sequence[str | torch.device] | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
+        max_passage_tokens: int | None = None,
         passage: str | None = None,
         missing: Missing = "encode",
         create: bool = True,
@@ -106,6 +107,8 @@ class ChromaIndex:
             device: ``cpu``, ``cuda``, ``cuda:1``; None takes CUDA where there is one.
             dtype: ``bf16`` or ``fp32``; None takes that of the collection's states, or bf16 on CUDA, fp32 on the CPU.
             revision: Commit, tag or branch of a repository; None takes the collection's, or the pinned one.
+            max_passage_tokens: Where passages are cut, see `Reranker.from_pretrained`. None takes the collection's cut,
+                or else the model's.
             passage: How a record becomes the text that is read, see `PassageRule`: ``"document"``, or a template such
                 as ``"{title}\n{text}"``. None takes the collection's own rule, or else ``"document"``.
             missing: What to do with candidates without stored states: ``"encode"`` them and keep the states,
@@ -137,6 +140,7 @@ class ChromaIndex:
             device=device,  # type: ignore[arg-type] # becomes a name
             dtype=dtype,  # type: ignore[arg-type] # becomes a name
             ratio=ratio,
+            max_passage_tokens=max_passage_tokens,
         )
         codec = None if codec is None else Codec.parse(codec)
         place = CollectionPlace(

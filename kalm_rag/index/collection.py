@@ -62,6 +62,7 @@ class CollectionNotes:
         model: Name, repository id or folder of the reranking model.
         revision: Its commit, where one was asked for.
         dtype: Dtype its states are made in, such as ``"float32"``.
+        max_passage_tokens: Where its passages are cut, a number.
         embedder: Name of what makes the vectors.
         passage: The passage rule, see `PassageRule`.
     """
@@ -69,6 +70,7 @@ class CollectionNotes:
     model: str | None = None
     revision: str | None = None
     dtype: str | None = None
+    max_passage_tokens: str | None = None
     embedder: str | None = None
     passage: str | None = None
 
@@ -87,9 +89,9 @@ class CollectionNotes:
         """Refuse to open the collection `name` under other terms than it was made with; None leaves it to decide.
 
         Raises:
-            StateMismatchError: If model, revision, dtype or passage rule differ: its states would be made again.
+            StateMismatchError: If model, revision, dtype, cut or passage rule differ: its states would be made again.
         """
-        for what in ("model", "revision", "dtype", "passage"):
+        for what in ("model", "revision", "dtype", "max_passage_tokens", "passage"):
             noted, asked = getattr(self, what), getattr(wanted, what)
             if what == "model" and (_is_folder(noted) or _is_folder(asked)):
                 continue  # the same weights may lie elsewhere now; their fingerprint tells, once they are loaded

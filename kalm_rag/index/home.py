@@ -34,6 +34,7 @@ from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.place import CollectionPlace
 from kalm_rag.index.results import BackfillReport, RebuildReport, VerifyReport
 from kalm_rag.models.devices import parse_devices, parse_dtype
+from kalm_rag.models.registry import passage_limit
 from kalm_rag.states import Codec, Layout
 from kalm_rag.store import GcReport, StateStore, collection_layouts, open_store, stored_layout
 from kalm_rag.store.arguments import check_same_layout
@@ -54,7 +55,7 @@ class CollectionHome:
     Args:
         database: Client and write lock.
         collection: An open collection of it.
-        spec: Which engine; dtype and revision left open are taken from the collection's notes.
+        spec: Which engine; dtype, revision and cut left open are taken from the collection's notes.
         given: What the caller said of the collection; None where the notes may decide.
         reranker: A ready engine instead of `spec`, yours to close.
         store: Where states go; None: SQLite in the database's folder, in memory for an ephemeral client, a companion
@@ -91,15 +92,24 @@ class CollectionHome:
         self._name = collection.name
         noted = CollectionNotes.read(collection.metadata)
         if reranker is not None:
-            given = replace(given, dtype=reranker.info.dtype)
+            given = replace(given, dtype=reranker.info.dtype, max_passage_tokens=str(reranker.info.max_passage_tokens))
         elif not change_model or (given.model is None and noted.model is not None):
             spec = adopt(spec, noted, named=given.model is not None)
-            given = replace(given, dtype=_dtype_name(spec) if spec.dtype is not None else None)
+            given = replace(
+                given,
+                dtype=_dtype_name(spec) if spec.dtype is not None else None,
+                max_passage_tokens=None if spec.max_passage_tokens is None else str(spec.max_passage_tokens),
+            )
         if noted.passage is None and noted.embedder is None and given.passage is None:
             given = replace(given, passage=default_passage)
         if change_model:
             given = replace(given, model=spec.model if reranker is None else reranker.info.name)
-            self._notes = with_notes(replace(given, dtype=given.dtype or _dtype_name(spec)), noted)
+            made = replace(
+                given,
+                dtype=given.dtype or _dtype_name(spec),
+                max_passage_tokens=given.max_passage_tokens or _limit_of(spec),
+            )
+            self._notes = with_notes(made, noted)
         else:
             noted.check(given, self._name)
             self._notes = with_notes(noted, given)
@@ -166,7 +176,9 @@ class CollectionHome:
         spec, reranker = self.lazy.spec, self.lazy.reranker
         dtype = reranker.info.dtype if reranker is not None else _dtype_name(spec)
         model = reranker.info.name if reranker is not None else spec.model
-        return with_notes(self._notes, CollectionNotes(model=model, dtype=dtype, passage=str(self.rule)))
+        limit = str(reranker.info.max_passage_tokens) if reranker is not None else _limit_of(spec)
+        made = CollectionNotes(model=model, dtype=dtype, max_passage_tokens=limit, passage=str(self.rule))
+        return with_notes(self._notes, made)
 
     def parts(self) -> tuple[Reranker, StateStore]:
         """Engine and store at one ratio; see `LazyEngine.get`."""
@@ -333,6 +345,14 @@ class CollectionHome:
         if self._change_model or not layouts or any(s.fingerprint == engine.info.fingerprint for s in layouts):
             return
         info = engine.info
+        former = replace(info, max_passage_tokens=passage_limit(info.name, former=True))
+        cut = former.max_passage_tokens
+        if any(layout.fingerprint == former.fingerprint for layout in layouts):
+            raise StateMismatchError(
+                f"the passages of collection {self._name!r} were cut at {cut} tokens; this engine cuts them at "
+                f"{info.max_passage_tokens}. Make it with max_passage_tokens={cut} to go on; or pass change_model=True "
+                f"to ChromaIndex.open and run backfill(), which encodes all its passages again."
+            )
         raise StateMismatchError(
             f"the records of collection {self._name!r} have states of model {layouts[0].fingerprint}, made in "
             f"{layouts[0].state_dtype}; this engine is {info.name} {info.fingerprint}, which computes in {info.dtype}. "
@@ -353,7 +373,7 @@ def adopt(spec: EngineSpec, noted: CollectionNotes, *, named: bool) -> EngineSpe
 
     Args:
         spec: Which engine.
-        noted: What made the collection: dtype of its states, model, and its revision.
+        noted: What made the collection: dtype and cut of its states, model, and its revision.
         named: Whether the caller named the model.
     """
     model = spec.model if named or noted.model is None else noted.model
@@ -363,7 +383,20 @@ def adopt(spec: EngineSpec, noted: CollectionNotes, *, named: bool) -> EngineSpe
         model=model,
         dtype=spec.dtype if spec.dtype is not None else noted.dtype,
         revision=spec.revision if spec.revision is not None else revision,
+        max_passage_tokens=spec.max_passage_tokens if spec.max_passage_tokens is not None else _noted_limit(noted),
     )
+
+
+def _noted_limit(noted: CollectionNotes) -> int | None:
+    """Where a collection's passages are cut; one that notes a model and no cut was made before cuts were noted."""
+    if noted.max_passage_tokens is not None:
+        return int(noted.max_passage_tokens)
+    return None if noted.model is None else passage_limit(noted.model, former=True)
+
+
+def _limit_of(spec: EngineSpec) -> str:
+    """Where the spec's engine cuts passages, as a note; loads nothing."""
+    return str(spec.max_passage_tokens if spec.max_passage_tokens is not None else passage_limit(spec.model))
 
 
 def _dtype_name(spec: EngineSpec) -> str:

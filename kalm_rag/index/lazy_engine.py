@@ -51,6 +51,7 @@ class EngineSpec:
         decoder_weights: ``int8`` or None; see `Reranker.from_pretrained`, as for the next two.
         compiled: Whether the decoder is compiled.
         prefix_cache_bytes: Most bytes of decoder work kept; None leaves the model's bound.
+        max_passage_tokens: Where passages are cut; None takes the model's default.
 
     Raises:
         InputError: If the model is no name, or a number is out of range. Devices are looked at when loading.
@@ -65,6 +66,7 @@ class EngineSpec:
     decoder_weights: str | None = None
     compiled: bool = False
     prefix_cache_bytes: int | None = None
+    max_passage_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -79,6 +81,7 @@ class EngineSpec:
             )
         if self.prefix_cache_bytes is not None:
             check_bytes(self.prefix_cache_bytes)
+        check_count(self.max_passage_tokens if self.max_passage_tokens is not None else 1, "max_passage_tokens")
         device: object = self.device
         dtype: object = self.dtype
         if isinstance(device, Sequence) and not isinstance(device, str):
@@ -126,6 +129,7 @@ class EngineSpec:
             decoder_weights=self.decoder_weights,
             compiled=self.compiled,
             prefix_cache_bytes=self.prefix_cache_bytes,
+            max_passage_tokens=self.max_passage_tokens,
         )
 
 
@@ -145,6 +149,7 @@ def spec_of(engine: Reranker) -> dict[str, Any]:
         "device": ",".join(map(str, engine.devices)),
         "dtype": info.dtype,
         "batch_size": engine.batch_size,
+        "max_passage_tokens": info.max_passage_tokens,
     }
 
 

@@ -21,8 +21,8 @@ from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine, spec_of
 from kalm_rag.store import StateStore
 from kalm_rag.store.opening import MEMORY
 
-SPEC_FIELDS = {"model", "revision", "device", "dtype"}
-"""Fields that say which model, where."""
+SPEC_FIELDS = {"model", "revision", "device", "dtype", "max_passage_tokens"}
+"""Fields that say which model, where, and what it reads."""
 RUN_FIELDS = {"batch_size", "decoder_weights", "compiled", "prefix_cache_bytes"}
 """Fields that say how it runs: its states are the same either way."""
 ENGINE_FIELDS = SPEC_FIELDS | RUN_FIELDS
@@ -75,6 +75,9 @@ class EngineSettings(ByName, HasStates):
     compiled: bool = Field(default=False, description="Compile the decoder, at the first query.")
     prefix_cache_bytes: StrictInt | None = Field(
         default=None, description="Most bytes of decoder work kept between queries; None: the model's."
+    )
+    max_passage_tokens: StrictInt | None = Field(
+        default=None, description="Where passages are cut; None: as stored, or the model's own limit."
     )
     store: Any = Field(
         default=None,

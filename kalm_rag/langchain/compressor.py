@@ -74,6 +74,8 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
         decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU, a little less exactly; None as they are.
         compiled: Whether a KaLM checkpoint's decoder is compiled, which takes a minute at the first query.
         prefix_cache_bytes: Most bytes of decoder work that a KaLM checkpoint keeps between queries; None leaves it.
+        max_passage_tokens: Where passages are cut; None takes the model's limit (2,048 for pico, 1,024 for KaLM
+            checkpoints).
         top_n: Most documents given back, >= 1; None gives all. Not given, it is 4, as everywhere in LangChain.
         threshold: Keep only P(yes) >= this, in [0, 1].
         missing: Documents without stored states are encoded and kept (``"encode"``), an error (``"raise"``), or put

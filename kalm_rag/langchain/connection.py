@@ -80,6 +80,7 @@ class ChromaWithStates(Chroma, HasStates):
         decoder_weights: str | None = None,
         compiled: bool = False,
         prefix_cache_bytes: int | None = None,
+        max_passage_tokens: int | None = None,
         reranker: Reranker | None = None,
         store: StateStore | str | None = None,
         ratio: int | None = None,
@@ -89,8 +90,8 @@ class ChromaWithStates(Chroma, HasStates):
     ) -> None:
         self._settings = held = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         held["store"] = read_store(store)
-        named = model, revision, device, dtype, decoder_weights, compiled or None, prefix_cache_bytes
-        if check_reranker(reranker) is not None and any(value is not None for value in named):
+        named = [held[field] for field in ENGINE_FIELDS - {"batch_size", "compiled"}]
+        if check_reranker(reranker) is not None and (compiled or any(value is not None for value in named)):
             raise InputError("reranker and model settings were both given; wanted one of them.")
         self._missing = check_missing(missing)
         spec = EngineSpec(

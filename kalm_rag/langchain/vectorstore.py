@@ -88,6 +88,8 @@ class KaLMChroma(ChromaWithStates):
         decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU, a little less exactly; None as they are.
         compiled: Whether a KaLM checkpoint's decoder is compiled, which takes a minute at the first query.
         prefix_cache_bytes: Most bytes of decoder work that a KaLM checkpoint keeps between queries; None leaves it.
+        max_passage_tokens: Where passages are cut; None takes the collection's cut, or else the model's (2,048 for
+            pico, 1,024 for KaLM checkpoints).
         reranker: A ready engine in place of these. Stays yours to close.
         store: Where states go: a `StateStore` (yours to close), a folder or a ``.sqlite3`` file. None: SQLite beside
             `persist_directory`, in memory for an ephemeral client, a companion collection for a remote one.

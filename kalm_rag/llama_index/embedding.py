@@ -32,6 +32,7 @@ class KaLMEmbedding(EngineFields, BaseEmbedding):
         reranker: A ready engine over pico instead of `model`, yours to close.
         embed_batch_size: Passages per call of LlamaIndex's, 1 to 2,048.
         batch_size: Most passages in one encoder pass.
+        max_passage_tokens: Where passages are cut; None takes the model's limit.
 
     Raises:
         InputError: If the model is another than pico (when first used); inside pydantic's ValidationError if an

@@ -52,6 +52,8 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU.
         compiled: Compile a KaLM checkpoint's decoder at the first query (for GPUs).
         prefix_cache_bytes: Most bytes of decoder work kept between queries; None leaves the model's bound.
+        max_passage_tokens: Where passages are cut; None takes the model's limit (2,048 for pico, 1,024 for KaLM
+            checkpoints).
         store: Where states are: a `StateStore`, a folder (of a Chroma database, say), a ``.sqlite3`` file, a
             `KaLMChromaVectorStore`; None takes a bounded cache of this process.
         reranker: A ready engine instead of `model`, yours to close.

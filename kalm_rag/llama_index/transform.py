@@ -43,6 +43,7 @@ class KaLMStateTransform(PassageFields, TransformComponent):
         dtype: ``bf16`` or ``fp32``; None takes what fits the device.
         ratio: Tokens a state stands for in a new store; None is 4. A store that is there keeps its own.
         batch_size: Most passages in one encoder pass.
+        max_passage_tokens: Where passages are cut; None takes the model's limit.
         reranker: A ready engine instead of `model`, yours to close.
 
     Raises:

@@ -90,6 +90,8 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
         decoder_weights: ``int8`` scores KaLM checkpoints faster on the CPU.
         compiled: Compile a KaLM checkpoint's decoder at the first query (for GPUs).
         prefix_cache_bytes: Most bytes of decoder work kept between queries; None leaves the model's bound.
+        max_passage_tokens: Where passages are cut; None takes the collection's cut, or else the model's (2,048 for
+            pico, 1,024 for KaLM checkpoints).
         reranker: A ready engine instead of `model`, yours to close.
 
     Raises:

@@ -16,9 +16,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kalm_rag.checks import check_count
+from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.prefix_cache import PrefixCache
 from kalm_rag.states import Codec, Layout
+
+LEAST_PASSAGE_TOKENS = 16
+"""The shortest limit that can be asked for: the template's tokens and a few words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,24 @@ class BackboneInfo:
             state_dtype=self.state_dtype,
             keeps_token_ids=self.keeps_token_ids,
         )
+
+
+def check_passage_limit(limit: int | None, default: int, most: int) -> int:
+    """Where passages are cut: what was asked for, or the model's default.
+
+    Args:
+        limit: Tokens, the template's included; None takes `default`.
+        default: The model's.
+        most: What the model can read.
+
+    Raises:
+        InputError: If it is no whole number from 16 to `most`.
+    """
+    if limit is None:
+        return default
+    if not LEAST_PASSAGE_TOKENS <= check_count(limit, "max_passage_tokens") <= most:
+        raise InputError(f"max_passage_tokens is {limit}; wanted {LEAST_PASSAGE_TOKENS} to {most} for this model.")
+    return int(limit)
 
 
 def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:

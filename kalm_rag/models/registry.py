@@ -16,6 +16,8 @@ import torch
 
 from kalm_rag.errors import InputError, ModelError
 from kalm_rag.models.backbone import Backbone
+from kalm_rag.models.pico.config import FORMER_PASSAGE_TOKENS, MAX_PASSAGE_TOKENS
+from kalm_rag.models.t5gemma2.protocol import MAX_PASSAGE_TOKENS as PROTOCOL_LIMIT
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ def acquire(
     dtype: torch.dtype,
     decoder_weights: str | None = None,
     compiled: bool = False,
+    max_passage_tokens: int | None = None,
 ) -> Lease:
     """Load a model, or share the one already loaded in this process.
 
@@ -78,21 +81,23 @@ def acquire(
         dtype: float32 or bfloat16.
         decoder_weights: ``"int8"``, or None for `dtype`; see `T5Gemma2Backbone.load`.
         compiled: Run the decoder through torch.compile; see there too.
+        max_passage_tokens: Where passages are cut; None takes the model's default.
 
     Raises:
         ModelError: If the name is unknown, or the checkpoint can't be found, fetched or loaded.
-        InputError: If `revision` is given for pico or a folder, which have none.
+        InputError: If `revision` is given for pico or a folder, which have none, or passages can't be cut there.
         MissingDependencyError: If the model needs a package that is not installed.
     """
     revision = _check_revision(name, revision)
-    key = (str(_find_folder(name) or name), revision, str(device), str(dtype), decoder_weights, str(compiled))
+    variant = str(device), str(dtype), decoder_weights, str(compiled), str(max_passage_tokens)
+    key = (str(_find_folder(name) or name), revision, *variant)
     with _slots_lock:
         slot = _slots.setdefault(key, _Slot())
         slot.users += 1
     try:
         with slot.lock:  # the second asker waits for the first one's load instead of loading again
             if slot.backbone is None:
-                slot.backbone = _load(name, revision, device, dtype, decoder_weights, compiled)
+                slot.backbone = _load(name, revision, device, dtype, decoder_weights, compiled, max_passage_tokens)
             backbone = slot.backbone
     except BaseException:
         _give_back(key, slot)
@@ -115,6 +120,7 @@ def acquire_all(
     dtype: torch.dtype,
     decoder_weights: str | None = None,
     compiled: bool = False,
+    max_passage_tokens: int | None = None,
 ) -> tuple[list[Backbone], Callable[[], None]]:
     """Load a model on several devices, or share what is loaded.
 
@@ -125,6 +131,7 @@ def acquire_all(
         dtype: float32 or bfloat16.
         decoder_weights: As `acquire`, for the first device.
         compiled: Likewise.
+        max_passage_tokens: As `acquire`.
 
     Returns:
         A backbone per device, in that order, and how to give them all back.
@@ -143,6 +150,7 @@ def acquire_all(
                 dtype=dtype,
                 decoder_weights=decoder_weights if decodes else None,
                 compiled=compiled and decodes,
+                max_passage_tokens=max_passage_tokens,
             )
             leases.callback(lease.release)
             loaded.append(lease.backbone)
@@ -190,17 +198,17 @@ def _load(
     dtype: torch.dtype,
     decoder_weights: str | None,
     compiled: bool,
+    max_passage_tokens: int | None,
 ) -> Backbone:
     home = _find_folder(name)
-    trained = home is not None and (home / "pico.safetensors").is_file()
-    if name == PICO or trained:
+    if _is_pico(name):
         if decoder_weights is not None or compiled:
             raise InputError(
                 f"decoder_weights and compiled are for KaLM checkpoints; {name!r} is small. Leave them out."
             )
         from kalm_rag.models.pico.backbone import PicoBackbone  # its encoder is an optional dependency
 
-        return PicoBackbone.load(device=device, dtype=dtype, weights=home)
+        return PicoBackbone.load(device=device, dtype=dtype, weights=home, max_passage_tokens=max_passage_tokens)
     from kalm_rag.models.t5gemma2.backbone import T5Gemma2Backbone  # transformers' model code is slow to import
 
     folder, commit, weights = find_checkpoint(name, revision)
@@ -213,7 +221,25 @@ def _load(
         weights=weights,
         decoder_weights=decoder_weights,
         compiled=compiled,
+        max_passage_tokens=max_passage_tokens,
     )
+
+
+def _is_pico(name: str) -> bool:
+    home = _find_folder(name)
+    return name == PICO or (home is not None and (home / "pico.safetensors").is_file())
+
+
+def passage_limit(name: str, *, former: bool = False) -> int:
+    """Where a model cuts passages by default; loads nothing.
+
+    Args:
+        name: As `acquire` takes it.
+        former: Where it did before collections noted it.
+    """
+    if _is_pico(name):
+        return FORMER_PASSAGE_TOKENS if former else MAX_PASSAGE_TOKENS
+    return PROTOCOL_LIMIT
 
 
 def check_name(name: str) -> None:

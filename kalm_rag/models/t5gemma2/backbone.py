@@ -21,7 +21,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Decoder
 
 from kalm_rag.errors import InputError
 from kalm_rag.instructions import Instructions
-from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, index_tensor
+from kalm_rag.models.backbone import BackboneInfo, TokenizedPassage, check_passage_limit, index_tensor
 from kalm_rag.models.prefix_cache import CPU_CACHE_BYTES, PrefixCache, entry_keys
 from kalm_rag.models.t5gemma2.checkpoint import digest_checkpoint, load_model, read_config, read_tokenizer
 from kalm_rag.models.t5gemma2.compiled import CompiledDecoder
@@ -109,6 +109,7 @@ class T5Gemma2Backbone:
         weights: str | None = None,
         decoder_weights: str | None = None,
         compiled: bool = False,
+        max_passage_tokens: int | None = None,
     ) -> T5Gemma2Backbone:
         """Load a checkpoint folder in the Hugging Face format (one safetensors shard or several).
 
@@ -122,6 +123,8 @@ class T5Gemma2Backbone:
             decoder_weights: ``"int8"`` scores with rounded decoder weights (CPU only); None with the checkpoint's.
                 States are the same either way. The checkpoint's own stay loaded: explanations read them.
             compiled: Run the decoder through torch.compile, at the first query; not together with `decoder_weights`.
+            max_passage_tokens: Where passages are cut, template included; None is the protocol's 1,024. They are read
+                in one pass, so memory grows with the square of it.
 
         Raises:
             InputError: For float16, whose range this model overflows, or `decoder_weights` that can't be had, or not
@@ -143,7 +146,9 @@ class T5Gemma2Backbone:
             weights=weights if weights is not None else digest_checkpoint(folder),
             template=PASSAGE_TEMPLATE,
             hidden_size=config.decoder.hidden_size,
-            max_passage_tokens=MAX_PASSAGE_TOKENS,
+            max_passage_tokens=check_passage_limit(
+                max_passage_tokens, MAX_PASSAGE_TOKENS, config.encoder.text_config.max_position_embeddings
+            ),
             dtype=dtype_name(dtype),
             state_dtype=dtype_name(dtype),
         )
@@ -157,7 +162,8 @@ class T5Gemma2Backbone:
     def tokenize(self, passages: Sequence[str]) -> list[TokenizedPassage]:
         """Turn passages into encoder input; see `Backbone.tokenize`."""
         encoded = self._tokens.ids_many([PASSAGE_TEMPLATE.format(passage=text) for text in passages])
-        return [TokenizedPassage(ids=ids[:MAX_PASSAGE_TOKENS], total_tokens=len(ids)) for ids in encoded]
+        limit = self.info.max_passage_tokens
+        return [TokenizedPassage(ids=ids[:limit], total_tokens=len(ids)) for ids in encoded]
 
     @torch.inference_mode()
     def encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -286,7 +292,7 @@ class T5Gemma2Backbone:
     def offsets(self, passage: str) -> list[tuple[int, int]]:
         """Characters behind each token of a passage; see `Backbone.offsets`."""
         prefix = len(PASSAGE_TEMPLATE.format(passage=""))
-        found = self._tokens.offsets(PASSAGE_TEMPLATE.format(passage=passage))[:MAX_PASSAGE_TOKENS]
+        found = self._tokens.offsets(PASSAGE_TEMPLATE.format(passage=passage))[: self.info.max_passage_tokens]
         return [(max(start - prefix, 0), max(end - prefix, 0)) for start, end in found]
 
     def _eager_decoder(self) -> T5Gemma2Decoder:
