@@ -59,8 +59,8 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         reranker: A ready engine instead of `model`, yours to close.
         top_n: Most nodes given back, >= 1; None gives all.
         threshold: Keep only nodes with P(yes) >= this, in [0, 1].
-        missing: Nodes without stored states: ``"encode"`` (and keep), ``"raise"``, or ``"skip"`` (treated as nodes
-            without text).
+        missing: Nodes without stored states: ``"encode"`` (and keep; with a `KaLMChromaVectorStore` only what its
+            collection holds, the rest is cached), ``"raise"``, or ``"skip"`` (treated as nodes without text).
         instructions: `Instructions`, a task, any prompt or engine (read now), or ``"auto"``: those of the prompt of
             the query or chat engine, agent or workflow that runs this (the innermost), read anew at each query.
         metadata_mode: Which metadata the scored text of a node holds: the mode they were indexed with. Left out with a
@@ -218,16 +218,18 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         if is_blank(query):  # an agent's, or an empty rewriting: the app goes on, and no model is loaded
             return unscored_candidates(len(nodes), top_n=self.top_n, threshold=self.threshold)
         engine, store = self.lazy.get()
+        texts = [self._read(item) for item in nodes]
         return rank_candidates(
             engine,
             store,
             query,
-            [self._read(item) for item in nodes],
+            texts,
             instructions=instructions,
             ratio=self.ratio,
             top_n=self.top_n,
             threshold=self.threshold,
             missing=self.missing,
+            owners=self._owners([item.node for item in nodes], texts),
         )
 
     def _read(self, item: NodeWithScore) -> str | None:

@@ -22,6 +22,7 @@ from typing_extensions import Self
 
 from kalm_rag.checks import check_passages, check_text
 from kalm_rag.errors import InputError
+from kalm_rag.index.candidates import Owners
 from kalm_rag.index.collection import (
     SAME_VECTOR,
     CollectionNotes,
@@ -39,6 +40,7 @@ from kalm_rag.llama_index.connection import CollectionFields, check_collection
 from kalm_rag.llama_index.embedding import KaLMEmbedding
 from kalm_rag.llama_index.fields import PassageFields
 from kalm_rag.llama_index.nodes import check_nodes, read_node, records_of
+from kalm_rag.llama_index.owners import RecordIds
 from kalm_rag.llama_index.postprocessor import KaLMNodePostprocessor
 from kalm_rag.llama_index.upkeep import CollectionUpkeep
 from kalm_rag.states import Codec
@@ -320,6 +322,10 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
     async def aquery(self, query: VectorStoreQuery, **kwargs: object) -> VectorStoreQueryResult:
         """Run `query` in a thread."""
         return await asyncio.to_thread(self.query, query, **kwargs)
+
+    def _owners(self, nodes: Sequence[BaseNode], texts: Sequence[str | None]) -> Owners:
+        ids = RecordIds(self._home, nodes, texts)
+        return Owners(collection_id=str(self._collection.id), record_ids=ids, scope=self._home.scope)
 
     def _check_embeddings(self, nodes: Sequence[BaseNode]) -> None:
         """Refuse to mix vectors: where a collection notes the bundled embedder, look at one of the new ones, once."""

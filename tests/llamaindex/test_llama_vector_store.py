@@ -174,6 +174,8 @@ class TestVectorStore:
         assert "The Volga is long, too." in {n.text for n in nodes}
         ranked = vectors.as_postprocessor(top_n=None).postprocess_nodes(nodes, query_str=QUERY)
         same(got(ranked), expected(engine, nodes))
+        assert vectors.verify().clean  # the query has kept its states, with the reference
+        vectors._collection.update(ids=["n1"], documents=["The Volga."], embeddings=[[0.1] * 8])
         assert vectors.backfill().referenced == 1
         assert vectors.verify().clean
 
