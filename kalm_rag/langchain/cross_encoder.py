@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from langchain_core.cross_encoders import BaseCrossEncoder
 from pydantic import field_validator
 
 from kalm_rag.checks import check_items
@@ -16,6 +15,11 @@ from kalm_rag.index.candidates import Missing
 from kalm_rag.index.lazy_engine import is_blank, rank_candidates, unscored_candidates
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.settings import EngineSettings
+
+try:
+    from langchain_core.cross_encoders import BaseCrossEncoder
+except ModuleNotFoundError:  # where earlier releases have it, which is where their CrossEncoderReranker looks
+    from langchain_classic.retrievers.document_compressors.cross_encoder import BaseCrossEncoder
 
 
 class KaLMCrossEncoder(EngineSettings, BaseCrossEncoder):
