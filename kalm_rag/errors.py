@@ -48,6 +48,10 @@ class ClosedError(KalmRagError, RuntimeError):
     """An engine, store or index used after ``close()``."""
 
 
+class DeadlineError(KalmRagError, TimeoutError):
+    """Ranking took longer than the caller's ``timeout``."""
+
+
 class MissingDependencyError(KalmRagError, ImportError):
     """An optional package that is not installed. The message names module, extra and pip line."""
 

@@ -196,6 +196,17 @@ def _decode(group: Sequence[Request]) -> None:
             request.error = err
 
 
+class _GivenUp(threading.Event):
+    """Set when a caller gives up, or one around it does."""
+
+    def __init__(self, around: threading.Event | None) -> None:
+        super().__init__()
+        self._around = around
+
+    def is_set(self) -> bool:
+        return super().is_set() or (self._around is not None and self._around.is_set())
+
+
 _cancelled: ContextVar[threading.Event | None] = ContextVar("kalm_rag_cancelled", default=None)
 _queues: weakref.WeakKeyDictionary[object, DecodeQueue] = weakref.WeakKeyDictionary()
 _queues_lock = threading.Lock()
@@ -207,7 +218,7 @@ def cancel_on_error() -> Iterator[None]:
 
     The thread must run in a copy of this context, as ``asyncio.to_thread`` and LangChain's ``run_in_executor`` see to.
     """
-    flag = threading.Event()
+    flag = _GivenUp(_cancelled.get())
     token = _cancelled.set(flag)
     try:
         yield

@@ -110,12 +110,14 @@ class Ranking:
         from_store: How many had states already.
         encoded: How many distinct texts were encoded now.
         unscored: How many were not scored: skipped by policy, or without text.
+        states: Their states, for who goes on to select; None if there was no ranking.
     """
 
     candidates: list[RankedCandidate]
     from_store: int
     encoded: int
     unscored: int
+    states: CandidateStates | None = field(default=None, repr=False, compare=False)
 
 
 def check_missing(missing: str) -> Missing:
@@ -228,7 +230,13 @@ def rank_texts(
     unscored = sorted(set(range(len(texts))) - set(loaded.rows))
     if threshold is None:
         ranked += [RankedCandidate(index=i) for i in unscored]
-    return Ranking(candidates=ranked, from_store=loaded.from_store, encoded=loaded.encoded, unscored=len(unscored))
+    return Ranking(
+        candidates=ranked,
+        from_store=loaded.from_store,
+        encoded=loaded.encoded,
+        unscored=len(unscored),
+        states=loaded,
+    )
 
 
 def as_stored(states: Sequence[PassageStates], store: StateStore) -> StateBatch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kalm_rag.checks import check_count, check_cut, check_passages, check_query
+from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, InputError
-from kalm_rag.index.candidates import Missing, Owners, check_missing, rank_texts
+from kalm_rag.index.candidates import Missing, Owners, Ranking, check_missing, rank_texts
 from kalm_rag.index.clients import read_folder
 from kalm_rag.index.collection import (
     COSINE,
@@ -32,9 +33,11 @@ from kalm_rag.index.collection import (
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder, Embedder, wrap_embedder
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.lazy_engine import EngineSpec
+from kalm_rag.index.outcome import FailurePolicy, OnError, rank_and_select
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.place import CollectionPlace
 from kalm_rag.index.results import AddReport, BackfillReport, Hit, QueryResult, RebuildReport, Timings, VerifyReport
+from kalm_rag.index.select import Selection
 from kalm_rag.index.writer import CollectionWriter, Records
 from kalm_rag.instructions import Instructions, as_instructions
 from kalm_rag.states import Codec
@@ -250,6 +253,11 @@ class ChromaIndex:
         where: Mapping[str, Any] | None = None,
         where_document: Mapping[str, Any] | None = None,
         missing: Missing | None = None,
+        max_tokens: int | None = None,
+        count_tokens: Callable[[str], int] | None = None,
+        drop_duplicates: bool | float = False,
+        on_error: OnError = "raise",
+        timeout: float | None = None,
     ) -> QueryResult:
         """Search by vector, then rerank the candidates with the decoder over their stored states.
 
@@ -263,50 +271,80 @@ class ChromaIndex:
             where: Chroma metadata filter.
             where_document: Chroma document filter.
             missing: Policy for this query; None takes the index's.
+            max_tokens: Most tokens of all hits together, see `kalm_rag.index.select.Selection`, as for the next two.
+            count_tokens: Counts the tokens of a text; None takes the model's tokenizer.
+            drop_duplicates: Leave out hits that repeat a better one: True, or from which cosine on.
+            on_error: ``"raise"``, or ``"retrieval_order"``: if the ranking fails, hits come in the order of the search,
+                and `QueryResult.status` says so. Without an embedder of the app's own a model that can't be loaded is
+                an error either way: the search needs it.
+            timeout: Most seconds for the ranking behind the search; None for no limit.
 
         Raises:
             InputError: If the query is blank, a number out of range, or a filter none that Chroma reads.
             StateMismatchError: If `ratio` is no multiple of the stored one.
             MissingStateError: Under ``missing="raise"``, if candidates have no stored states.
+            DeadlineError: Over `timeout`.
             StoreError: If Chroma fails; StoreFormatError if a stored state is damaged (`backfill` mends that).
         """
         check_query(text)
         check_cut(top_n, threshold)
+        selection = Selection(max_tokens=max_tokens, count_tokens=count_tokens, drop_duplicates=drop_duplicates)
+        failure = FailurePolicy(on_error=on_error, timeout=timeout)
         if check_count(fetch_k, "fetch_k") > MOST_CANDIDATES:
             raise InputError(f"fetch_k is {fetch_k}; wanted at most {MOST_CANDIDATES:,}: Chroma can't give more.")
         policy = check_missing(missing if missing is not None else self.missing)
         told = as_instructions(instructions)
         home = self._open()
-        engine, store = home.parts()
         timings = Timings()
-        with timings.stage("embed"):
-            asked = engine.prepare(text, told)
+        own = self._embedder is not None and not isinstance(self._embedder, BundledEmbedder)
+        with timings.stage("embed"):  # the bundled embedder takes its vector of what the decoder is given
+            asked: str | PreparedQuery = text if own else home.parts()[0].prepare(text, told)
             vector = self.embedder.query(asked)
         with timings.stage("search"):
             found = self._search(vector, fetch_k, where, where_document)
+        read = [home.rule.text(hit.text, hit.metadata, hit.id) for hit in found]
         owners = Owners(collection_id=home.collection_id, record_ids=[hit.id for hit in found], scope=home.scope)
-        ranking = rank_texts(
-            engine,
-            store,
-            asked,
-            [home.rule.text(hit.text, hit.metadata, hit.id) for hit in found],
-            missing=policy,
-            timings=timings,
-            ratio=ratio,
-            threshold=threshold,
-            owners=owners,
+
+        def rank(engine: Reranker, store: StateStore) -> Ranking:
+            return rank_texts(
+                engine,
+                store,
+                asked,
+                read,
+                missing=policy,
+                timings=timings,
+                instructions=told if own else None,  # a prepared query has its own
+                ratio=ratio,
+                threshold=threshold,
+                owners=owners,
+            )
+
+        outcome = rank_and_select(
+            home.parts,
+            rank,
+            model=home.lazy.spec.model,
+            read=read,
+            shown=lambda place: found[place].text or "",
+            names=[hit.id for hit in found],
+            top_n=top_n,
+            selection=selection,
+            policy=failure,
         )
         return QueryResult(
             query=text,
             hits=[
                 replace(found[r.index], margin=r.margin, probability=r.probability, truncated=r.truncated)
-                for r in ranking.candidates[:top_n]
+                for r in outcome.candidates
             ],
             candidates=len(found),
-            from_store=ranking.from_store,
-            encoded=ranking.encoded,
-            unscored=ranking.unscored,
-            seconds=timings.seconds,
+            from_store=outcome.ranking.from_store,
+            encoded=outcome.ranking.encoded,
+            unscored=outcome.ranking.unscored,
+            seconds=dict(timings.seconds),  # after a timeout the ranking may still add to its own
+            status=outcome.status,
+            model=outcome.model,
+            fingerprint=outcome.fingerprint,
+            left_out=outcome.left_out,
         )
 
     async def aquery(self, text: str, **options: Any) -> QueryResult:  # noqa: ANN401

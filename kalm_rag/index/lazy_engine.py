@@ -334,7 +334,7 @@ def rank_candidates(
     missing: Missing = "encode",
     owners: Owners | None = None,
 ) -> list[RankedCandidate]:
-    """Order candidates by relevance: states by content, decoder, cut. What the adapters do between their hooks.
+    """Order candidates by relevance: states by content, decoder, cut.
 
     An adapter must not take its app down, so what can't be asked or scored comes back in retrieval order, unscored, and
     is told in the log: everything under a blank query (an agent's, or an empty rewriting), and single texts that are no
@@ -363,12 +363,38 @@ def rank_candidates(
     """
     check_cut(top_n, threshold)
     check_missing(missing)
-    readable = [_readable(text, position) for position, text in enumerate(texts)]
     if is_blank(query):
         return unscored_candidates(len(texts), top_n=top_n, threshold=threshold)
     engine, store = match_ratio(engine, store)
+    ranking = rank_readable(
+        engine,
+        store,
+        query,
+        readable_texts(texts),
+        instructions=instructions,
+        ratio=ratio,
+        threshold=threshold,
+        missing=missing,
+        owners=owners,
+    )
+    return ranking.candidates[:top_n]
+
+
+def rank_readable(
+    engine: Reranker,
+    store: StateStore,
+    query: str | PreparedQuery,
+    readable: Sequence[str | None],
+    *,
+    instructions: Instructions | None,
+    ratio: int | None,
+    threshold: float | None,
+    missing: Missing,
+    owners: Owners | None,
+) -> Ranking:
+    """Rank what `readable_texts` gave and log how: what the adapters do between their hooks; see `rank_candidates`."""
     timings = Timings()
-    ranking: Ranking = rank_texts(
+    ranking = rank_texts(
         engine,
         store,
         query,
@@ -382,13 +408,13 @@ def rank_candidates(
     )
     logger.info(
         "ranked %d candidates: %d from the store, %d encoded, %d not scored; seconds %s",
-        len(texts),
+        len(readable),
         ranking.from_store,
         ranking.encoded,
         ranking.unscored,
         {stage: round(seconds, 4) for stage, seconds in timings.seconds.items()},
     )
-    return ranking.candidates[:top_n]
+    return ranking
 
 
 def is_blank(query: str | PreparedQuery) -> bool:
@@ -408,6 +434,11 @@ def unscored_candidates(count: int, *, top_n: int | None, threshold: float | Non
         "they come back in retrieval order" if threshold is None else "the threshold drops them",
     )
     return [] if threshold is not None else [RankedCandidate(index=i) for i in range(count)][:top_n]
+
+
+def readable_texts(texts: Sequence[str | None]) -> list[str | None]:
+    """Texts that can be scored, None for others; why not is logged."""
+    return [_readable(text, position) for position, text in enumerate(texts)]
 
 
 def _readable(text: str | None, position: int) -> str | None:

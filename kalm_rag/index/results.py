@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,23 @@ class Hit:
     margin: float | None = None
     probability: float | None = None
     truncated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A candidate that the selection passed over.
+
+    Attributes:
+        id: Its record id; in the adapters the document's or node's id.
+        reason: ``"threshold"``, ``"duplicate"`` or ``"budget"``.
+        duplicate_of: Id of the better-ranked passage that it repeats.
+        tokens: How many it would have taken, of a budget that had fewer left.
+    """
+
+    id: str
+    reason: Literal["threshold", "duplicate", "budget"]
+    duplicate_of: str | None = None
+    tokens: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -64,6 +81,10 @@ class QueryResult:
         encoded: How many were encoded now, because they had none.
         unscored: How many could not be scored (skipped by policy, or without text).
         seconds: Stage to seconds: embed, search, fetch, encode, score.
+        status: ``"reranked"``, or ``"skipped: "`` and why: hits are in retrieval order then, unscored.
+        model: Name of the model that ranked, or should have.
+        fingerprint: Names its states; None if it could not be asked.
+        left_out: Candidates that threshold, duplicates or budget kept from the hits; those behind `top_n` are not told.
     """
 
     query: str
@@ -73,6 +94,10 @@ class QueryResult:
     encoded: int
     unscored: int
     seconds: dict[str, float]
+    status: str = "reranked"
+    model: str = ""
+    fingerprint: str | None = None
+    left_out: list[LeftOut] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Hit]:
         return iter(self.hits)
