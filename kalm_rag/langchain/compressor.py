@@ -62,6 +62,10 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
     Nothing is loaded before the first call; equal settings share one engine in a process (`release_engines` frees
     it). Pickles and ``model_dump`` carry settings, never a model. Safe to use from many threads and event loops.
 
+    One call's ``config["configurable"]`` may say ``kalm_instructions``, ``kalm_top_n`` and ``kalm_threshold``. A
+    retriever around this (``ContextualCompressionRetriever``, ``MergerRetriever``) hands no config on when it is asked
+    by itself; as a step of a chain, ``retriever | RunnableLambda(list)``, it is heard.
+
     Args:
         model: ``pico`` (bundled), ``nano``, ``small``, ``large``, a repository id or a folder.
         revision: Commit, tag or branch of a repository; None takes the pinned one.

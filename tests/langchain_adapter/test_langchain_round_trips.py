@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def test_a_ready_engines_ratio_is_kept(tiny: Reranker, tmp_path: Path, how: str,
 @pytest.mark.parametrize("how", [*COPIES, "dumpd"])
 def test_a_step_written_down(tiny: Reranker, how: str) -> None:
     step = KaLMRerank(reranker=tiny.at(2), top_n=2, instructions=Instructions(task="Find food."), name="my step")
-    again = {**COPIES, "dumpd": lambda made: load(dumpd(made), allowed_objects=[KaLMRerank], valid_namespaces=NAMES)}
+    allowed: Any = {"allowed_objects": [KaLMRerank]} if "allowed_objects" in signature(load).parameters else {}
+    again = {**COPIES, "dumpd": lambda made: load(dumpd(made), valid_namespaces=NAMES, **allowed)}
     copied = again[how](step)
     given = {"query": QUERY, "documents": documents(LONG)}
     assert scores(copied.invoke(given)) == scores(step.invoke(given))
