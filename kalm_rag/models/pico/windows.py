@@ -87,7 +87,7 @@ class Stretches:
 
 
 def cut_stretches(counts: Tensor, tokens: int) -> Stretches:
-    """Cut passages of more than `tokens` tokens into stretches of so many, one every half of that.
+    """Cut passages of more than `tokens` tokens into stretches of so many, one every half, the last a quarter at least.
 
     Args:
         counts: Tokens behind each state, ``(B, N)``; 0 is padding.
@@ -100,7 +100,7 @@ def cut_stretches(counts: Tensor, tokens: int) -> Stretches:
         (row, start, min(start + width, length))
         for row, (length, total) in enumerate(sizes)
         if total > tokens
-        for start in range(0, length, step)
+        for start in range(0, max(1, length - step // 2), step)
     ]
     starts, stops = torch.tensor([start for _, start, _ in cut]), torch.tensor([stop for _, _, stop in cut])
     index = starts[:, None] + torch.arange(width)  # (S, n)
