@@ -18,12 +18,16 @@ from math import isfinite
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
 
+from kalm_rag.checks import check_cut
+from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import DeadlineError, InputError
-from kalm_rag.index.candidates import RankedCandidate, Ranking
+from kalm_rag.index.candidates import Missing, Owners, RankedCandidate, Ranking, check_missing
+from kalm_rag.index.lazy_engine import LazyEngine, is_blank, rank_readable, readable_texts, unscored_candidates
 from kalm_rag.index.results import LeftOut
 from kalm_rag.index.select import Selection, select_candidates
+from kalm_rag.instructions import Instructions
 from kalm_rag.store import StateStore
 
 logger = logging.getLogger(__name__)
@@ -161,6 +165,71 @@ def rank_and_select(
         names=names,
         top_n=top_n,
         selection=selection,
+    )
+
+
+def rank_for_app(
+    lazy: LazyEngine,
+    query: str | PreparedQuery,
+    texts: Sequence[str | None],
+    *,
+    shown: Callable[[int], str],
+    names: Sequence[str],
+    instructions: Instructions | None,
+    ratio: int | None,
+    top_n: int | None,
+    threshold: float | None,
+    missing: Missing,
+    selection: Selection,
+    policy: FailurePolicy,
+    owners: Callable[[], Owners | None],
+) -> Outcome:
+    """Rank and select as the adapters do: a blank query and texts that can't be scored take no app down.
+
+    Takes what `kalm_rag.index.lazy_engine.rank_candidates` and `rank_and_select` take, and raises what they do.
+    `owners` is asked when there is something to rank, within the time allowed.
+    """
+    check_cut(top_n, threshold)
+    check_missing(missing)
+    read, started = readable_texts(texts), time.perf_counter()
+    if is_blank(query):
+        placed = unscored_candidates(len(read), top_n=None, threshold=threshold)
+        return finish(
+            Ranking(candidates=placed, from_store=0, encoded=0, unscored=len(read)),
+            None,
+            "skipped: the query is blank",
+            started,
+            model=lazy.spec.model,
+            read=read,
+            shown=shown,
+            names=names,
+            top_n=top_n,
+            selection=selection,
+        )
+
+    def rank(engine: Reranker, store: StateStore) -> Ranking:
+        return rank_readable(
+            engine,
+            store,
+            query,
+            read,
+            instructions=instructions,
+            ratio=ratio,
+            threshold=threshold,
+            missing=missing,
+            owners=owners(),
+        )
+
+    return rank_and_select(
+        lazy.get,
+        rank,
+        model=lazy.spec.model,
+        read=read,
+        shown=shown,
+        names=names,
+        top_n=top_n,
+        selection=selection,
+        policy=policy,
     )
 
 

@@ -12,12 +12,24 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, PrivateAttr, StrictInt, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine, spec_of
+from kalm_rag.index.outcome import FailurePolicy, OnError
+from kalm_rag.index.select import Selection
 from kalm_rag.store import StateStore
 from kalm_rag.store.opening import MEMORY
 
@@ -154,6 +166,70 @@ class EngineSettings(ByName, HasStates):
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Copy the settings; model and open store are shared, as locks and files can't be copied."""
         return self.model_copy()
+
+
+class SelectionFields(BaseModel):
+    """Fields that say which passages are handed on, and what happens when there is no ranking."""
+
+    max_tokens: StrictInt | None = Field(default=None, description="Most tokens of all passages together.")
+    count_tokens: Any = Field(default=None, description="Counts the tokens of a text; None: the model's tokenizer.")
+    drop_duplicates: StrictBool | StrictFloat = Field(
+        default=False, description="Leave out passages that repeat a better one: True, or from which cosine on."
+    )
+    on_error: OnError = Field(default="raise", description="raise, or retrieval_order: if the ranking fails.")
+    timeout: float | None = Field(default=None, description="Most seconds for loading and ranking.")
+    details: StrictBool = Field(default=False, description="Put on each result how the ranking went.")
+
+    @field_validator("count_tokens", mode="before")
+    @classmethod
+    def _check_counter(cls, value: object) -> object:
+        if isinstance(value, Mapping) and "live" in value:
+            raise InputError(
+                f"count_tokens was the function {value['live']} when this was written down, which can't be made from "
+                f"a description. Pass count_tokens= again."
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> Self:
+        self.selection()
+        self.policy()
+        return self
+
+    @field_serializer("count_tokens")
+    def _write_counter(self, value: object) -> dict[str, str] | None:
+        return None if value is None else {"live": getattr(value, "__name__", type(value).__name__)}
+
+    def selection(self) -> Selection:
+        """What is handed on."""
+        return Selection(
+            max_tokens=self.max_tokens, count_tokens=self.count_tokens, drop_duplicates=self.drop_duplicates
+        )
+
+    def policy(self) -> FailurePolicy:
+        """What happens on failure."""
+        return FailurePolicy(on_error=self.on_error, timeout=self.timeout)
+
+    def changed_selection(self) -> dict[str, Any]:
+        """Those of these fields that are not at their defaults."""
+        fields = SelectionFields.model_fields
+        return {name: mine for name, field in fields.items() if (mine := getattr(self, name)) != field.default}
+
+    def refuse_counter(self) -> None:
+        """Refuse to be pickled with a function of the app's.
+
+        Raises:
+            InputError: If ``count_tokens`` is one.
+        """
+        if self.count_tokens is not None:
+            raise InputError(
+                f"{type(self).__name__} has count_tokens, a function, which can't be written down. Leave it out, and "
+                f"pass it again where this is read."
+            )
+
+    def __getstate__(self) -> dict[Any, Any]:
+        self.refuse_counter()
+        return super().__getstate__()
 
 
 def read_store(value: object) -> Any:  # noqa: ANN401 - a store, what has one, its place, or None

@@ -29,9 +29,10 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, Owners, RankedCandidate
-from kalm_rag.index.lazy_engine import is_blank, rank_candidates, unscored_candidates
+from kalm_rag.index.lazy_engine import is_blank
+from kalm_rag.index.outcome import Outcome, rank_for_app
 from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
-from kalm_rag.index.settings import place_of
+from kalm_rag.index.settings import SelectionFields, place_of
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.inputs import (
     CALL_NAMES,
@@ -55,8 +56,11 @@ RETRIEVAL_SCORE = "retrieval_score"
 RETRIEVAL_RANK = "retrieval_rank"
 """Metadata key of the place a document came at, from 1, with ``keep_retrieval_score``."""
 
+DETAILS = "rerank_details"
+"""Metadata key of how the ranking went, with ``details``."""
 
-class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
+
+class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompressor):
     """Reranks documents: states are looked up, or encoded once where missing; only the decoder runs per query.
 
     Nothing is loaded before the first call; equal settings share one engine in a process (`release_engines` frees
@@ -94,6 +98,17 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
             documents afterwards (see `KaLMRetriever`).
         keep_retrieval_score: Keep ``retrieval_rank``, and a former ``relevance_score`` as ``retrieval_score``.
         keep_margin: Give ``relevance_margin`` = logit(yes) - logit(no), which doesn't saturate.
+        max_tokens: Most tokens of all documents together, filled in rank order: one that doesn't fit is left out, and a
+            shorter one behind it may still fit. ``page_content`` counts, without what a template adds.
+        count_tokens: Counts the tokens of a text; None takes the model's tokenizer. A function isn't written down.
+        drop_duplicates: Leave out documents that repeat a better one: True, or from which cosine of their states on;
+            see `kalm_rag.index.select.Selection`.
+        on_error: ``"raise"``, so that a wrong setting is seen; or ``"retrieval_order"``: if the model can't be loaded,
+            fails or takes too long, documents come back as they came, unscored, and the log and `details` say why.
+        timeout: Most seconds for loading and ranking; None for no limit.
+        details: Give ``rerank_details`` in the metadata: status (``reranked`` or ``skipped: ...``), model,
+            fingerprint, seconds, whether this document was read only to the model's limit (``truncated``), and how
+            many were left out for what. Traces always have them when there is something to tell.
 
     Raises:
         pydantic.ValidationError: If an argument is unknown or out of range.
@@ -192,11 +207,11 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
         manager = get_callback_manager_for_config(config)
         traced = manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
-            ranked = self.rank(documents, query, config, owners)
+            ranked, told = self._ranked(documents, query, config, owners)
         except BaseException as err:
             traced.on_chain_error(err)
             raise
-        traced.on_chain_end({"documents": ranked})
+        traced.on_chain_end({"documents": ranked, **told})
         return ranked
 
     async def arun(
@@ -211,11 +226,11 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
         traced = await manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
             with cancel_on_error():
-                ranked = await run_in_executor(None, self.rank, documents, query, config, owners)
+                ranked, told = await run_in_executor(None, self._ranked, documents, query, config, owners)
         except BaseException as err:  # cancelled too: a start without an end stays open in a trace for ever
             await traced.on_chain_error(err)
             raise
-        await traced.on_chain_end({"documents": ranked})
+        await traced.on_chain_end({"documents": ranked, **told})
         return ranked
 
     def rank(
@@ -235,34 +250,48 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
             owners: Records the candidates are of.
             said: What the call says otherwise, read by `read_call`; goes before what its config says.
         """
+        return self._ranked(documents, query, config, owners, said)[0]
+
+    def _ranked(
+        self,
+        documents: Sequence[Document],
+        query: str | PreparedQuery,
+        config: RunnableConfig,
+        owners: Owners | None = None,
+        said: Mapping[str, Any] | None = None,
+    ) -> tuple[list[Document], dict[str, Any]]:
+        """Rerank; give the documents, and what a trace tells besides."""
         said = {**configured(config), **(said if said is not None else {})}
         return (self.model_copy(update=said) if said else self)._rank(documents, query, owners)
 
-    def _rank(self, documents: Sequence[Document], query: str | PreparedQuery, owners: Owners | None) -> list[Document]:
-        blank, documents = is_blank(query), check_documents(documents)
+    def _rank(
+        self, documents: Sequence[Document], query: str | PreparedQuery, owners: Owners | None
+    ) -> tuple[list[Document], dict[str, Any]]:
+        is_blank(query)  # refuses what is no text
+        documents = check_documents(documents)
         if not documents:
-            return []
-        if blank:
-            placed = unscored_candidates(len(documents), top_n=self.top_n, threshold=self.threshold)
-            return [self._scored(documents[one.index], one) for one in placed]
-        engine, store = self.lazy.get()
+            return [], {}
         rule = PassageRule(self.passage)
-        placed = rank_candidates(
-            engine,
-            store,
+        outcome = rank_for_app(
+            self.lazy,
             query,
             [rule.text(document.page_content, document.metadata, document.id or "") for document in documents],
+            shown=lambda place: documents[place].page_content,
+            names=[document.id or f"document {place}" for place, document in enumerate(documents)],
             instructions=None if isinstance(query, PreparedQuery) else self.instructions,  # it has its own
             ratio=self.ratio,
             top_n=self.top_n,
             threshold=self.threshold,
             missing=self.missing,
-            owners=owners,
+            selection=self.selection(),
+            policy=self.policy(),
+            owners=lambda: owners,
         )
-        return [self._scored(documents[one.index], one) for one in placed]
+        ranked = [self._scored(documents[one.index], one, outcome) for one in outcome.candidates]
+        return ranked, {} if outcome.plain and not self.details else {DETAILS: outcome.report()}
 
-    def _scored(self, document: Document, placed: RankedCandidate) -> Document:
-        metadata = {key: value for key, value in document.metadata.items() if key not in (SCORE, MARGIN)}
+    def _scored(self, document: Document, placed: RankedCandidate, outcome: Outcome) -> Document:
+        metadata = {key: value for key, value in document.metadata.items() if key not in (SCORE, MARGIN, DETAILS)}
         if self.keep_retrieval_score:
             if SCORE in document.metadata:
                 metadata[RETRIEVAL_SCORE] = document.metadata[SCORE]
@@ -271,6 +300,8 @@ class KaLMDocumentCompressor(EngineSettings, BaseDocumentCompressor):
             metadata[SCORE] = placed.probability
         if self.keep_margin and placed.margin is not None:
             metadata[MARGIN] = placed.margin
+        if self.details:
+            metadata[DETAILS] = outcome.details(placed)
         return document.model_copy(update={"metadata": metadata})
 
     def _run_name(self, config: RunnableConfig) -> str:
@@ -343,9 +374,14 @@ class KaLMRerank(RunnableSerializable[Any, list[Document]]):
     def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
         """Write down the settings, for ``load(..., allowed_objects=[KaLMRerank], valid_namespaces=["kalm_rag"])``.
 
-        States that are in memory or on a server can't be written down; neither can a compressor of another class.
+        States that are in memory or on a server can't be written down; neither can a compressor of another class, nor a
+        function that counts tokens.
         """
-        if type(self.compressor) is not KaLMDocumentCompressor or isinstance(place_of(self.compressor.store), dict):
+        if (
+            self.compressor.count_tokens is not None
+            or type(self.compressor) is not KaLMDocumentCompressor
+            or isinstance(place_of(self.compressor.store), dict)
+        ):
             return self.to_json_not_implemented()
         settings = self.compressor.model_dump(exclude_defaults=True)
         return {"lc": 1, "type": "constructor", "id": self.lc_id(), "kwargs": {**settings, "name": self.name}}

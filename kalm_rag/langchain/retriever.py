@@ -20,7 +20,7 @@ from kalm_rag.checks import check_count, check_cut, check_text
 from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Owners
-from kalm_rag.index.settings import ByName
+from kalm_rag.index.settings import ByName, SelectionFields
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.compressor import RETRIEVAL_RANK, RETRIEVAL_SCORE, KaLMDocumentCompressor
 from kalm_rag.langchain.inputs import CONFIG_SPECS, DEFAULT_TOP_N, FILTER_KEY, check_names, configured
@@ -57,7 +57,7 @@ class KeepsStates(Protocol):
         ...
 
 
-class KaLMRetriever(ByName, BaseRetriever):
+class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
     """Takes `fetch_k` candidates from a vector store and gives the `k` that the decoder finds most relevant.
 
     Over a `KaLMChroma` the candidates' stored states are used. Over any other vector store (or with a `compressor` of
@@ -90,6 +90,13 @@ class KaLMRetriever(ByName, BaseRetriever):
         keep_score: Give ``relevance_score`` = P(yes) in the metadata. False leaves it out.
         keep_retrieval_score: Keep the vector store's score (Chroma: a distance, lower is nearer; none with ``"mmr"``)
             and rank.
+        max_tokens: Most tokens of all documents together; see `KaLMDocumentCompressor`, as for the next five. What is
+            left at its default is the compressor's.
+        count_tokens: Counts the tokens of a text.
+        drop_duplicates: Leave out documents that repeat a better one.
+        on_error: ``"raise"`` or ``"retrieval_order"``, if the ranking fails; errors of the search are raised.
+        timeout: Most seconds for loading and ranking.
+        details: Give ``rerank_details`` in the metadata.
 
     Raises:
         pydantic.ValidationError: If an argument is unknown or out of range, or `k` and the compressor's `top_n` were
@@ -257,7 +264,11 @@ class KaLMRetriever(ByName, BaseRetriever):
             "ratio": self.ratio,
             "keep_score": None if self.keep_score else False,
         }
-        changes = {"top_n": top_n, **{name: value for name, value in said.items() if value is not None}}
+        changes = {
+            "top_n": top_n,
+            **self.changed_selection(),
+            **{name: value for name, value in said.items() if value is not None},
+        }
         return changes if threshold is _OWN else {**changes, "threshold": threshold}
 
     def _search(self, query: str, k: int, fetch_k: int | None, filter: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, TextNode
 from llama_index.core.vector_stores.utils import (
     legacy_metadata_dict_to_node,
@@ -48,13 +49,17 @@ def node_text(node: BaseNode, mode: MetadataMode) -> str | None:
     Raises:
         InputError: If it holds a lone surrogate.
     """
+    text = check_text(content_of(node, mode), f"text of node {node.node_id}")
+    return text if text.strip() else None
+
+
+def content_of(node: BaseNode, mode: MetadataMode) -> str:
+    """Content of a node; without its metadata if its template can't be filled, which is told in the log."""
     try:
-        content = node.get_content(metadata_mode=mode)
+        return node.get_content(metadata_mode=mode)
     except Exception as err:  # a template with a slot that nothing fills
         logger.warning("node %r is read without its metadata: %r", node.node_id, err)
-        content = node.get_content(metadata_mode=MetadataMode.NONE)
-    text = check_text(content, f"text of node {node.node_id}")
-    return text if text.strip() else None
+        return node.get_content(metadata_mode=MetadataMode.NONE)
 
 
 def read_node(node: BaseNode, rule: PassageRule) -> str | None:
@@ -133,6 +138,17 @@ def record_text(record_id: str, document: str | None, metadata: Mapping[str, Any
         'title: Tea\n\nBoil it.'
     """
     return node_text(record_node(record_id, document, metadata), MetadataMode(mode))
+
+
+class RankedNode(NodeWithScore):
+    """A node with its score and how the ranking went; the node itself, its hash and its texts are the caller's."""
+
+    details: dict[str, Any] = Field(default_factory=dict, description="Status, model, seconds, truncated, left out.")
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in serialised form."""
+        return "RankedNode"
 
 
 def with_score(item: NodeWithScore, score: float | None, *, keep: bool) -> NodeWithScore:

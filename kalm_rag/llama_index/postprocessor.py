@@ -13,7 +13,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serialize
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 from typing_extensions import Self
 
@@ -21,17 +21,18 @@ from kalm_rag.checks import check_cut, check_text
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, RankedCandidate, check_missing
-from kalm_rag.index.lazy_engine import is_blank, rank_candidates, unscored_candidates
+from kalm_rag.index.outcome import Outcome, rank_for_app
+from kalm_rag.index.settings import SelectionFields
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.llama_index.fields import PassageFields
-from kalm_rag.llama_index.nodes import check_nodes, read_node, with_score
+from kalm_rag.llama_index.nodes import RankedNode, check_nodes, content_of, read_node, with_score
 from kalm_rag.llama_index.steering import override, overriding, surrounding_instructions
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 
 
-class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
+class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocessor):
     """Reranks retrieved nodes: states by content from the store, one decoder pass, best first.
 
     Scores are P(yes) in [0, 1], plain floats. Nodes without text can't be scored: they come behind the scored ones in
@@ -68,6 +69,18 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         passage: How a node is read, in place of `metadata_mode`: ``"document"``, or a template over text and metadata
             such as ``"{title}: {text}"``. None as above.
         keep_retrieval_score: Keep the retriever's score as ``metadata["retrieval_score"]``.
+        max_tokens: Most tokens of all nodes together, as the LLM gets them (``MetadataMode.LLM``), filled in rank
+            order: one that doesn't fit is left out, and a shorter one behind it may still fit.
+        count_tokens: Counts the tokens of a text; None takes the model's tokenizer. A function isn't written down.
+        drop_duplicates: Leave out nodes that repeat a better one: True, or from which cosine of their states on; see
+            `kalm_rag.index.select.Selection`.
+        on_error: ``"raise"``, so that a wrong setting is seen; or ``"retrieval_order"``: if the model can't be loaded,
+            fails or takes too long, nodes come back as they came, with score None; log, event and `details` say why.
+        timeout: Most seconds for loading and ranking; None for no limit.
+        details: Give `RankedNode` objects, whose ``details`` hold status (``reranked`` or ``skipped: ...``), model,
+            fingerprint, seconds, whether this node was read only to the model's limit (``truncated``), and how many
+            were left out for what. The nodes in them, their hashes and texts stay as they are. The end event of every
+            rerank has the same in its ``tags``.
 
     Raises:
         InputError: (inside pydantic's ValidationError) if an argument is unknown, of the wrong kind or out of range.
@@ -122,6 +135,11 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
     def class_name(cls) -> str:
         """Name in serialised form."""
         return "KaLMNodePostprocessor"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as all components do; InputError if ``count_tokens`` is a function."""
+        self.refuse_counter()
+        return super().__reduce__()
 
     def follow(self, engine: object) -> Self:
         """Read the instructions of one engine or agent from its prompts at every query, wherever this runs.
@@ -209,28 +227,35 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         check_missing(self.missing)
         if not nodes:
             return []
-        with self._announced(nodes, query) as ranked:
-            candidates = self._rank(nodes, query.query_str.strip(), instructions)  # a RetrieverTool adds line ends
-            ranked += [with_score(nodes[c.index], c.probability, keep=self.keep_retrieval_score) for c in candidates]
+        with self._announced(nodes, query) as (ranked, tags):
+            outcome = self._rank(nodes, query.query_str.strip(), instructions)  # a RetrieverTool adds line ends
+            ranked += [self._scored(nodes[c.index], c, outcome) for c in outcome.candidates]
+            tags.update(outcome.report())
         return ranked
 
-    def _rank(self, nodes: list[NodeWithScore], query: str, instructions: Instructions | None) -> list[RankedCandidate]:
-        if is_blank(query):  # an agent's, or an empty rewriting: the app goes on, and no model is loaded
-            return unscored_candidates(len(nodes), top_n=self.top_n, threshold=self.threshold)
-        engine, store = self.lazy.get()
+    def _rank(self, nodes: list[NodeWithScore], query: str, instructions: Instructions | None) -> Outcome:
         texts = [self._read(item) for item in nodes]
-        return rank_candidates(
-            engine,
-            store,
+        return rank_for_app(
+            self.lazy,
             query,
             texts,
+            shown=lambda place: content_of(nodes[place].node, MetadataMode.LLM),
+            names=[item.node_id for item in nodes],
             instructions=instructions,
             ratio=self.ratio,
             top_n=self.top_n,
             threshold=self.threshold,
             missing=self.missing,
-            owners=self._owners([item.node for item in nodes], texts),
+            selection=self.selection(),
+            policy=self.policy(),
+            owners=lambda: self._owners([item.node for item in nodes], texts),
         )
+
+    def _scored(self, item: NodeWithScore, placed: RankedCandidate, outcome: Outcome) -> NodeWithScore:
+        ranked = with_score(item, placed.probability, keep=self.keep_retrieval_score)
+        if not self.details:
+            return ranked
+        return RankedNode(node=ranked.node, score=ranked.score, details=outcome.details(placed))
 
     def _read(self, item: NodeWithScore) -> str | None:
         """Text of a node that can be scored, or None; one that is no valid Unicode is named in the log."""
@@ -241,9 +266,12 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
             return None
 
     @contextmanager
-    def _announced(self, nodes: list[NodeWithScore], query: QueryBundle) -> Iterator[list[NodeWithScore]]:
+    def _announced(
+        self, nodes: list[NodeWithScore], query: QueryBundle
+    ) -> Iterator[tuple[list[NodeWithScore], dict[str, Any]]]:
         """Tell instrumentation and callbacks of a rerank: each start has its end, also when scoring fails."""
         ranked: list[NodeWithScore] = []
+        tags: dict[str, Any] = {}
         top_n = self.top_n if self.top_n is not None else len(nodes)
         payload: dict[str, Any] = {
             EventPayload.NODES: nodes,
@@ -254,7 +282,7 @@ class KaLMNodePostprocessor(PassageFields, BaseNodePostprocessor):
         dispatcher.event(ReRankStartEvent(query=query, nodes=list(nodes), top_n=top_n, model_name=self.model))
         try:
             with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
-                yield ranked
+                yield ranked, tags
                 event.on_end(payload={EventPayload.NODES: ranked})
         finally:
-            dispatcher.event(ReRankEndEvent(nodes=ranked))
+            dispatcher.event(ReRankEndEvent(nodes=ranked, tags=tags))
