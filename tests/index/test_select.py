@@ -13,7 +13,9 @@ import pytest
 from toy import toy_vectors
 
 from kalm_rag import ChromaIndex, Reranker
+from kalm_rag.engine.queue import Request, queue_of
 from kalm_rag.errors import ClosedError, DeadlineError, InputError, KalmRagError
+from kalm_rag.states import batch_states
 
 QUERY = "What is the capital of France?"
 TEXTS = [
@@ -222,3 +224,34 @@ def test_what_is_cut_is_said_once_per_call(index: ChromaIndex, caplog: pytest.Lo
     assert sorted(hit.id for hit in result if hit.truncated) == ["long1", "long2"]
     (told,) = [r.getMessage() for r in caplog.records if "longer than" in r.getMessage()]
     assert told.startswith("2 of 8 passages are longer than pico reads")
+
+
+def test_who_gives_up_around_a_timeout_gives_up_within_it(index: ChromaIndex, pico: Reranker) -> None:
+    """A cancelled task is dropped from the decoder's line at once, not when its own timeout has passed."""
+    queue, entered, leave = queue_of(pico.backbone), threading.Event(), threading.Event()
+    states = batch_states(pico.encode(["x"]))
+
+    def hold(prompts: Any, batch: Any, ratio: Any) -> list[float]:
+        entered.set()
+        assert leave.wait(60)
+        return [0.0]
+
+    holder = threading.Thread(target=lambda: queue.run(Request(hold, [None], states, None, share=1, alone=True)))
+    holder.start()
+    assert entered.wait(60)
+
+    async def give_up() -> None:
+        task = asyncio.create_task(index.aquery(QUERY, timeout=50))
+        while not queue._line:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    started, before = time.monotonic(), index.engine.stats.rows
+    threading.Timer(1.0, leave.set).start()  # `asyncio.run` waits for the thread that it gave the query to
+    asyncio.run(give_up())
+    holder.join(60)
+    assert time.monotonic() - started < 30, "waited for the timeout"
+    assert index.query(QUERY).status == "reranked"
+    assert index.engine.stats.rows - before == len(TEXTS), "what was given up was decoded"
