@@ -37,7 +37,7 @@ from kalm_rag.index.outcome import FailurePolicy, OnError, rank_and_select
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.place import CollectionPlace
 from kalm_rag.index.results import AddReport, BackfillReport, Hit, QueryResult, RebuildReport, Timings, VerifyReport
-from kalm_rag.index.select import Selection
+from kalm_rag.index.select import Candidates, Selection
 from kalm_rag.index.writer import CollectionWriter, Records
 from kalm_rag.instructions import Instructions, as_instructions
 from kalm_rag.states import Codec
@@ -323,9 +323,7 @@ class ChromaIndex:
             home.parts,
             rank,
             model=home.lazy.spec.model,
-            read=read,
-            shown=lambda place: found[place].text or "",
-            names=[hit.id for hit in found],
+            given=Candidates(read=read, shown=lambda place: found[place].text or "", names=[hit.id for hit in found]),
             top_n=top_n,
             selection=selection,
             policy=failure,

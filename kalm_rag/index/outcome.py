@@ -9,11 +9,11 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
@@ -26,7 +26,7 @@ from kalm_rag.errors import DeadlineError, InputError
 from kalm_rag.index.candidates import Missing, Owners, RankedCandidate, Ranking, check_missing
 from kalm_rag.index.lazy_engine import LazyEngine, is_blank, rank_readable, readable_texts, unscored_candidates
 from kalm_rag.index.results import LeftOut
-from kalm_rag.index.select import Selection, select_candidates
+from kalm_rag.index.select import Candidates, Selection, select_candidates
 from kalm_rag.instructions import Instructions
 from kalm_rag.store import StateStore
 
@@ -76,7 +76,7 @@ class Outcome:
         model: Name of the model.
         fingerprint: Names its states; None if it was not at hand.
         seconds: Spent on loading, ranking and selecting.
-        truncated: How many of the ranked passages the model read only the beginning of.
+        truncated: How many of the scored passages the model read only the beginning of.
     """
 
     candidates: list[RankedCandidate]
@@ -114,9 +114,7 @@ def rank_and_select(
     rank: Callable[[Reranker, StateStore], Ranking],
     *,
     model: str,
-    read: Sequence[str | None],
-    shown: Callable[[int], str],
-    names: Sequence[str],
+    given: Candidates,
     top_n: int | None,
     selection: Selection,
     policy: FailurePolicy,
@@ -127,9 +125,7 @@ def rank_and_select(
         parts: Gives engine and store, loading them if need be.
         rank: Ranks all candidates with them.
         model: What to call the model if it can't be asked.
-        read: Texts as the model reads them, in retrieval order.
-        shown: See `select_candidates`, as for the next three.
-        names: What candidates are called.
+        given: The candidates.
         top_n: Most candidates.
         selection: Duplicates and budget.
         policy: What happens on failure.
@@ -152,17 +148,17 @@ def rank_and_select(
     except Exception as err:
         if policy.on_error == "raise":
             raise
-        logger.warning("reranking failed, so %d candidates come back in retrieval order, unscored: %r", len(read), err)
-        status, ranking = f"skipped: {type(err).__name__}: {err}", retrieval_order(len(read))
+        logger.warning(
+            "reranking failed, so %d candidates come back in retrieval order, unscored: %r", len(given.read), err
+        )
+        status, ranking = f"skipped: {type(err).__name__}: {err}", retrieval_order(len(given.read))
     return finish(
         ranking,
         engine,
         status,
         started,
         model=model,
-        read=read,
-        shown=shown,
-        names=names,
+        given=given,
         top_n=top_n,
         selection=selection,
     )
@@ -171,10 +167,8 @@ def rank_and_select(
 def rank_for_app(
     lazy: LazyEngine,
     query: str | PreparedQuery,
-    texts: Sequence[str | None],
+    given: Candidates,
     *,
-    shown: Callable[[int], str],
-    names: Sequence[str],
     instructions: Instructions | None,
     ratio: int | None,
     top_n: int | None,
@@ -191,7 +185,8 @@ def rank_for_app(
     """
     check_cut(top_n, threshold)
     check_missing(missing)
-    read, started = readable_texts(texts), time.perf_counter()
+    started, read = time.perf_counter(), readable_texts(given.read)
+    given = replace(given, read=read)
     if is_blank(query):
         placed = unscored_candidates(len(read), top_n=None, threshold=threshold)
         return finish(
@@ -200,9 +195,7 @@ def rank_for_app(
             "skipped: the query is blank",
             started,
             model=lazy.spec.model,
-            read=read,
-            shown=shown,
-            names=names,
+            given=given,
             top_n=top_n,
             selection=selection,
         )
@@ -224,9 +217,7 @@ def rank_for_app(
         lazy.get,
         rank,
         model=lazy.spec.model,
-        read=read,
-        shown=shown,
-        names=names,
+        given=given,
         top_n=top_n,
         selection=selection,
         policy=policy,
@@ -240,17 +231,14 @@ def finish(
     started: float,
     *,
     model: str,
-    read: Sequence[str | None],
-    shown: Callable[[int], str],
-    names: Sequence[str],
+    given: Candidates,
     top_n: int | None,
     selection: Selection,
 ) -> Outcome:
     """Select from a ranking and report; see `rank_and_select`. `started` is of ``time.perf_counter``."""
-    candidates, left_out = select_candidates(
-        ranking, read, shown, names, selection=selection, top_n=top_n, engine=engine
-    )
+    candidates, left_out = select_candidates(ranking, given, selection=selection, top_n=top_n, engine=engine)
     info = None if engine is None else engine.info
+    states = None if ranking.states is None else ranking.states.states  # a threshold may have dropped what was cut
     outcome = Outcome(
         candidates=candidates,
         ranking=ranking,
@@ -259,18 +247,18 @@ def finish(
         model=model if info is None else info.name,
         fingerprint=None if info is None else info.fingerprint,
         seconds=time.perf_counter() - started,
-        truncated=sum(candidate.truncated for candidate in ranking.candidates),
+        truncated=0 if states is None else int((states.total_tokens > states.tokens).sum()),
     )
     if outcome.truncated:
         logger.warning(
             "%d of %d passages are longer than %s reads: only their beginnings were scored. Split them shorter.",
             outcome.truncated,
-            len(read),
+            len(given.read),
             outcome.model,
         )
     if left_out:
         logger.info(
-            "handed on %d of %d candidates, left out %s", len(candidates), len(read), outcome.report()["left_out"]
+            "handed on %d of %d candidates, left out %s", len(candidates), len(given.read), outcome.report()["left_out"]
         )
     return outcome
 

@@ -71,11 +71,24 @@ class Selection:
             raise InputError(f"drop_duplicates is {cosine!r}; wanted True, False, or a cosine above 0 and up to 1.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """What a search gave, in its order.
+
+    Attributes:
+        read: Their texts as the model reads them; None for one without text.
+        shown: Gives the text of one, by its place, as the app will hand it to its LLM: what a budget counts.
+        names: What each is called in reports: its id.
+    """
+
+    read: Sequence[str | None]
+    shown: Callable[[int], str]
+    names: Sequence[str]
+
+
 def select_candidates(
     ranking: Ranking,
-    read: Sequence[str | None],
-    shown: Callable[[int], str],
-    names: Sequence[str],
+    given: Candidates,
     *,
     selection: Selection,
     top_n: int | None,
@@ -85,9 +98,7 @@ def select_candidates(
 
     Args:
         ranking: Candidates, best first, and their states.
-        read: Texts of all candidates as the model reads them, in retrieval order; None for one without text.
-        shown: Gives the text of a candidate as the app will hand it to its LLM; what the budget counts.
-        names: What each is called in the report.
+        given: All candidates.
         selection: Duplicates and budget.
         top_n: Most candidates; None for all.
         engine: Whose states and tokenizer; None where none is loaded.
@@ -99,9 +110,12 @@ def select_candidates(
     Raises:
         InputError: If ``count_tokens`` gives anything but a whole number.
     """
+    names = given.names
     there = {candidate.index for candidate in ranking.candidates}
     left = [LeftOut(id=name, reason="threshold") for place, name in enumerate(names) if place not in there]
-    same = _Duplicates(read, ranking.states, _least_cosine(selection, engine)) if selection.drop_duplicates else None
+    same = (
+        _Duplicates(given.read, ranking.states, _least_cosine(selection, engine)) if selection.drop_duplicates else None
+    )
     kept: list[RankedCandidate] = []
     room = selection.max_tokens
     for candidate in ranking.candidates:
@@ -113,7 +127,7 @@ def select_candidates(
             left.append(LeftOut(id=name, reason="duplicate", duplicate_of=names[twin]))
             continue
         if room is not None:
-            size = _count(shown(candidate.index), selection, engine)
+            size = _count(given.shown(candidate.index), selection, engine)
             if size > room:
                 left.append(LeftOut(id=name, reason="budget", tokens=size))
                 continue

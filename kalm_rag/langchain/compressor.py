@@ -32,6 +32,7 @@ from kalm_rag.index.candidates import Missing, Owners, RankedCandidate
 from kalm_rag.index.lazy_engine import is_blank
 from kalm_rag.index.outcome import Outcome, rank_for_app
 from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
+from kalm_rag.index.select import Candidates
 from kalm_rag.index.settings import SelectionFields, place_of
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.inputs import (
@@ -275,9 +276,11 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
         outcome = rank_for_app(
             self.lazy,
             query,
-            [rule.text(document.page_content, document.metadata, document.id or "") for document in documents],
-            shown=lambda place: documents[place].page_content,
-            names=[document.id or f"document {place}" for place, document in enumerate(documents)],
+            Candidates(
+                read=[rule.text(one.page_content, one.metadata, one.id or "") for one in documents],
+                shown=lambda place: documents[place].page_content,
+                names=[one.id or f"document {place}" for place, one in enumerate(documents)],
+            ),
             instructions=None if isinstance(query, PreparedQuery) else self.instructions,  # it has its own
             ratio=self.ratio,
             top_n=self.top_n,

@@ -22,6 +22,7 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, RankedCandidate, check_missing
 from kalm_rag.index.outcome import Outcome, rank_for_app
+from kalm_rag.index.select import Candidates
 from kalm_rag.index.settings import SelectionFields
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.llama_index.fields import PassageFields
@@ -238,9 +239,11 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
         return rank_for_app(
             self.lazy,
             query,
-            texts,
-            shown=lambda place: content_of(nodes[place].node, MetadataMode.LLM),
-            names=[item.node_id for item in nodes],
+            Candidates(
+                read=texts,
+                shown=lambda place: content_of(nodes[place].node, MetadataMode.LLM),
+                names=[item.node_id for item in nodes],
+            ),
             instructions=instructions,
             ratio=self.ratio,
             top_n=self.top_n,

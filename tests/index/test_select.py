@@ -224,6 +224,10 @@ def test_what_is_cut_is_said_once_per_call(index: ChromaIndex, caplog: pytest.Lo
     assert sorted(hit.id for hit in result if hit.truncated) == ["long1", "long2"]
     (told,) = [r.getMessage() for r in caplog.records if "longer than" in r.getMessage()]
     assert told.startswith("2 of 8 passages are longer than pico reads")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert not index.query(QUERY, threshold=1.0).hits
+    assert "2 of 8 passages are longer than pico reads" in caplog.text, "an answer behind the cut has a low P(yes)"
 
 
 def test_who_gives_up_around_a_timeout_gives_up_within_it(index: ChromaIndex, pico: Reranker) -> None:
