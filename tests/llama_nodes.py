@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
@@ -82,3 +88,25 @@ def documents(texts: list[str] | None = None) -> list[Document]:
 
 def stored(vectors: KaLMChromaVectorStore) -> int:
     return vectors.parts.get()[1].stats().states
+
+
+class Recorder(BaseEventHandler):
+    """Keeps rerank events."""
+
+    events: list[Any] = []  # noqa: RUF012 - pydantic copies it
+
+    def handle(self, event: Any, **kwargs: Any) -> None:
+        if isinstance(event, ReRankStartEvent | ReRankEndEvent):
+            self.events.append(event)
+
+
+@contextmanager
+def recorded() -> Iterator[tuple[list[Any], SimpleSpanHandler]]:
+    root, recorder, spans = get_dispatcher("root"), Recorder(), SimpleSpanHandler()
+    root.add_event_handler(recorder)
+    root.add_span_handler(spans)
+    try:
+        yield recorder.events, spans
+    finally:
+        root.event_handlers.remove(recorder)
+        root.span_handlers.remove(spans)

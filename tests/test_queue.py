@@ -214,6 +214,15 @@ class CutShort(Watched):
         raise KeyboardInterrupt
 
 
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """SIGINT is KeyboardInterrupt; a process that a shell started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals to threads are POSIX")
 @pytest.mark.parametrize("leads", [False, True])
 def test_ctrl_c_while_waiting_leaves_the_line_in_order(leads: bool) -> None:

@@ -8,7 +8,7 @@ from kalm_rag.errors import require
 
 CHUNK_CHARACTERS = 700
 """Most characters per passage: 150 to 250 tokens of prose. One passage in twenty of documentation, one in seven of code
-has more than the 256 that pico reads; `fit_passages` cuts those finer."""
+has more than the 256 that pico reads at once; `fit_passages` cuts finer what a model doesn't read whole."""
 OVERLAP_CHARACTERS = 80
 RULES = f"v2 {CHUNK_CHARACTERS} {OVERLAP_CHARACTERS}"
 """Part of a document's digest, so that other splitting rules split again."""

@@ -89,7 +89,8 @@ def acquire(
         MissingDependencyError: If the model needs a package that is not installed.
     """
     revision = _check_revision(name, revision)
-    variant = str(device), str(dtype), decoder_weights, str(compiled), str(max_passage_tokens)
+    limit = max_passage_tokens if max_passage_tokens is not None else passage_limit(name)
+    variant = str(device), str(dtype), decoder_weights, str(compiled), str(limit)
     key = (str(_find_folder(name) or name), revision, *variant)
     with _slots_lock:
         slot = _slots.setdefault(key, _Slot())

@@ -4,50 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
-from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import NodeWithScore, QueryBundle
-from llama_nodes import QUERY, documents, engine_of, got, index_of, same, scored
+from llama_nodes import QUERY, documents, engine_of, got, index_of, recorded, same, scored
 
 from kalm_rag import Reranker
 from kalm_rag.errors import InputError, MissingStateError
 from kalm_rag.llama_index import KaLMChromaVectorStore, KaLMNodePostprocessor
 from kalm_rag.store.base import Fetched
 from kalm_rag.store.memory import MemoryStore
-
-
-class Recorder(BaseEventHandler):
-    """Keeps rerank events."""
-
-    events: list[Any] = []  # noqa: RUF012 - pydantic copies it
-
-    def handle(self, event: Any, **kwargs: Any) -> None:
-        if isinstance(event, ReRankStartEvent | ReRankEndEvent):
-            self.events.append(event)
-
-
-@contextmanager
-def recorded() -> Iterator[tuple[list[Any], SimpleSpanHandler]]:
-    root, recorder, spans = get_dispatcher("root"), Recorder(), SimpleSpanHandler()
-    root.add_event_handler(recorder)
-    root.add_span_handler(spans)
-    try:
-        yield recorder.events, spans
-    finally:
-        root.event_handlers.remove(recorder)
-        root.span_handlers.remove(spans)
 
 
 class TestEvents:

@@ -15,7 +15,7 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
-from test_llama_events import recorded
+from llama_nodes import recorded
 
 from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.errors import DeadlineError, InputError, KalmRagError

@@ -147,7 +147,9 @@ class T5Gemma2Backbone:
             template=PASSAGE_TEMPLATE,
             hidden_size=config.decoder.hidden_size,
             max_passage_tokens=check_passage_limit(
-                max_passage_tokens, MAX_PASSAGE_TOKENS, config.encoder.text_config.max_position_embeddings
+                max_passage_tokens,
+                MAX_PASSAGE_TOKENS,
+                max(MAX_PASSAGE_TOKENS, config.encoder.text_config.max_position_embeddings),
             ),
             dtype=dtype_name(dtype),
             state_dtype=dtype_name(dtype),
