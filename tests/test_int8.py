@@ -100,7 +100,7 @@ def test_scores_are_close_and_states_the_same(tmp_path: Path, dtype: str, cache:
         for _ in range(2):
             got = torch.tensor([r.margin for r in rounded.score("which?", states)])
         ranks = torch.stack([want.argsort().argsort(), got.argsort().argsort()]).double()
-        assert float(torch.corrcoef(ranks)[0, 1]) > 0.9, (want, got)
+        assert float(torch.corrcoef(ranks)[0, 1]) > 0.8, (want, got)
         assert not torch.equal(want, got)
         alone = [rounded.score("which?", [one])[0].margin for one in states]
         # what batches differ by is the last bit in front of a rounding, which may then fall to the other side

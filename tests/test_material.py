@@ -103,7 +103,12 @@ def test_examples_run(path: Path, tmp_path: Path, processes: multiprocessing.con
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
     if path.stem == "langgraph_agent":
         pytest.importorskip("langgraph", reason="langgraph is not installed (extra 'dev')")
-    shown = run_script(processes, path, tmp_path)
+    try:
+        shown = run_script(processes, path, tmp_path)
+    except AssertionError as err:
+        if "[nltk_data] Error loading" in str(err):
+            pytest.skip("this release of LlamaIndex fetches word lists from the network; later ones bring them")
+        raise
     assert any(arrow in shown for arrow in "↑↓")  # each shows how passages moved
 
 

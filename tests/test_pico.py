@@ -330,8 +330,9 @@ def test_shipped_weights_are_small_and_have_a_card():
 def test_a_query_is_read_once_for_vector_and_decoder(pico, monkeypatch):
     """A search embeds its query, then scores with it: one encoder pass for both, and one per task, not per query."""
     read: list[int] = []
-    plain = pico.encoder.hidden
-    monkeypatch.setattr(pico.encoder, "hidden", lambda ids: (read.append(len(ids[0])), plain(ids))[1])
+    plain = pico_encoder.MiniLMEncoder.hidden
+    counted = lambda self, ids: (read.append(len(ids[0])), plain(self, ids))[1]  # noqa: E731
+    monkeypatch.setattr(pico_encoder.MiniLMEncoder, "hidden", counted)
     told = Instructions(task="Find texts about insects and what they make.")
     queries = [
         "which metal oxide is rust?",

@@ -28,6 +28,7 @@ from kalm_rag.errors import ClosedError, InputError, ModelError, StateMismatchEr
 from kalm_rag.index.embedders import BundledEmbedder
 from kalm_rag.instructions import JUDGE, Instructions
 from kalm_rag.models import registry
+from kalm_rag.models.pico.encoder import MiniLMEncoder
 from kalm_rag.models.pico.prompt import CACHE_BYTES
 from kalm_rag.states import Codec, batch_states, pack_states, unpack_batch
 
@@ -386,14 +387,14 @@ def test_cuda_scores_are_close_to_the_cpu(tiny_folder: Path, tiny: Reranker) -> 
 @contextmanager
 def counted(engine: Reranker) -> Iterator[list[int]]:
     """Texts per pass of pico's encoder, for as long as the block lasts; nothing is known from before."""
-    encoder, passes = engine.backbone.encoder, []  # type: ignore[attr-defined]
-    plain = encoder.hidden
+    passes: list[int] = []
+    plain = MiniLMEncoder.hidden
     cache = engine.backbone.prompts.cache  # type: ignore[attr-defined]
     size = cache.stats.max_bytes
     cache.resize(0)
     cache.resize(size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "hidden", lambda ids: (passes.append(len(ids)), plain(ids))[1])
+        patch.setattr(MiniLMEncoder, "hidden", lambda self, ids: (passes.append(len(ids)), plain(self, ids))[1])
         yield passes
 
 

@@ -90,7 +90,7 @@ def test_everything_survives_a_restart_in_another_process(tmp_path: Path, tiny_f
     command = [sys.executable, "-c", code, str(tmp_path), str(tiny_folder), str(Path(__file__).parent)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     got, encoded, clean = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else (run.stderr, 0, 0)
-    assert got == want
+    assert got == pytest.approx(want, rel=1e-6)
     assert (encoded, clean) == (0, True)
 
 

@@ -33,8 +33,12 @@ TEXTS = [
 
 
 def nodes_of(texts: list[str] | None = None, **fields: Any) -> list[NodeWithScore]:
+    """Nodes that differ in what nobody reads: LlamaIndex's first releases of 0.14 hand on one node per hash."""
+    unread = {"excluded_embed_metadata_keys": ["n"], "excluded_llm_metadata_keys": ["n"]}
     return [
-        NodeWithScore(node=TextNode(id_=f"r{n}", text=text, **fields), score=1 - n / 10)
+        NodeWithScore(
+            node=TextNode(id_=f"r{n}", text=text, **{"metadata": {"n": n}, **unread, **fields}), score=1 - n / 10
+        )
         for n, text in enumerate(texts if texts is not None else TEXTS)
     ]
 
