@@ -248,13 +248,13 @@ def test_a_cross_encoder_for_what_takes_one(filled: KaLMChroma, tiny: Reranker) 
 def test_a_cross_encoder_scores_pairs_in_their_order(tiny: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = KaLMCrossEncoder(reranker=tiny, instructions="Find food.")
     encoded: list[str] = []
-    encode = type(tiny.backbone).encode
+    encode = tiny.backbone.encode
 
-    def counted(self: Any, passages: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(passages: Any, *args: Any, **kwargs: Any) -> Any:
         encoded.extend(passages)
-        return encode(self, passages, *args, **kwargs)
+        return encode(passages, *args, **kwargs)
 
-    monkeypatch.setattr(type(tiny.backbone), "encode", counted)
+    monkeypatch.setattr(tiny.backbone, "encode", counted)
     texts = [f"{text} {uuid.uuid4()}" for text in TEXTS]
     pairs = [(query, text) for text in texts for query in (QUERY, "what rusts?")]
     scores = encoder.score(pairs)
