@@ -184,8 +184,13 @@ def test_states_are_kept_in_memory_within_a_bound(tiny: Reranker, monkeypatch: p
     release_engines()
     compressor = KaLMDocumentCompressor(reranker=tiny)
     encoded: list[int] = []
-    encode = tiny.encode
-    monkeypatch.setattr(tiny, "encode", lambda texts, **k: encoded.append(len(texts)) or encode(texts, **k))
+    encode = Reranker.encode
+
+    def counted(self: Reranker, texts: Any, **settings: Any) -> Any:
+        encoded.append(len(texts))
+        return encode(self, texts, **settings)
+
+    monkeypatch.setattr(Reranker, "encode", counted)
     compressor.compress_documents(documents(), QUERY)
     compressor.with_instructions("Find food.").compress_documents(documents(), "another query")
     assert encoded == [5], "documents seen before are not encoded again"
