@@ -371,7 +371,7 @@ class TestClosing:
         before = len(list(fds.iterdir()))
         for place in range(5):
             use(tmp_path / str(place))
-        assert len(list(fds.iterdir())) <= before
+        assert len(list(fds.iterdir())) < before + 5  # a leak is one per folder at least; others open some
         shutil.rmtree(tmp_path / "first")
         use(tmp_path / "first")
 
