@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kalm_rag.checks import check_passages, check_query
 from kalm_rag.engine.reranker import DEFAULT_RATIO, Reranker
 from kalm_rag.errors import InputError, require
-from kalm_rag.index.lazy_engine import rank_candidates
+from kalm_rag.index.ranking import rank_candidates
 from kalm_rag.instructions import Instructions
 from kalm_rag.models.backbone import Backbone
 from kalm_rag.models.registry import CHECKPOINTS

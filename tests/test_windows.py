@@ -11,11 +11,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from kalm_rag import ChromaIndex, Reranker
+from kalm_rag.cli import app
 from kalm_rag.errors import InputError, StateMismatchError
 from kalm_rag.index.collection import NOTE
+from kalm_rag.index.embedders import BundledEmbedder
+from kalm_rag.models.pico.encoder import MiniLMEncoder
 from kalm_rag.models.pico.windows import cut_windows
+from kalm_rag.states import batch_states
 
 ANSWERS = {
     "What do bees make from nectar?": "Bees make honey from nectar and keep it in combs of wax.",
@@ -135,7 +140,7 @@ def test_a_collection_keeps_the_cut_it_was_made_with(tmp_path: Path, pico: Reran
         before = found.hits[0].probability
     with pytest.raises(StateMismatchError, match="cut at 256 tokens; this engine cuts them at 2048"):
         ChromaIndex.open(tmp_path, model=pico).query(query)
-    with ChromaIndex.open(tmp_path, device="cpu", max_passage_tokens=2048, change_model=True) as index:
+    with ChromaIndex.open(tmp_path, device="cpu", change_model=True) as index:
         assert index.backfill().encoded == 1
     with ChromaIndex.open(tmp_path, device="cpu") as index:
         found = index.query(query)
@@ -145,3 +150,39 @@ def test_a_collection_keeps_the_cut_it_was_made_with(tmp_path: Path, pico: Reran
         index.upsert(["long"], ["Short."])
     with pytest.raises(StateMismatchError, match="made with max_passage_tokens '2048'; asked for '256'"):
         ChromaIndex.open(tmp_path, device="cpu", max_passage_tokens=256)
+
+
+def test_a_cut_that_is_no_number_is_named(tmp_path: Path) -> None:
+    with ChromaIndex.open(tmp_path, device="cpu") as index:
+        index.add(["a"], ["Bees make honey."])
+        index.collection.modify(metadata={**index.collection.metadata, NOTE + "max_passage_tokens": "many"})
+    with pytest.raises(StateMismatchError, match="notes max_passage_tokens 'many'; wanted a number"):
+        ChromaIndex.open(tmp_path, device="cpu")
+    with ChromaIndex.open(tmp_path, device="cpu", change_model=True) as index:
+        index.backfill()
+    with ChromaIndex.open(tmp_path, device="cpu") as index:
+        assert index.query("What do bees make?").from_store == 1
+
+
+def test_the_command_line_lets_an_old_collection_go_over(tmp_path: Path) -> None:
+    with ChromaIndex.open(tmp_path, device="cpu", max_passage_tokens=256) as index:
+        index.add(["long"], [passage_of("", 600, "nowhere")])
+        forget_cut(index)
+    run = CliRunner().invoke(app, ["backfill", "--db", str(tmp_path), "--change-model"])
+    assert run.exit_code == 0, run.output
+    with ChromaIndex.open(tmp_path, device="cpu") as index:
+        assert index.engine.info.max_passage_tokens == 2048
+        assert index.verify().clean
+
+
+def test_no_more_is_read_than_a_vector_stands_for(pico: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no state is kept, in another store than ours or beside a KaLM checkpoint, one window is enough."""
+    read: list[int] = []
+    plain = MiniLMEncoder.hidden
+    monkeypatch.setattr(MiniLMEncoder, "hidden", lambda self, ids: (read.extend(map(len, ids)), plain(self, ids))[1])
+    long = passage_of("", 1800, "nowhere")
+    vectors = BundledEmbedder(pico).passages([long, "Bees make honey."])
+    assert sorted(read) == [6, 256]
+    monkeypatch.undo()
+    kept = BundledEmbedder(pico).from_states(batch_states(pico.encode([long, "Bees make honey."])))
+    assert (vectors * kept).sum(1) == pytest.approx([1, 1], abs=1e-4)

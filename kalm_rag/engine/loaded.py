@@ -147,9 +147,14 @@ class LoadedModel:
         return self.backbone.info
 
     @property
+    def backbones(self) -> tuple[Backbone, ...]:
+        """The loaded model on each device; the decoder runs on the first."""
+        return (self.backbone, *self._helpers)
+
+    @property
     def devices(self) -> list[torch.device]:
         """Where `encode` runs; the decoder runs on the first."""
-        return [backbone.device for backbone in (self.backbone, *self._helpers)]
+        return [backbone.device for backbone in self.backbones]
 
     @property
     def stats(self) -> DecodeStats:

@@ -75,7 +75,7 @@ class Reranker(LoadedModel):
                 named).
             ClosedError: After `close`.
         """
-        backbones, texts = (self.backbone, *self._helpers), check_passages(passages)
+        backbones, texts = self.backbones, check_passages(passages)
         if keys is None:
             keys = [passage_key(text) for text in texts]
         return encode_passages(

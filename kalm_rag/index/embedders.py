@@ -46,8 +46,11 @@ class BundledEmbedder:
         self._engine = engine
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        """Encode passages and give their vectors."""
-        return self.from_states(batch_states(self._engine.encode(texts, show_progress=False)))
+        """Encode passages and give their vectors. No state is kept, so only what a vector stands for is read."""
+        backbones = [cast("EmbeddingBackbone", one) for one in self._engine.backbones]
+        first, *others = [one.cut_at(one.embedded_tokens) for one in backbones]
+        reader = Reranker(first, ratio=self._engine.ratio, batch_size=self._engine.batch_size, helpers=others)
+        return self.from_states(batch_states(reader.encode(texts, show_progress=False)))
 
     def from_states(self, states: StateBatch) -> np.ndarray:
         """Vectors of passages whose states are at hand."""

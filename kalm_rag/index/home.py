@@ -94,7 +94,7 @@ class CollectionHome:
         if reranker is not None:
             given = replace(given, dtype=reranker.info.dtype, max_passage_tokens=str(reranker.info.max_passage_tokens))
         elif not change_model or (given.model is None and noted.model is not None):
-            spec = adopt(spec, noted, named=given.model is not None)
+            spec = adopt(spec, noted, named=given.model is not None, moving=change_model)
             given = replace(
                 given,
                 dtype=_dtype_name(spec) if spec.dtype is not None else None,
@@ -368,13 +368,14 @@ class SharedMemoryStore(MemoryStore):
         """Do nothing: other doors over the same client go on with it."""
 
 
-def adopt(spec: EngineSpec, noted: CollectionNotes, *, named: bool) -> EngineSpec:
+def adopt(spec: EngineSpec, noted: CollectionNotes, *, named: bool, moving: bool) -> EngineSpec:
     """The spec with what it leaves open taken from a collection's notes.
 
     Args:
         spec: Which engine.
         noted: What made the collection: dtype and cut of its states, model, and its revision.
         named: Whether the caller named the model.
+        moving: Whether its passages are to be encoded again; then nothing holds it to a cut that it doesn't note.
     """
     model = spec.model if named or noted.model is None else noted.model
     revision = noted.revision if model == noted.model else None
@@ -383,15 +384,29 @@ def adopt(spec: EngineSpec, noted: CollectionNotes, *, named: bool) -> EngineSpe
         model=model,
         dtype=spec.dtype if spec.dtype is not None else noted.dtype,
         revision=spec.revision if spec.revision is not None else revision,
-        max_passage_tokens=spec.max_passage_tokens if spec.max_passage_tokens is not None else _noted_limit(noted),
+        max_passage_tokens=spec.max_passage_tokens
+        if spec.max_passage_tokens is not None
+        else _noted_limit(noted, moving=moving),
     )
 
 
-def _noted_limit(noted: CollectionNotes) -> int | None:
-    """Where a collection's passages are cut; one that notes a model and no cut was made before cuts were noted."""
-    if noted.max_passage_tokens is not None:
-        return int(noted.max_passage_tokens)
-    return None if noted.model is None else passage_limit(noted.model, former=True)
+def _noted_limit(noted: CollectionNotes, *, moving: bool) -> int | None:
+    """Where a collection's passages are cut; one that notes a model and no cut was made before cuts were noted.
+
+    Raises:
+        StateMismatchError: If it notes what is no number.
+    """
+    limit = noted.max_passage_tokens
+    if limit is not None and limit.isdecimal():
+        return int(limit)
+    if moving or noted.model is None:
+        return None
+    if limit is not None:
+        raise StateMismatchError(
+            f"the collection notes max_passage_tokens {limit!r}; wanted a number. Pass change_model=True to "
+            f"ChromaIndex.open and run backfill(), which encodes all its passages again."
+        )
+    return passage_limit(noted.model, former=True)
 
 
 def _limit_of(spec: EngineSpec) -> str:

@@ -24,7 +24,8 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import DeadlineError, InputError
 from kalm_rag.index.candidates import Missing, Owners, RankedCandidate, Ranking, check_missing
-from kalm_rag.index.lazy_engine import LazyEngine, is_blank, rank_readable, readable_texts, unscored_candidates
+from kalm_rag.index.lazy_engine import LazyEngine
+from kalm_rag.index.ranking import is_blank, rank_readable, readable_texts, unscored_candidates
 from kalm_rag.index.results import LeftOut
 from kalm_rag.index.select import Candidates, Selection, select_candidates
 from kalm_rag.instructions import Instructions
@@ -180,7 +181,7 @@ def rank_for_app(
 ) -> Outcome:
     """Rank and select as the adapters do: a blank query and texts that can't be scored take no app down.
 
-    Takes what `kalm_rag.index.lazy_engine.rank_candidates` and `rank_and_select` take, and raises what they do.
+    Takes what `kalm_rag.index.ranking.rank_candidates` and `rank_and_select` take, and raises what they do.
     `owners` is asked when there is something to rank, within the time allowed.
     """
     check_cut(top_n, threshold)

@@ -29,9 +29,9 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, Owners, RankedCandidate
-from kalm_rag.index.lazy_engine import is_blank
 from kalm_rag.index.outcome import Outcome, rank_for_app
 from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
+from kalm_rag.index.ranking import is_blank
 from kalm_rag.index.select import Candidates
 from kalm_rag.index.settings import SelectionFields, place_of
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions

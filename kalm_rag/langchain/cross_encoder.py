@@ -10,16 +10,22 @@ from collections.abc import Sequence
 from pydantic import field_validator
 
 from kalm_rag.checks import check_items
-from kalm_rag.errors import InputError
+from kalm_rag.errors import InputError, MissingDependencyError
 from kalm_rag.index.candidates import Missing
-from kalm_rag.index.lazy_engine import is_blank, rank_candidates, unscored_candidates
+from kalm_rag.index.ranking import is_blank, rank_candidates, unscored_candidates
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.settings import EngineSettings
 
 try:
     from langchain_core.cross_encoders import BaseCrossEncoder
-except ModuleNotFoundError:  # where earlier releases have it, which is where their CrossEncoderReranker looks
-    from langchain_classic.retrievers.document_compressors.cross_encoder import BaseCrossEncoder
+except ModuleNotFoundError as absent:  # earlier releases have it where their CrossEncoderReranker looks
+    try:
+        from langchain_classic.retrievers.document_compressors.cross_encoder import BaseCrossEncoder
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            "KaLMCrossEncoder needs langchain-core 1.3 or later, or langchain-classic beside an earlier one. Run: "
+            "pip install 'langchain-core>=1.3'."
+        ) from absent
 
 
 class KaLMCrossEncoder(EngineSettings, BaseCrossEncoder):

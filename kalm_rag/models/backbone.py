@@ -191,6 +191,11 @@ class EmbeddingBackbone(Backbone, Protocol):
     """A backbone whose encoder also gives the retrieval vector (pico)."""
 
     embedding_size: int
+    embedded_tokens: int  # first tokens of a passage that its vector stands for
+
+    def cut_at(self, tokens: int) -> EmbeddingBackbone:
+        """The same model, sharing its weights, that cuts passages elsewhere: for who wants no more than the vector."""
+        ...
 
     def embed_states(self, states: Tensor, counts: Tensor) -> Tensor:
         """Rebuild passage vectors from pooled states: unit length, float32 ``(B, embedding_size)``."""

