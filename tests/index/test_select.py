@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from selecting import QUERY, TEXTS
 from toy import toy_vectors
 
 from kalm_rag import ChromaIndex, Reranker
@@ -17,15 +18,6 @@ from kalm_rag.engine.queue import Request, queue_of
 from kalm_rag.errors import ClosedError, DeadlineError, InputError, KalmRagError
 from kalm_rag.states import batch_states
 
-QUERY = "What is the capital of France?"
-TEXTS = [
-    "Paris is the capital of France, and it has been so for most of the country's long and eventful history by now.",
-    "Paris is the capital of France and it has been so for most of the country's long and eventful history by now",
-    "The capital of France is Paris.",
-    "I like tea.",
-    "Berlin is the capital of Germany.",
-    "The capital of France is Paris.",
-]
 IDS = [f"r{n}" for n in range(len(TEXTS))]
 
 

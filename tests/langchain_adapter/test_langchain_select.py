@@ -7,7 +7,6 @@ import copy
 import json
 import logging
 import pickle
-import threading
 import time
 from typing import Any
 
@@ -21,20 +20,11 @@ from langchain_core.load import dumpd
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_documents import VECTORS, Trace
+from selecting import QUERY, TEXTS, held_decoder
 
 from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.errors import DeadlineError, InputError, KalmRagError
 from kalm_rag.langchain import KaLMDocumentCompressor, KaLMRerank, KaLMRetriever
-
-QUERY = "What is the capital of France?"
-TEXTS = [
-    "Paris is the capital of France, and it has been so for most of the country's long and eventful history by now.",
-    "Paris is the capital of France and it has been so for most of the country's long and eventful history by now",
-    "The capital of France is Paris.",
-    "I like tea.",
-    "Berlin is the capital of Germany.",
-    "The capital of France is Paris.",
-]
 
 
 class Fixed(BaseRetriever):
@@ -156,16 +146,9 @@ def test_a_model_that_is_not_there_takes_no_app_down() -> None:
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_a_timeout_holds(pico: Reranker, monkeypatch: pytest.MonkeyPatch, is_async: bool) -> None:
-    go_on, real = threading.Event(), pico.backbone.decode
-
-    def held(*args: Any) -> Any:
-        assert go_on.wait(60)
-        return real(*args)
-
-    monkeypatch.setattr(pico.backbone, "decode", held)
     compressor = KaLMDocumentCompressor(reranker=pico, timeout=0.2, on_error="retrieval_order", top_n=None)
-    started = time.monotonic()
-    try:
+    with held_decoder(pico, monkeypatch):
+        started = time.monotonic()
         if is_async:
             got = asyncio.run(compressor.acompress_documents(candidates(), QUERY))
         else:
@@ -174,12 +157,6 @@ def test_a_timeout_holds(pico: Reranker, monkeypatch: pytest.MonkeyPatch, is_asy
         assert [d.id for d in got] == [f"r{n}" for n in range(len(TEXTS))]
         with pytest.raises(DeadlineError, match="longer than timeout"):
             compressor.model_copy(update={"on_error": "raise"}).compress_documents(candidates(), QUERY)
-    finally:
-        go_on.set()
-    for thread in threading.enumerate():
-        if thread.name == "kalm-rag-rank":
-            thread.join(60)
-            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import pickle
-import threading
 import time
 from typing import Any
 
@@ -16,20 +15,11 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_nodes import recorded
+from selecting import QUERY, TEXTS, held_decoder
 
 from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.errors import DeadlineError, InputError, KalmRagError
 from kalm_rag.llama_index import KaLMNodePostprocessor
-
-QUERY = "What is the capital of France?"
-TEXTS = [
-    "Paris is the capital of France, and it has been so for most of the country's long and eventful history by now.",
-    "Paris is the capital of France and it has been so for most of the country's long and eventful history by now",
-    "The capital of France is Paris.",
-    "I like tea.",
-    "Berlin is the capital of Germany.",
-    "The capital of France is Paris.",
-]
 
 
 def nodes_of(texts: list[str] | None = None, **fields: Any) -> list[NodeWithScore]:
@@ -148,26 +138,13 @@ def test_a_model_that_is_not_there_takes_no_app_down() -> None:
 
 
 def test_a_timeout_holds(pico: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, real = threading.Event(), pico.backbone.decode
-
-    def held(*args: Any) -> Any:
-        assert go_on.wait(60)
-        return real(*args)
-
-    monkeypatch.setattr(pico.backbone, "decode", held)
-    started = time.monotonic()
-    try:
+    with held_decoder(pico, monkeypatch):
+        started = time.monotonic()
         got = retrieve(pico, timeout=0.2, on_error="retrieval_order")
         assert time.monotonic() - started < 10
         assert [node.node_id for node in got] == [f"r{n}" for n in range(len(TEXTS))]
         with pytest.raises(DeadlineError, match="longer than timeout"):
             retrieve(pico, timeout=0.2)
-    finally:
-        go_on.set()
-    for thread in threading.enumerate():
-        if thread.name == "kalm-rag-rank":
-            thread.join(60)
-            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(
