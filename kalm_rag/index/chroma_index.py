@@ -256,6 +256,7 @@ class ChromaIndex:
         max_tokens: int | None = None,
         count_tokens: Callable[[str], int] | None = None,
         drop_duplicates: bool | float = False,
+        diversity: float = 0.0,
         on_error: OnError = "raise",
         timeout: float | None = None,
     ) -> QueryResult:
@@ -271,9 +272,10 @@ class ChromaIndex:
             where: Chroma metadata filter.
             where_document: Chroma document filter.
             missing: Policy for this query; None takes the index's.
-            max_tokens: Most tokens of all hits together, see `kalm_rag.index.select.Selection`, as for the next two.
+            max_tokens: Most tokens of all hits together, see `kalm_rag.index.select.Selection`, as for the next three.
             count_tokens: Counts the tokens of a text; None takes the model's tokenizer.
             drop_duplicates: Leave out hits that repeat a better one: True, or from which cosine on.
+            diversity: How much a hit loses for being like others, in [0, 1), when it is decided which are handed on.
             on_error: ``"raise"``, or ``"retrieval_order"``: if the ranking fails, hits come in the order of the search,
                 and `QueryResult.status` says so. Without an embedder of the app's own a model that can't be loaded is
                 an error either way: the search needs it.
@@ -288,7 +290,9 @@ class ChromaIndex:
         """
         check_query(text)
         check_cut(top_n, threshold)
-        selection = Selection(max_tokens=max_tokens, count_tokens=count_tokens, drop_duplicates=drop_duplicates)
+        selection = Selection(
+            max_tokens=max_tokens, count_tokens=count_tokens, drop_duplicates=drop_duplicates, diversity=diversity
+        )
         failure = FailurePolicy(on_error=on_error, timeout=timeout)
         if check_count(fetch_k, "fetch_k") > MOST_CANDIDATES:
             raise InputError(f"fetch_k is {fetch_k}; wanted at most {MOST_CANDIDATES:,}: Chroma can't give more.")

@@ -42,13 +42,13 @@ class LeftOut:
 
     Attributes:
         id: Its record id; in the adapters the document's or node's id.
-        reason: ``"threshold"``, ``"duplicate"`` or ``"budget"``.
+        reason: ``"threshold"``, ``"duplicate"``, ``"budget"``; ``"diversity"`` if one ranked below took its place.
         duplicate_of: Id of the better-ranked passage that it repeats.
         tokens: How many it would have taken, of a budget that had fewer left.
     """
 
     id: str
-    reason: Literal["threshold", "duplicate", "budget"]
+    reason: Literal["threshold", "duplicate", "budget", "diversity"]
     duplicate_of: str | None = None
     tokens: int | None = None
 
@@ -84,7 +84,8 @@ class QueryResult:
         status: ``"reranked"``, or ``"skipped: "`` and why: hits are in retrieval order then, unscored.
         model: Name of the model that ranked, or should have.
         fingerprint: Names its states; None if it could not be asked.
-        left_out: Candidates that threshold, duplicates or budget kept from the hits; those behind `top_n` are not told.
+        left_out: Candidates that threshold, duplicates, budget or diversity kept from the hits, without those behind
+            `top_n`.
     """
 
     query: str

@@ -1,12 +1,13 @@
 """The fourth verb: which passages of a ranking are handed on. No passage twice, no more tokens than there is room for.
 
-One order for every door: threshold (the ranking's own), duplicates, budget, `top_n`. A passage is a duplicate of one
-that is handed on, so one that found no room takes no other with it. Knows no framework and no Chroma.
+One order for every door: threshold (the ranking's own), duplicates, budget, `top_n`; diversity says whose turn it is.
+A passage is a duplicate of one that is handed on, so one that found no room takes no other with it. Knows no framework
+and no Chroma.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -49,6 +50,10 @@ class Selection:
             from this cosine of their mean states on, in (0, 1]. True takes what was measured for the model; that is
             pico, and for other models only equal texts are dropped then. Passages that differ in one name or number are
             the same to it.
+        diversity: How much a passage loses for being like those that are handed on already, in [0, 1): maximal marginal
+            relevance (Carbonell and Goldstein, SIGIR 1998), ``(1 - diversity) * P(yes) - diversity * cosine`` to the
+            nearest of them, by mean states. It decides which passages are handed on, where `top_n` or the budget
+            leaves some out; they come best first all the same. 0 goes by P(yes) alone.
 
     Raises:
         InputError: If one is of the wrong kind or out of range.
@@ -57,6 +62,7 @@ class Selection:
     max_tokens: int | None = None
     count_tokens: Callable[[str], int] | None = None
     drop_duplicates: bool | float = False
+    diversity: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -69,6 +75,9 @@ class Selection:
         cosine: object = self.drop_duplicates
         if not isinstance(cosine, bool) and not (isinstance(cosine, Real) and 0.0 < float(cosine) <= 1.0):
             raise InputError(f"drop_duplicates is {cosine!r}; wanted True, False, or a cosine above 0 and up to 1.")
+        share: object = self.diversity
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0.0 <= float(share) < 1.0:
+            raise InputError(f"diversity is {share!r}; wanted 0 (by P(yes) alone) or more, below 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,25 +113,26 @@ def select_candidates(
         engine: Whose states and tokenizer; None where none is loaded.
 
     Returns:
-        What is handed on, in rank order, and what was left out for threshold, duplicates or budget. Candidates behind
-        the last one of `top_n` are in neither.
+        What is handed on, in rank order, and what was left out for threshold, duplicates, budget or diversity.
+        Candidates behind the last one of `top_n` are in neither.
 
     Raises:
         InputError: If ``count_tokens`` gives anything but a whole number.
     """
     names = given.names
-    there = {candidate.index for candidate in ranking.candidates}
-    left = [LeftOut(id=name, reason="threshold") for place, name in enumerate(names) if place not in there]
-    same = (
-        _Duplicates(given.read, ranking.states, _least_cosine(selection, engine)) if selection.drop_duplicates else None
-    )
+    ranks = {candidate.index: rank for rank, candidate in enumerate(ranking.candidates)}
+    left = [LeftOut(id=name, reason="threshold") for place, name in enumerate(names) if place not in ranks]
+    near = _Similarity(ranking.states if selection.drop_duplicates or selection.diversity else None)
+    least = _least_cosine(selection, engine)
     kept: list[RankedCandidate] = []
+    considered: set[int] = set()
     room = selection.max_tokens
-    for candidate in ranking.candidates:
+    for candidate in _by_turns(ranking.candidates, near, selection.diversity, kept):
         if len(kept) == top_n:
             break
+        considered.add(candidate.index)
         name = names[candidate.index]
-        twin = None if same is None else same.find(candidate.index, kept)
+        twin = _twin(candidate.index, kept, given.read, near, least) if selection.drop_duplicates else None
         if twin is not None:
             left.append(LeftOut(id=name, reason="duplicate", duplicate_of=names[twin]))
             continue
@@ -133,6 +143,10 @@ def select_candidates(
                 continue
             room -= size
         kept.append(candidate)
+    kept.sort(key=lambda candidate: ranks[candidate.index])
+    last = ranks[kept[-1].index] if kept else 0
+    passed_over = (names[c.index] for c in ranking.candidates[:last] if c.index not in considered)
+    left += [LeftOut(id=name, reason="diversity") for name in passed_over]
     return kept, left
 
 
@@ -146,26 +160,57 @@ def mean_states(states: StateBatch) -> Tensor:
     return torch.nn.functional.normalize((vectors * counts[..., None]).sum(dim=1), dim=1)  # (B, H)
 
 
-class _Duplicates:
-    """Finds which of the kept candidates another one repeats."""
+class _Similarity:
+    """Cosines between the mean states of candidates, by their places."""
 
-    def __init__(self, read: Sequence[str | None], states: CandidateStates | None, least: float | None) -> None:
-        self._read, self._least = read, least
+    def __init__(self, states: CandidateStates | None) -> None:
         self._rows: dict[int, int] = {}
-        if least is not None and states is not None and states.states is not None:
+        if states is not None and states.states is not None:
             self._means = mean_states(states.states)
             self._rows = {place: row for row, place in enumerate(states.rows)}
 
-    def find(self, place: int, kept: Sequence[RankedCandidate]) -> int | None:
-        for other in kept:
-            if self._read[place] is not None and self._read[place] == self._read[other.index]:
-                return other.index
-        others = [other.index for other in kept if other.index in self._rows]
-        if place not in self._rows or not others:
-            return None
-        cosines = self._means[[self._rows[other] for other in others]] @ self._means[self._rows[place]]
-        best = int(cosines.argmax())
-        return others[best] if self._least is not None and float(cosines[best]) >= self._least else None
+    def __contains__(self, place: int) -> bool:
+        return place in self._rows
+
+    def to(self, place: int, others: Sequence[int]) -> Tensor:
+        """Of one to each of some others, all of which have states: ``(len(others),)``."""
+        return self._means[[self._rows[other] for other in others]] @ self._means[self._rows[place]]
+
+
+def _by_turns(
+    ranked: Sequence[RankedCandidate], near: _Similarity, diversity: float, kept: Sequence[RankedCandidate]
+) -> Iterator[RankedCandidate]:
+    """Candidates in the order in which they are considered; `kept` is what was handed on when the next is asked for."""
+    pool = [c for c in ranked if diversity and c.probability is not None and c.index in near]
+    relevance = torch.tensor([c.probability for c in pool], dtype=torch.float32)
+    nearest, seen = torch.zeros(len(pool)), 0  # to what was handed on; a cosine below 0 counts as 0
+    places = [c.index for c in pool]
+    waiting = torch.ones(len(pool), dtype=torch.bool)
+    for _ in pool:
+        for new in kept[seen:]:
+            nearest = torch.maximum(nearest, near.to(new.index, places))
+        seen = len(kept)
+        marginal = (1.0 - diversity) * relevance - diversity * nearest
+        best = int(marginal.masked_fill(~waiting, -torch.inf).argmax())
+        waiting[best] = False
+        yield pool[best]
+    chosen = set(places)
+    yield from (c for c in ranked if c.index not in chosen)
+
+
+def _twin(
+    place: int, kept: Sequence[RankedCandidate], read: Sequence[str | None], near: _Similarity, least: float | None
+) -> int | None:
+    """Place of the kept candidate that this one repeats."""
+    for other in kept:
+        if read[place] is not None and read[place] == read[other.index]:
+            return other.index
+    others = [other.index for other in kept if other.index in near]
+    if least is None or place not in near or not others:
+        return None
+    cosines = near.to(place, others)
+    best = int(cosines.argmax())
+    return others[best] if float(cosines[best]) >= least else None
 
 
 def _least_cosine(selection: Selection, engine: Reranker | None) -> float | None:

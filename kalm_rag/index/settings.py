@@ -176,6 +176,9 @@ class SelectionFields(BaseModel):
     drop_duplicates: StrictBool | StrictFloat = Field(
         default=False, description="Leave out passages that repeat a better one: True, or from which cosine on."
     )
+    diversity: float = Field(
+        default=0.0, description="How much being like what is handed on counts against, in [0, 1)."
+    )
     on_error: OnError = Field(default="raise", description="raise, or retrieval_order: if the ranking fails.")
     timeout: float | None = Field(default=None, description="Most seconds for loading and ranking.")
     details: StrictBool = Field(default=False, description="Put on each result how the ranking went.")
@@ -203,7 +206,10 @@ class SelectionFields(BaseModel):
     def selection(self) -> Selection:
         """What is handed on."""
         return Selection(
-            max_tokens=self.max_tokens, count_tokens=self.count_tokens, drop_duplicates=self.drop_duplicates
+            max_tokens=self.max_tokens,
+            count_tokens=self.count_tokens,
+            drop_duplicates=self.drop_duplicates,
+            diversity=self.diversity,
         )
 
     def policy(self) -> FailurePolicy:

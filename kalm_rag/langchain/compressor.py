@@ -104,6 +104,8 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
         count_tokens: Counts the tokens of a text; None takes the model's tokenizer. A function isn't written down.
         drop_duplicates: Leave out documents that repeat a better one: True, or from which cosine of their states on;
             see `kalm_rag.index.select.Selection`.
+        diversity: How much a document loses for being like others, in [0, 1), when `top_n` or the budget decides which
+            are handed on; they come best first all the same.
         on_error: ``"raise"``, so that a wrong setting is seen; or ``"retrieval_order"``: if the model can't be loaded,
             fails or takes too long, documents come back as they came, unscored, and the log and `details` say why.
         timeout: Most seconds for loading and ranking; None for no limit.

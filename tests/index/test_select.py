@@ -16,6 +16,7 @@ from toy import toy_vectors
 from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.engine.queue import Request, queue_of
 from kalm_rag.errors import ClosedError, DeadlineError, InputError, KalmRagError
+from kalm_rag.index.select import mean_states
 from kalm_rag.states import batch_states
 
 IDS = [f"r{n}" for n in range(len(TEXTS))]
@@ -112,6 +113,56 @@ class TestDuplicates:
     def test_wrong_thresholds_are_named(self, index: ChromaIndex, wrong: Any) -> None:
         with pytest.raises(InputError, match="drop_duplicates"):
             index.query(QUERY, drop_duplicates=wrong)
+
+
+class TestDiversity:
+    @pytest.mark.parametrize("diversity", [0.05, 0.3, 0.6, 0.95])
+    def test_is_maximal_marginal_relevance_and_comes_best_first(self, index: ChromaIndex, diversity: float) -> None:
+        order = index.query(QUERY, top_n=None)
+        places = {hit.id: place for place, hit in enumerate(order)}
+        means = mean_states(batch_states(index.engine.encode([hit.text or "" for hit in order])))
+        cosines = (means @ means.T).clamp(min=0.0).tolist()
+        chosen: list[int] = []
+        for _ in order:  # an independent, slow writing of the formula
+            marginal = {
+                place: (1 - diversity) * (hit.probability or 0.0)
+                - diversity * max((cosines[place][other] for other in chosen), default=0.0)
+                for place, hit in enumerate(order)
+                if place not in chosen
+            }
+            chosen.append(max(marginal, key=lambda place: marginal[place]))
+            result = index.query(QUERY, top_n=len(chosen), diversity=diversity)
+            assert [places[hit.id] for hit in result] == sorted(chosen)
+            assert {places[out.id] for out in result.left_out} == set(range(max(chosen))) - set(chosen)
+            assert {out.reason for out in result.left_out} <= {"diversity"}
+
+    def test_a_copy_makes_way(self, index: ChromaIndex) -> None:
+        assert len({hit.text for hit in index.query(QUERY, top_n=3)}) == 2
+        result = index.query(QUERY, top_n=3, diversity=0.5)
+        assert len({hit.text for hit in result}) == 3
+        assert {out.reason for out in result.left_out} == {"diversity"}
+
+    def test_budget_and_duplicates_hold_with_it(self, index: ChromaIndex) -> None:
+        options: dict[str, Any] = {"max_tokens": 30, "count_tokens": words, "drop_duplicates": True}
+        result = index.query(QUERY, top_n=None, diversity=0.5, **options)
+        assert 0 < sum(words(hit.text or "") for hit in result) <= 30
+        margins = [hit.margin or 0.0 for hit in result]
+        assert margins == sorted(margins, reverse=True)
+        assert len({hit.text for hit in result}) == len(result)
+        assert {hit.id for hit in result} | {out.id for out in result.left_out} == set(IDS)
+
+    def test_what_is_not_scored_keeps_its_place_behind(self, index: ChromaIndex) -> None:
+        index.store.unreference(index.home.collection_id, IDS[:2])
+        index.store.gc([index.home.collection_id], younger_than=0)
+        given = index.query(QUERY, top_n=None, missing="skip")
+        assert 0 < given.unscored < len(IDS)
+        assert ids(index.query(QUERY, top_n=None, missing="skip", diversity=0.9)) == ids(given)
+        assert len(index.query(QUERY, top_n=5, missing="skip", diversity=0.9)) == 5
+
+    @pytest.mark.parametrize("wrong", [1, 1.0, -0.1, True, None, "0.5", float("nan")])
+    def test_wrong_shares_are_named(self, index: ChromaIndex, wrong: Any) -> None:
+        with pytest.raises(InputError, match="diversity is"):
+            index.query(QUERY, diversity=wrong)
 
 
 def test_the_threshold_says_what_it_left_out(index: ChromaIndex) -> None:

@@ -52,7 +52,7 @@ def retrieve(pico: Reranker, given: list[Document] | None = None, **settings: An
 
 @pytest.mark.parametrize("room", [1, 7, 12, 25, 40, 100])
 def test_the_same_is_selected_as_by_the_index(pico: Reranker, room: int) -> None:
-    options: dict[str, Any] = {"max_tokens": room, "count_tokens": words, "drop_duplicates": True}
+    options: dict[str, Any] = {"max_tokens": room, "count_tokens": words, "drop_duplicates": True, "diversity": 0.3}
     given = candidates()
     before = copy.deepcopy(given)
     got = retrieve(pico, given, **options)
@@ -185,6 +185,7 @@ def test_settings_survive_being_written_down_but_a_function_does_not() -> None:
     options: dict[str, Any] = {
         "max_tokens": 9,
         "drop_duplicates": 0.9,
+        "diversity": 0.2,
         "on_error": "retrieval_order",
         "timeout": 3.0,
         "details": True,

@@ -59,7 +59,7 @@ def retrieve(pico: Reranker, given: list[NodeWithScore] | None = None, **setting
 
 @pytest.mark.parametrize("room", [1, 7, 12, 25, 40, 100])
 def test_the_same_is_selected_as_by_the_index(pico: Reranker, room: int) -> None:
-    options: dict[str, Any] = {"max_tokens": room, "count_tokens": words, "drop_duplicates": True}
+    options: dict[str, Any] = {"max_tokens": room, "count_tokens": words, "drop_duplicates": True, "diversity": 0.3}
     given = nodes_of()
     before = copy.deepcopy(given)
     got = retrieve(pico, given, **options)
@@ -149,7 +149,14 @@ def test_a_timeout_holds(pico: Reranker, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_tokens": 0}, {"count_tokens": 3}, {"drop_duplicates": 2.0}, {"on_error": "ignore"}, {"timeout": 0}],
+    [
+        {"max_tokens": 0},
+        {"count_tokens": 3},
+        {"drop_duplicates": 2.0},
+        {"diversity": 1.0},
+        {"on_error": "ignore"},
+        {"timeout": 0},
+    ],
     ids=str,
 )
 def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
@@ -162,6 +169,7 @@ def test_settings_survive_being_written_down_but_a_function_does_not() -> None:
     options: dict[str, Any] = {
         "max_tokens": 9,
         "drop_duplicates": 0.9,
+        "diversity": 0.2,
         "on_error": "retrieval_order",
         "timeout": 3.0,
         "details": True,
