@@ -1,4 +1,4 @@
-"""Recipes with other packages: vectors in FAISS or Qdrant and states in a store of ours; hybrid retrieval.
+"""Recipes with other packages: vectors in FAISS, Qdrant or LanceDB and states in a store of ours; hybrid retrieval.
 
 Each needs a package that only the extra 'dev' brings, and is skipped without it.
 """
@@ -81,6 +81,14 @@ def test_vectors_in_qdrant(tiny: Reranker, states: StateStore) -> None:
     )
     third = models.FieldCondition(key="metadata.place", match=models.MatchValue(value=3))
     check_a_store_elsewhere(vectors, tiny, states, models.Filter(must=[third]))
+
+
+def test_vectors_in_lancedb(tiny: Reranker, states: StateStore, tmp_path: Path) -> None:
+    pytest.importorskip("lancedb", reason="lancedb is not installed (extra 'dev')")
+    stores = pytest.importorskip("langchain_community.vectorstores", reason="langchain-community is not installed")
+    places = [d.metadata for d in documents(MANY)]
+    vectors = stores.LanceDB.from_texts(MANY, VECTORS, places, uri=str(tmp_path / "vectors"))
+    check_a_store_elsewhere(vectors, tiny, states, "metadata.place = 3")
 
 
 def test_hybrid_retrieval(tiny: Reranker, states: StateStore) -> None:

@@ -1,4 +1,4 @@
-"""Recipes with other packages: vectors in Qdrant with states in a store of ours; hybrid retrieval by LlamaIndex.
+"""Recipes with other packages: vectors in Qdrant or LanceDB and states in a store of ours; LlamaIndex's hybrid search.
 
 Each needs a package that only the extra 'dev' brings, and is skipped without it.
 """
@@ -16,6 +16,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
 from llama_index.core.schema import MetadataMode
 from llama_index.core.vector_stores import MetadataFilter, MetadataFilters
+from llama_index.core.vector_stores.types import BasePydanticVectorStore
 from llama_nodes import EMBEDDING, QUERY, TEXTS, documents, engine_of, expected, got, make_nodes, same
 
 from kalm_rag import Reranker, open_store
@@ -24,14 +25,8 @@ from kalm_rag.llama_index import KaLMChromaVectorStore, KaLMNodePostprocessor, K
 MANY = [*TEXTS, *(f"Fact {number} about rivers and bees." for number in range(20)), "Honey is made by bees."]
 
 
-def test_vectors_in_qdrant(tiny: Reranker, tmp_path: Path) -> None:
+def check_a_store_elsewhere(vectors: BasePydanticVectorStore, tiny: Reranker, path: Path) -> None:
     """Indexing keeps the states in a file of ours; queries over a second opening of it find all of them."""
-    qdrant = pytest.importorskip(
-        "llama_index.vector_stores.qdrant", reason="llama-index-vector-stores-qdrant is not installed (extra 'dev')"
-    )
-    client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
-    vectors = qdrant.QdrantVectorStore("facts", client=client)
-    path = tmp_path / "states.sqlite3"
     with open_store(path, tiny.layout()) as states:
         given = documents(MANY)
         for number, document in enumerate(given):
@@ -51,7 +46,22 @@ def test_vectors_in_qdrant(tiny: Reranker, tmp_path: Path) -> None:
         same(got(answer.source_nodes), {i: truth[i] for i in list(truth)[:3]})
         second = MetadataFilters(filters=[MetadataFilter(key="place", value=2)])
         assert [n.text for n in engine_of(index, post, filters=second).query(QUERY).source_nodes] == [TEXTS[2]]
+
+
+def test_vectors_in_qdrant(tiny: Reranker, tmp_path: Path) -> None:
+    qdrant = pytest.importorskip(
+        "llama_index.vector_stores.qdrant", reason="llama-index-vector-stores-qdrant is not installed (extra 'dev')"
+    )
+    client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
+    check_a_store_elsewhere(qdrant.QdrantVectorStore("facts", client=client), tiny, tmp_path / "states.sqlite3")
     client.close()
+
+
+def test_vectors_in_lancedb(tiny: Reranker, tmp_path: Path) -> None:
+    lance = pytest.importorskip(
+        "llama_index.vector_stores.lancedb", reason="llama-index-vector-stores-lancedb is not installed (extra 'dev')"
+    )
+    check_a_store_elsewhere(lance.LanceDBVectorStore(uri=str(tmp_path / "vectors")), tiny, tmp_path / "states.sqlite3")
 
 
 def test_hybrid_retrieval(vectors: KaLMChromaVectorStore) -> None:
