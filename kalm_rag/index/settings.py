@@ -7,7 +7,7 @@ a component down; model and open store never travel. Knows pydantic, which both 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from typing_extensions import Self
 
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
+from kalm_rag.index.candidates import Owners
 from kalm_rag.index.lazy_engine import EngineSpec, LazyEngine, spec_of
 from kalm_rag.index.outcome import FailurePolicy, OnError
 from kalm_rag.index.select import Selection
@@ -54,6 +55,10 @@ class HasStates(ABC):
     @abstractmethod
     def states_place(self) -> Place:
         """Where its states are."""
+
+    def owners(self, ids: Sequence[str | None], texts: Sequence[str | None]) -> Owners | None:
+        """Records of its collection that texts of a query are of; None for a component without a collection."""
+        return None
 
 
 class ByName(BaseModel):
@@ -145,6 +150,10 @@ class EngineSettings(ByName, HasStates):
     def states_place(self) -> Place:
         """Where the states are, for other components to write down."""
         return place_of(self.store)
+
+    def _owners(self, ids: Sequence[str | None], texts: Sequence[str | None]) -> Owners | None:
+        """Records of the vector store whose states this uses; None without one: then all that is encoded is kept."""
+        return self.store.owners(ids, texts) if isinstance(self.store, HasStates) else None
 
     def _make_lazy(self) -> LazyEngine:
         shared = self.store.lazy if isinstance(self.store, HasStates) else None

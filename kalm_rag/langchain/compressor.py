@@ -28,7 +28,7 @@ from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
-from kalm_rag.index.candidates import Missing, Owners, RankedCandidate
+from kalm_rag.index.candidates import Missing, RankedCandidate
 from kalm_rag.index.outcome import Outcome, rank_for_app
 from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
 from kalm_rag.index.ranking import is_blank
@@ -204,13 +204,12 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
         documents: Sequence[Document],
         query: str | PreparedQuery,
         config: RunnableConfig,
-        owners: Owners | None = None,
     ) -> list[Document]:
         """Rerank within a chain's config (callbacks, tags, instructions); see `compress_documents`."""
         manager = get_callback_manager_for_config(config)
         traced = manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
-            ranked, told = self._ranked(documents, query, config, owners)
+            ranked, told = self._ranked(documents, query, config)
         except BaseException as err:
             traced.on_chain_error(err)
             raise
@@ -222,14 +221,13 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
         documents: Sequence[Document],
         query: str | PreparedQuery,
         config: RunnableConfig,
-        owners: Owners | None = None,
     ) -> list[Document]:
         """Rerank in a thread; see `run`."""
         manager = get_async_callback_manager_for_config(config)
         traced = await manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
             with cancel_on_error():
-                ranked, told = await run_in_executor(None, self._ranked, documents, query, config, owners)
+                ranked, told = await run_in_executor(None, self._ranked, documents, query, config)
         except BaseException as err:  # cancelled too: a start without an end stays open in a trace for ever
             await traced.on_chain_error(err)
             raise
@@ -241,7 +239,6 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
         documents: Sequence[Document],
         query: str | PreparedQuery,
         config: RunnableConfig,
-        owners: Owners | None = None,
         said: Mapping[str, Any] | None = None,
     ) -> list[Document]:
         """Rerank without a trace of its own, for a step that has one; see `compress_documents`.
@@ -250,36 +247,33 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
             documents: Candidates.
             query: The question.
             config: The chain's.
-            owners: Records the candidates are of.
             said: What the call says otherwise, read by `read_call`; goes before what its config says.
         """
-        return self._ranked(documents, query, config, owners, said)[0]
+        return self._ranked(documents, query, config, said)[0]
 
     def _ranked(
         self,
         documents: Sequence[Document],
         query: str | PreparedQuery,
         config: RunnableConfig,
-        owners: Owners | None = None,
         said: Mapping[str, Any] | None = None,
     ) -> tuple[list[Document], dict[str, Any]]:
         """Rerank; give the documents, and what a trace tells besides."""
         said = {**configured(config), **(said if said is not None else {})}
-        return (self.model_copy(update=said) if said else self)._rank(documents, query, owners)
+        return (self.model_copy(update=said) if said else self)._rank(documents, query)
 
-    def _rank(
-        self, documents: Sequence[Document], query: str | PreparedQuery, owners: Owners | None
-    ) -> tuple[list[Document], dict[str, Any]]:
+    def _rank(self, documents: Sequence[Document], query: str | PreparedQuery) -> tuple[list[Document], dict[str, Any]]:
         is_blank(query)  # refuses what is no text
         documents = check_documents(documents)
         if not documents:
             return [], {}
         rule = PassageRule(self.passage)
+        texts = [rule.text(one.page_content, one.metadata, one.id or "") for one in documents]
         outcome = rank_for_app(
             self.lazy,
             query,
             Candidates(
-                read=[rule.text(one.page_content, one.metadata, one.id or "") for one in documents],
+                read=texts,
                 shown=lambda place: documents[place].page_content,
                 names=[one.id or f"document {place}" for place, one in enumerate(documents)],
             ),
@@ -290,7 +284,7 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
             missing=self.missing,
             selection=self.selection(),
             policy=self.policy(),
-            owners=lambda: owners,
+            owners=lambda: self._owners([one.id for one in documents], texts),
         )
         ranked = [self._scored(documents[one.index], one, outcome) for one in outcome.candidates]
         return ranked, {} if outcome.plain and not self.details else {DETAILS: outcome.report()}

@@ -122,7 +122,7 @@ class ChromaWithStates(Chroma, HasStates):
             )
             super().__init__(collection_name, embeddings, client=opened.client, relevance_score_fn=relevance_score_fn)
             if embedding_function is None:
-                self._check_embedder()
+                self.check_embedder()
         except BaseException:
             opened.close()
             raise
@@ -284,7 +284,7 @@ class ChromaWithStates(Chroma, HasStates):
     @property
     def index(self) -> ChromaIndex:
         """The same collection and states as a `ChromaIndex`."""
-        self._check_embedder()
+        self.check_embedder()
         given = self._embedding_function
         embedder: Embedder | None = None
         if isinstance(given, KaLMEmbeddings):
@@ -331,7 +331,7 @@ class ChromaWithStates(Chroma, HasStates):
         """
         return self.index.rebuild()
 
-    def _check_embedder(self) -> None:
+    def check_embedder(self) -> None:
         """Refuse another embedder than made the collection's vectors, once: a search would give nonsense silently.
 
         An embedder of the app's may be a hosted one, so it is not asked when this is made. One app's embedder after

@@ -19,7 +19,6 @@ from typing_extensions import Self
 from kalm_rag.checks import check_count, check_cut, check_text
 from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.errors import InputError
-from kalm_rag.index.candidates import Owners
 from kalm_rag.index.settings import ByName, SelectionFields
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.compressor import RETRIEVAL_RANK, RETRIEVAL_SCORE, KaLMDocumentCompressor
@@ -42,8 +41,8 @@ class KeepsStates(Protocol):
         """What scores its documents."""
         ...
 
-    def owners(self, documents: Sequence[Document]) -> Owners:
-        """Records behind documents that a search gave."""
+    def check_embedder(self) -> None:
+        """Refuse to search by other vectors than the collection's."""
         ...
 
     def search_prepared(
@@ -220,7 +219,7 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
         if found is None:
             found = query, getattr(self.vectorstore, self._search_name())(**search)
         candidates = _as_candidates(found[1], search, scored=self.keep_retrieval_score)
-        return compressor.run(candidates, found[0], _config(run_manager), self._owners(candidates))
+        return compressor.run(candidates, found[0], _config(run_manager))
 
     async def _aget_relevant_documents(
         self,
@@ -238,8 +237,7 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
         if found is None:  # its own async methods: a store opened in async mode has no others
             found = query, await getattr(self.vectorstore, f"a{self._search_name()}")(**search)
         candidates = _as_candidates(found[1], search, scored=self.keep_retrieval_score)
-        owners = await run_in_executor(None, self._owners, candidates)
-        return await compressor.arun(candidates, found[0], _config(run_manager), owners)
+        return await compressor.arun(candidates, found[0], _config(run_manager))
 
     def _plan(
         self,
@@ -252,6 +250,9 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
     ) -> tuple[KaLMDocumentCompressor, dict[str, Any]]:
         """The compressor of one call, and the arguments of the vector store's search."""
         changes = self._changes(k, instructions, threshold)
+        own = _own(self.vectorstore)
+        if own is not None:
+            own.check_embedder()
         return self._compressor().model_copy(update=changes), self._search(query, changes["top_n"], fetch_k, filter)
 
     def _changes(self, k: int | None, instructions: object, threshold: float | None) -> dict[str, Any]:
@@ -300,11 +301,6 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
         """Search a store with states with a query that is then read for search and decoder alike; None for others."""
         own = _own(self.vectorstore) if self.search_type == "similarity" else None
         return None if own is None else own.search_prepared(compressor.instructions, **search)
-
-    def _owners(self, candidates: Sequence[Document]) -> Owners | None:
-        """The records of candidates, where the store keeps states."""
-        own = _own(self.vectorstore)
-        return None if own is None else own.owners(candidates)
 
     def _compressor(self) -> KaLMDocumentCompressor:
         if self.compressor is not None:

@@ -24,6 +24,7 @@ from kalm_rag.errors import InputError, StoreError
 from kalm_rag.index.candidates import Owners
 from kalm_rag.index.collection import PAGE, all_collection_ids, chroma_errors
 from kalm_rag.index.embedders import BundledEmbedder
+from kalm_rag.index.owners import owners_in
 from kalm_rag.index.results import BackfillReport, VerifyReport
 from kalm_rag.index.writer import CollectionWriter
 from kalm_rag.instructions import Instructions
@@ -378,11 +379,9 @@ class KaLMChroma(ChromaWithStates):
         vector = given.embedder(engine).query(asked)
         return asked, self.similarity_search_by_vector_with_relevance_scores(vector, **search)
 
-    def owners(self, documents: Sequence[Document]) -> Owners:
-        """Records behind documents just read from this collection, so that states encoded for them are kept."""
-        home = self.home
-        self._check_embedder()
-        return Owners(collection_id=home.collection_id, record_ids=[d.id for d in documents], scope=home.scope)
+    def owners(self, ids: Sequence[str | None], texts: Sequence[str | None]) -> Owners:
+        """Records that texts of a query are of, if they still read so: states encoded for them are kept."""
+        return owners_in(self.home, ids, texts)
 
     def verify(self) -> VerifyReport:
         """Compare every record with its states; see `ChromaIndex.verify`."""

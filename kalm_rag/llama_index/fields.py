@@ -5,16 +5,14 @@ Fields survive ``to_dict``/``from_dict`` and pickling; the engine and an open st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.bridge.pydantic import ConfigDict, Field, ValidationError, model_validator
-from llama_index.core.schema import BaseComponent, BaseNode, MetadataMode
+from llama_index.core.schema import BaseComponent, MetadataMode
 from typing_extensions import Self
 
 from kalm_rag.checks import unknown_argument_hint
 from kalm_rag.errors import InputError, StateMismatchError
-from kalm_rag.index.candidates import Owners
 from kalm_rag.index.lazy_engine import LazyEngine
 from kalm_rag.index.passage_rule import LLAMA_INDEX, PassageRule
 from kalm_rag.index.settings import EngineSettings, lasting_place
@@ -95,10 +93,6 @@ class PassageFields(EngineFields):
                 f"them as {str(rule)!r}. Leave {named} out to go on with that, or make another collection."
             )
         self._set_rule(rule)
-
-    def _owners(self, nodes: Sequence[BaseNode], texts: Sequence[str | None]) -> Owners | None:
-        """Records of the vector store whose states this uses; None without one."""
-        return self.store._owners(nodes, texts) if isinstance(self.store, PassageFields) else None
 
     def _set_rule(self, rule: PassageRule) -> None:
         mode = rule.llama_mode

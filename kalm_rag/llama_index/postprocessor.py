@@ -253,7 +253,7 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
             missing=self.missing,
             selection=self.selection(),
             policy=self.policy(),
-            owners=lambda: self._owners([item.node for item in nodes], texts),
+            owners=lambda: self._owners([item.node_id for item in nodes], texts),
         )
 
     def _scored(self, item: NodeWithScore, placed: RankedCandidate, outcome: Outcome) -> NodeWithScore:

@@ -33,6 +33,7 @@ from kalm_rag.index.collection import (
 from kalm_rag.index.embedders import BUNDLED, BundledEmbedder
 from kalm_rag.index.home import CollectionHome
 from kalm_rag.index.lazy_engine import LazyEngine
+from kalm_rag.index.owners import owners_in
 from kalm_rag.index.place import CollectionPlace
 from kalm_rag.index.settings import HasStates, Place, place_of
 from kalm_rag.index.writer import CollectionWriter
@@ -40,7 +41,6 @@ from kalm_rag.llama_index.connection import CollectionFields, check_collection
 from kalm_rag.llama_index.embedding import KaLMEmbedding
 from kalm_rag.llama_index.fields import PassageFields
 from kalm_rag.llama_index.nodes import check_nodes, read_node, records_of
-from kalm_rag.llama_index.owners import RecordIds
 from kalm_rag.llama_index.postprocessor import KaLMNodePostprocessor
 from kalm_rag.llama_index.upkeep import CollectionUpkeep
 from kalm_rag.states import Codec
@@ -323,9 +323,9 @@ class KaLMChromaVectorStore(PassageFields, CollectionFields, CollectionUpkeep, C
         """Run `query` in a thread."""
         return await asyncio.to_thread(self.query, query, **kwargs)
 
-    def _owners(self, nodes: Sequence[BaseNode], texts: Sequence[str | None]) -> Owners:
-        ids = RecordIds(self._home, nodes, texts)
-        return Owners(collection_id=str(self._collection.id), record_ids=ids, scope=self._home.scope)
+    def owners(self, ids: Sequence[str | None], texts: Sequence[str | None]) -> Owners:
+        """Records that texts of a query are of, if they still read so: states encoded for them are kept."""
+        return owners_in(self._home, ids, texts)
 
     def _check_embeddings(self, nodes: Sequence[BaseNode]) -> None:
         """Refuse to mix vectors: where a collection notes the bundled embedder, look at one of the new ones, once."""

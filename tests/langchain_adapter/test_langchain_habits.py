@@ -279,3 +279,32 @@ def test_a_cross_encoder_scores_pairs_in_their_order(tiny: Reranker, monkeypatch
     again = pickle.loads(pickle.dumps(encoder))
     assert again.instructions == encoder.instructions
     assert again.score(pairs[:2]) == pytest.approx(scores[:2], abs=1e-6)
+
+
+class TestWhatIsKept:
+    def test_documents_rewritten_for_a_query_are_cached_only(self, filled: KaLMChroma) -> None:
+        """What another step makes of a text filled the store, and nothing referred to it."""
+        before = filled.index.store.stats().states
+        compressor = filled.as_compressor(top_n=None)
+        found = filled.similarity_search(QUERY, k=9)
+        rewritten = [d.model_copy(update={"page_content": f"In short: {d.page_content}"}) for d in found]
+        seen = [compressor.compress_documents(rewritten, QUERY) for _ in range(2)]
+        assert seen[0] == seen[1]
+        assert filled.index.store.stats().states == before
+        assert filled.verify().clean
+        again = filled.as_compressor(top_n=None, missing="raise")
+        assert again.compress_documents(rewritten, QUERY) == seen[0], "the cache has them"
+
+    @pytest.mark.parametrize("through", ["compressor", "retriever"])
+    def test_a_records_states_are_kept_with_its_reference(self, tmp_path: Path, tiny: Reranker, through: str) -> None:
+        Chroma("docs", VECTORS, persist_directory=str(tmp_path)).add_documents(documents())  # somebody else filled it
+        store = KaLMChroma("docs", VECTORS, persist_directory=str(tmp_path), reranker=tiny)
+        assert store.verify().missing
+        if through == "retriever":
+            KaLMRetriever(vectorstore=store, k=9, fetch_k=9).invoke(QUERY)
+        else:
+            elsewhere = [Document("Of another store."), Document("And of another one.", id="id-0")]
+            store.as_compressor().compress_documents([*store.similarity_search(QUERY, k=9), *elsewhere], QUERY)
+        assert store.verify().clean
+        assert store.index.store.stats().states == len(TEXTS)
+        store.close()
