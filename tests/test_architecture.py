@@ -16,7 +16,7 @@ PACKAGE = Path(kalm_rag.__file__).parent
 ROOMS = [
     *("errors", "checks", "instructions", "states", "store", "models", "engine", "index"),
     *("evaluation", "training", "bench", "mteb"),  # the workshop uses the product path
-    *("langchain", "llama_index", "cli", "__main__"),
+    *("langchain", "llama_index", "serve", "cli", "__main__"),
 ]
 RANKS = {room: rank for rank, room in enumerate(ROOMS)}
 CHROMA = {"index", "store", "langchain", "llama_index"}

@@ -1,0 +1,103 @@
+"""``kalm-rag serve``: the HTTP door as a command. Thin; all work is done by `kalm_rag.serve`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kalm_rag.checks import check_count
+from kalm_rag.cli.opening import Embedder, Name
+from kalm_rag.cli.terminal import DAILY, Model, errors, working
+from kalm_rag.errors import require
+
+app = typer.Typer()
+
+KEEP_ALIVE = 65
+"""Seconds that an idle connection stays open: longer than the 60 of common proxies, which would else meet a reset."""
+
+
+@app.command(rich_help_panel=DAILY)
+def serve(
+    db: Annotated[Path | None, typer.Option("--db", help="Folder of the Chroma database.")] = None,
+    chroma: Annotated[
+        str | None, typer.Option(help="URL of a Chroma server instead, such as http://localhost:8000.")
+    ] = None,
+    collection: Name = "passages",
+    create: Annotated[bool, typer.Option("--create", help="Make the collection if it is absent.")] = False,
+    model: Model = None,
+    embedder: Embedder = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="CUDA if there is one")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine with an API key only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Answer whoever comes, without an API key.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes, each with the model in memory.")] = 1,
+    threads: Annotated[int, typer.Option(help="Requests a worker works on at a time.")] = 8,
+    queue: Annotated[int, typer.Option(help="Most requests of a worker, waiting ones too; then 429.")] = 64,
+    timeout: Annotated[float, typer.Option(help="Most seconds of a request; then 504.")] = 30.0,
+    max_documents: Annotated[int, typer.Option(help="Most documents ranked at once.")] = 1000,
+    warmup: Annotated[bool, typer.Option("--warmup", help="Rank a question before saying that it is ready.")] = False,
+) -> None:
+    """Serve reranking and search over HTTP: Cohere's, Jina's, vLLM's and TEI's shapes, and ids of stored passages.
+
+    With an API key in the environment variable KALM_RAG_API_KEY. Without --db and --chroma it reranks texts alone.
+    """
+    with errors():
+        check_count(workers, "workers")
+        for module in ("fastapi", "uvicorn", "prometheus_client"):
+            if module == "prometheus_client" and workers > 1:  # reads it when it is imported; the workers find it
+                os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="kalm-rag-metrics-"))
+            require(module, "serve", "serving over HTTP")
+        from kalm_rag.serve.settings import ServeSettings
+
+        settings = ServeSettings(
+            db=None if db is None else str(db.expanduser()),
+            chroma=chroma,
+            collection=collection,
+            create=create,
+            model=model,
+            embedder=embedder,
+            device=device,
+            host=host,
+            insecure=insecure,
+            threads=threads,
+            queue=queue,
+            timeout=timeout,
+            max_documents=max_documents,
+            warmup=warmup,
+        )
+        _run(settings, port=port, workers=workers)
+
+
+def _run(settings: Any, *, port: int, workers: int) -> None:  # noqa: ANN401 - ServeSettings, of an extra
+    from kalm_rag.serve.settings import KEY_VARIABLE
+
+    key = os.environ.get(KEY_VARIABLE) or None
+    settings.check_exposure(key)
+    with working("opening the index ..."):
+        import uvicorn
+
+        from kalm_rag.serve.app import SETTINGS_VARIABLE, app_from_environment, make_app
+        from kalm_rag.serve.door import Door
+        from kalm_rag.serve.telemetry import logging_settings
+
+        door = Door.open(settings)
+        if workers > 1:  # it could be opened: each worker opens it again, for neither torch nor Chroma can be forked
+            door.close()
+            os.environ[SETTINGS_VARIABLE] = settings.to_json()
+    name = f"{app_from_environment.__module__}:{app_from_environment.__name__}"
+    uvicorn.run(
+        name if workers > 1 else make_app(door, settings, key=key),
+        factory=workers > 1,
+        workers=workers,
+        host=settings.host,
+        port=port,
+        access_log=False,
+        server_header=False,
+        log_config=logging_settings(),
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=int(settings.timeout) + 1,
+    )
