@@ -7,7 +7,7 @@ own over missing states, and none can score a text other than the one at hand. K
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -111,6 +111,7 @@ class Ranking:
         encoded: How many distinct texts were encoded now.
         unscored: How many were not scored: skipped by policy, or without text.
         states: Their states, for who goes on to select; None if there was no ranking.
+        seconds: Stage to seconds: fetch, encode, score; a caller's own stages, too.
     """
 
     candidates: list[RankedCandidate]
@@ -118,6 +119,7 @@ class Ranking:
     encoded: int
     unscored: int
     states: CandidateStates | None = field(default=None, repr=False, compare=False)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 def check_missing(missing: str) -> Missing:
@@ -236,6 +238,7 @@ def rank_texts(
         encoded=loaded.encoded,
         unscored=len(unscored),
         states=loaded,
+        seconds=dict(timings.seconds),
     )
 
 

@@ -38,6 +38,7 @@ from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.place import CollectionPlace
 from kalm_rag.index.results import AddReport, BackfillReport, Hit, QueryResult, RebuildReport, Timings, VerifyReport
 from kalm_rag.index.select import Candidates, Selection
+from kalm_rag.index.traces import ranking_span, search_span
 from kalm_rag.index.writer import CollectionWriter, Records
 from kalm_rag.instructions import Instructions, as_instructions
 from kalm_rag.states import Codec
@@ -298,6 +299,25 @@ class ChromaIndex:
             raise InputError(f"fetch_k is {fetch_k}; wanted at most {MOST_CANDIDATES:,}: Chroma can't give more.")
         policy = check_missing(missing if missing is not None else self.missing)
         told = as_instructions(instructions)
+        with search_span(text, "kalm_rag.query") as ended:
+            filters = {"where": where, "where_document": where_document}
+            scoring: dict[str, Any] = {"missing": policy, "ratio": ratio, "threshold": threshold}
+            result = self._query(text, told, fetch_k, filters, scoring, top_n, selection, failure)
+            ended(result)
+        return result
+
+    def _query(
+        self,
+        text: str,
+        told: Instructions | None,
+        fetch_k: int,
+        filters: Mapping[str, Mapping[str, Any] | None],
+        scoring: Mapping[str, Any],
+        top_n: int | None,
+        selection: Selection,
+        failure: FailurePolicy,
+    ) -> QueryResult:
+        """Answer what `query` has checked; `scoring` has arguments of `rank_texts`."""
         home = self._open()
         timings = Timings()
         own = self._embedder is not None and not isinstance(self._embedder, BundledEmbedder)
@@ -305,7 +325,7 @@ class ChromaIndex:
             asked: str | PreparedQuery = text if own else home.parts()[0].prepare(text, told)
             vector = self.embedder.query(asked)
         with timings.stage("search"):
-            found = self._search(vector, fetch_k, where, where_document)
+            found = self._search(vector, fetch_k, filters["where"], filters["where_document"])
         read = [home.rule.text(hit.text, hit.metadata, hit.id) for hit in found]
         owners = Owners(collection_id=home.collection_id, record_ids=[hit.id for hit in found], scope=home.scope)
 
@@ -315,23 +335,19 @@ class ChromaIndex:
                 store,
                 asked,
                 read,
-                missing=policy,
                 timings=timings,
                 instructions=told if own else None,  # a prepared query has its own
-                ratio=ratio,
-                threshold=threshold,
                 owners=owners,
+                **scoring,
             )
 
-        outcome = rank_and_select(
-            home.parts,
-            rank,
-            model=home.lazy.spec.model,
-            given=Candidates(read=read, shown=lambda place: found[place].text or "", names=[hit.id for hit in found]),
-            top_n=top_n,
-            selection=selection,
-            policy=failure,
-        )
+        given = Candidates(read=read, shown=lambda place: found[place].text or "", names=[hit.id for hit in found])
+        model = home.lazy.spec.model
+        with ranking_span(asked, told, given, top_n=top_n, model=model) as ended:
+            outcome = rank_and_select(
+                home.parts, rank, model=model, given=given, top_n=top_n, selection=selection, policy=failure
+            )
+            ended(outcome.ranking, outcome.candidates, outcome.report())
         return QueryResult(
             query=text,
             hits=[

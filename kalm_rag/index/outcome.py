@@ -28,6 +28,7 @@ from kalm_rag.index.lazy_engine import LazyEngine
 from kalm_rag.index.ranking import is_blank, rank_readable, readable_texts, unscored_candidates
 from kalm_rag.index.results import LeftOut
 from kalm_rag.index.select import Candidates, Selection, select_candidates
+from kalm_rag.index.traces import ranking_span
 from kalm_rag.instructions import Instructions
 from kalm_rag.store import StateStore
 
@@ -187,19 +188,7 @@ def rank_for_app(
     check_cut(top_n, threshold)
     check_missing(missing)
     started, read = time.perf_counter(), readable_texts(given.read)
-    given = replace(given, read=read)
-    if is_blank(query):
-        placed = unscored_candidates(len(read), top_n=None, threshold=threshold)
-        return finish(
-            Ranking(candidates=placed, from_store=0, encoded=0, unscored=len(read)),
-            None,
-            "skipped: the query is blank",
-            started,
-            model=lazy.spec.model,
-            given=given,
-            top_n=top_n,
-            selection=selection,
-        )
+    given, model = replace(given, read=read), lazy.spec.model
 
     def rank(engine: Reranker, store: StateStore) -> Ranking:
         return rank_readable(
@@ -214,15 +203,16 @@ def rank_for_app(
             owners=owners(),
         )
 
-    return rank_and_select(
-        lazy.get,
-        rank,
-        model=lazy.spec.model,
-        given=given,
-        top_n=top_n,
-        selection=selection,
-        policy=policy,
-    )
+    chosen: dict[str, Any] = {"model": model, "given": given, "top_n": top_n, "selection": selection}
+    with ranking_span(query, instructions, given, top_n=top_n, model=model) as ended:
+        if is_blank(query):
+            placed = unscored_candidates(len(read), top_n=None, threshold=threshold)
+            blank = Ranking(candidates=placed, from_store=0, encoded=0, unscored=len(read))
+            outcome = finish(blank, None, "skipped: the query is blank", started, **chosen)
+        else:
+            outcome = rank_and_select(lazy.get, rank, policy=policy, **chosen)
+        ended(outcome.ranking, outcome.candidates, outcome.report())
+    return outcome
 
 
 def finish(

@@ -34,6 +34,7 @@ from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
 from kalm_rag.index.ranking import is_blank
 from kalm_rag.index.select import Candidates
 from kalm_rag.index.settings import SelectionFields, place_of
+from kalm_rag.index.traces import inside_langchain
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.langchain.inputs import (
     CALL_NAMES,
@@ -209,7 +210,8 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
         manager = get_callback_manager_for_config(config)
         traced = manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
-            ranked, told = self._ranked(documents, query, config)
+            with inside_langchain(traced.run_id):
+                ranked, told = self._ranked(documents, query, config)
         except BaseException as err:
             traced.on_chain_error(err)
             raise
@@ -226,7 +228,7 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
         manager = get_async_callback_manager_for_config(config)
         traced = await manager.on_chain_start(None, _shown(documents, query), name=self._run_name(config))
         try:
-            with cancel_on_error():
+            with cancel_on_error(), inside_langchain(traced.run_id):
                 ranked, told = await run_in_executor(None, self._ranked, documents, query, config)
         except BaseException as err:  # cancelled too: a start without an end stays open in a trace for ever
             await traced.on_chain_error(err)
@@ -249,7 +251,8 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
             config: The chain's.
             said: What the call says otherwise, read by `read_call`; goes before what its config says.
         """
-        return self._ranked(documents, query, config, said)[0]
+        with inside_langchain(get_callback_manager_for_config(config).parent_run_id):
+            return self._ranked(documents, query, config, said)[0]
 
     def _ranked(
         self,

@@ -24,6 +24,7 @@ from kalm_rag.index.candidates import Missing, RankedCandidate, check_missing
 from kalm_rag.index.outcome import Outcome, rank_for_app
 from kalm_rag.index.select import Candidates
 from kalm_rag.index.settings import SelectionFields
+from kalm_rag.index.traces import inside_llama_index
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.llama_index.fields import PassageFields
 from kalm_rag.llama_index.nodes import RankedNode, check_nodes, content_of, read_node, with_score
@@ -230,7 +231,7 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
         check_missing(self.missing)
         if not nodes:
             return []
-        with self._announced(nodes, query) as (ranked, tags):
+        with self._announced(nodes, query) as (ranked, tags), inside_llama_index():
             outcome = self._rank(nodes, query.query_str.strip(), instructions)  # a RetrieverTool adds line ends
             ranked += [self._scored(nodes[c.index], c, outcome) for c in outcome.candidates]
             tags.update(outcome.report())
