@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import multiprocessing.context
 import os
 import re
 import runpy
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -42,13 +43,7 @@ def run(arguments: list[str], folder: Path) -> str:
 @pytest.fixture(scope="module")
 def processes() -> multiprocessing.context.BaseContext:
     """Starts processes that have the big imports behind them, so that each script needn't wait for its own."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["kalm_rag.cli", "sentence_transformers", "kalm_rag.langchain", "kalm_rag.llama_index"]
-    )
-    return context
+    return prepared("kalm_rag.cli", "sentence_transformers", "kalm_rag.langchain", "kalm_rag.llama_index")
 
 
 def run_script(processes: multiprocessing.context.BaseContext, script: Path, folder: Path) -> str:

@@ -8,7 +8,6 @@ import random
 import shutil
 import sqlite3
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Script
 from stores import make_layout, make_many, make_states, refer
 
 from kalm_rag.errors import InputError, KalmRagError, StateMismatchError, StoreError, StoreFormatError
@@ -27,7 +27,6 @@ from kalm_rag.store.rows import make_row
 from kalm_rag.store.sqlite import SqliteStore
 
 LAYOUT = make_layout()
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -61,11 +60,10 @@ def edit(path: Path, statement: str, values: tuple[object, ...] = ()) -> None:
     connection.close()
 
 
-def script(body: str, *arguments: object) -> subprocess.Popen[str]:
-    """Run Python in a fresh process, with the names the tests use."""
-    head = f"""
+def script(body: str, *arguments: object) -> Script:
+    """Run Python in a process of its own, with the names the tests use."""
+    head = """
         import os, sys, time
-        sys.path.insert(0, {str(TESTS)!r})
         import torch
         torch.set_num_threads(1)
         from stores import make_layout, make_many, make_states, refer
@@ -73,16 +71,7 @@ def script(body: str, *arguments: object) -> subprocess.Popen[str]:
         LAYOUT = make_layout()
         PATH = sys.argv[1]
     """
-    code = textwrap.dedent(head) + textwrap.dedent(body)
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err[-2000:]
-    return out
+    return Script(textwrap.dedent(head) + textwrap.dedent(body), *arguments)
 
 
 # The file
@@ -765,7 +754,7 @@ def test_two_processes_writing_at_once(path: Path) -> None:
                 assert store.get_many([s.key for s in some]).missing == []
     """
     for process in [script(body, path, start) for start in (0, 40)]:
-        finish(process)
+        process.finish()
     check_kept(path, make_many(120, LAYOUT))
     with SqliteStore.open(path, LAYOUT) as store:
         assert store.stats().states == 120
@@ -790,7 +779,6 @@ def test_gc_beside_a_process_that_adds_loses_nothing(path: Path) -> None:
         """,
         path,
     )
-    assert collector.stdout is not None
     assert collector.stdout.readline() == "ready\n"
     states = make_many(120, LAYOUT)
     with SqliteStore.open(path, LAYOUT) as store:
@@ -800,7 +788,7 @@ def test_gc_beside_a_process_that_adds_loses_nothing(path: Path) -> None:
             assert store.missing([s.key for s in some]) == set()
             store.put_many([], refer(some, f"c{start}"))
         Path(f"{path}.done").touch()
-        assert finish(collector) == "0\n"
+        assert collector.finish() == "0\n"
         assert store.missing([s.key for s in states]) == set()
         assert store.stats().references == 120
 
@@ -817,14 +805,11 @@ def test_kill_in_the_middle_of_writing(path: Path) -> None:
         """,
         path,
     )
-    assert process.stdout is not None
     for line in process.stdout:
         if int(line) >= 6:
             break
     time.sleep(0.003)
-    process.kill()
-    rest = process.stdout.read().split()
-    process.communicate(timeout=30)
+    rest = process.kill().split()
     done = max(int(turn) for turn in ["6", *rest]) + 1
     check_kept(path, make_many(20 * done, LAYOUT))
     with SqliteStore.open(path, LAYOUT) as store:
@@ -873,7 +858,7 @@ def test_fork_beside_busy_threads_loses_nothing(path: Path) -> None:
         """,
         path,
     )
-    finish(process)
+    process.finish()
     check_kept(path, make_many(5, LAYOUT) + [s for n in (100, 200, 300) for s in make_many(10, LAYOUT, n)])
 
 
@@ -899,7 +884,7 @@ def test_fork_with_a_connection_in_use_leaves_it_alone(path: Path, monkeypatch: 
         """,
         path,
     )
-    finish(process)
+    process.finish()
     check_kept(path, make_many(10, LAYOUT))
 
 

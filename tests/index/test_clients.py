@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import subprocess
-import sys
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -13,17 +11,15 @@ from typing import Any
 
 import chromadb
 import pytest
+from processes import Script
 from toy import IDS, QUERY, TEXTS, reopen, toy_vectors
 
 from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.errors import InputError, StoreError
 from kalm_rag.index.clients import Database
 
-TESTS = str(Path(__file__).parent)
-
 WRITER = """
 import random, sys
-sys.path.insert(0, sys.argv[4])
 from toy import reopen
 name, rng = sys.argv[3], random.Random(sys.argv[3])
 index = reopen(sys.argv[1], sys.argv[2])
@@ -39,26 +35,15 @@ print(" ".join(mine))
 """
 
 
-def writer(path: Path, model: Path, name: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WRITER, str(path), str(model), name, TESTS]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def test_two_processes_that_write_lose_nothing(tmp_path: Path, tiny: Reranker, tiny_folder: Path) -> None:
     """Each keeps the vector index in memory: two that wrote at once left a collection no search worked on, for good."""
     reopen(tmp_path, tiny).close()
-    two = [writer(tmp_path, tiny_folder, name) for name in "ab"]
+    two = [Script(WRITER, tmp_path, tiny_folder, name) for name in "ab"]
     for process in two:
-        assert process.stdout is not None
         assert process.stdout.readline().strip() == "ready"
-    wanted: set[str] = set()
     for process in two:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in two:
-        wanted |= set(process.communicate(timeout=300)[0].split())
-        assert process.returncode == 0
+        process.tell("go")
+    wanted = {name for process in two for name in process.finish().split()}
     with reopen(tmp_path, tiny) as index:
         assert {h.id for h in index.query(QUERY, top_n=None, fetch_k=500)} == wanted
         assert len(wanted) == 60
@@ -70,13 +55,13 @@ def test_a_reader_sees_what_another_process_wrote_after_refresh(
 ) -> None:
     """A search never gave the new records, not even after close and open in the same process."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[3]); from toy import reopen\n"
+        "import sys; from toy import reopen\n"
         "reopen(sys.argv[1], sys.argv[2]).add([f'n{i}' for i in range(20)], [f'new {i}' for i in range(20)])"
     )
     with reopen(tmp_path, tiny) as reader, reopen(tmp_path, tiny) as other:
         reader.add(IDS, TEXTS)
         assert len(reader.query(QUERY, top_n=None)) == 4
-        subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tiny_folder), TESTS], check=True)
+        Script(code, tmp_path, tiny_folder).finish()
         assert len(reader.query(QUERY, top_n=None)) == 4  # what it saw when it was opened
         reader.refresh()
         assert len(reader.query(QUERY, top_n=None)) == 24
@@ -96,11 +81,8 @@ def test_an_apps_client_with_an_old_view_may_not_write(tmp_path: Path, tiny: Rer
     client = chromadb.PersistentClient(str(tmp_path))
     with ChromaIndex.open(client=client, model=tiny, embedder=toy_vectors) as index:
         index.query(QUERY)
-        code = (
-            "import sys; sys.path.insert(0, sys.argv[3]); from toy import reopen\n"
-            "reopen(sys.argv[1], sys.argv[2]).add(['n'], ['new'])"
-        )
-        subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tiny_folder), TESTS], check=True)
+        code = "import sys; from toy import reopen\nreopen(sys.argv[1], sys.argv[2]).add(['n'], ['new'])"
+        Script(code, tmp_path, tiny_folder).finish()
         with pytest.raises(StoreError, match=r"another process has written .* since this client was opened"):
             index.add(["x"], ["Never written."])
         with pytest.raises(InputError, match="given its Chroma client"):
@@ -120,17 +102,13 @@ def test_who_waits_too_long_is_told_and_writes_nothing(
     )
     with reopen(tmp_path, tiny) as index:
         index.add(IDS, TEXTS)
-        holder = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert holder.stdout is not None
+        holder = Script(code, tmp_path)
         assert holder.stdout.readline().strip() == "held"
         monkeypatch.setattr(index.home.database, "lock_seconds", 0.2)
         with pytest.raises(StoreError, match="another process has been writing"):
             index.add(["x"], ["Later."])
         assert len(index.query(QUERY)) == 4  # readers are never held up
         holder.kill()  # a dead writer's lock is free at once
-        holder.wait()
         index.add(["x"], ["Now."])
         assert index.verify().clean
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +12,7 @@ from pathlib import Path
 import chromadb
 import numpy as np
 import pytest
+from processes import Script
 from stores import chroma_client
 
 from kalm_rag import ChromaIndex, Instructions, PassageStates, Reranker
@@ -82,14 +79,12 @@ def test_everything_survives_a_restart_in_another_process(tmp_path: Path, tiny_f
         opened.add(IDS, TEXTS)
         want = {h.id: h.margin for h in opened.query(QUERY)}
     code = (
-        "import sys, json; sys.path.insert(0, sys.argv[3])\n"
+        "import sys, json\n"
         "from kalm_rag import ChromaIndex; from toy import toy_vectors, QUERY\n"
         "with ChromaIndex.open(sys.argv[1], model=sys.argv[2], embedder=toy_vectors, create=False) as i:\n"
         "    r = i.query(QUERY); print(json.dumps([{h.id: h.margin for h in r}, r.encoded, i.verify().clean]))"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), str(tiny_folder), str(Path(__file__).parent)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    got, encoded, clean = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else (run.stderr, 0, 0)
+    got, encoded, clean = json.loads(Script(code, tmp_path, tiny_folder).finish().splitlines()[-1])
     assert got == pytest.approx(want, rel=1e-6)
     assert (encoded, clean) == (0, True)
 
@@ -339,7 +334,6 @@ def test_full_disk_still_answers_and_loses_nothing(index: ChromaIndex, monkeypat
 
 KILLED = """
 import sys
-sys.path.insert(0, sys.argv[3])
 from kalm_rag import ChromaIndex
 from toy import toy_vectors
 with ChromaIndex.open(sys.argv[1], model=sys.argv[2], embedder=toy_vectors) as index:
@@ -352,13 +346,10 @@ with ChromaIndex.open(sys.argv[1], model=sys.argv[2], embedder=toy_vectors) as i
 
 def test_kill_nine_in_the_middle_of_adding(tmp_path: Path, tiny_folder: Path, tiny: Reranker) -> None:
     """Everything acknowledged is there after the process is killed; the rest is encoded again on demand."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(tiny_folder), str(Path(__file__).parent)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        acknowledged = [int(process.stdout.readline()) for _ in range(3)]
-        time.sleep(0.03)  # somewhere in the next batch
-        os.kill(process.pid, signal.SIGKILL)
-        acknowledged += [int(line) for line in process.stdout.read().split()]
+    process = Script(KILLED, tmp_path, tiny_folder)
+    acknowledged = [int(process.stdout.readline()) for _ in range(3)]
+    time.sleep(0.03)  # somewhere in the next batch
+    acknowledged += [int(line) for line in process.kill().split()]
     with reopen(tmp_path, tiny) as opened:
         there = set(opened.collection.get(include=[])["ids"])
         assert {f"{b}-{i}" for b in acknowledged for i in range(4)} <= there

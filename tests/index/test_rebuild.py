@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import Script
 from toy import QUERY, reopen, toy_vectors
 
 from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.errors import StoreError
 from kalm_rag.index import rebuilding
 
-TESTS = str(Path(__file__).parent)
 WORDS = "bad face cab dad egg ace bed fig hag jig".split()
 
 
@@ -85,10 +81,9 @@ def _die(*args: object, **options: object) -> None:
 
 VICTIM = """
 import random, sys
-sys.path.insert(0, sys.argv[3])
 from toy import reopen
 from test_rebuild import passages
-seed = int(sys.argv[4]); rng = random.Random(seed)
+seed = int(sys.argv[3]); rng = random.Random(seed)
 with reopen(sys.argv[1], sys.argv[2]) as index:
     print("ready", flush=True)
     for turn in range(1000):
@@ -105,16 +100,13 @@ def kills(path: Path, model: Path, count: int, seed: int) -> set[str]:
     """Kill a writer again and again; give the ids whose writing was acknowledged."""
     rng, acknowledged = random.Random(seed), set()
     for kill in range(count):
-        command = [sys.executable, "-c", VICTIM, str(path), str(model), TESTS, str(seed * 1000 + kill)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline().strip() == "ready"
-            process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.3))  # anywhere in a later turn
-            os.kill(process.pid, signal.SIGKILL)
-            for line in process.stdout.read().splitlines():
-                act, *rows = line.split()
-                acknowledged |= {f"r{n}" for n in rows} if act == "upsert" else set()
+        process = Script(VICTIM, path, model, seed * 1000 + kill)
+        assert process.stdout.readline().strip() == "ready"
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.3))  # anywhere in a later turn
+        for line in process.kill().splitlines():
+            act, *rows = line.split()
+            acknowledged |= {f"r{n}" for n in rows} if act == "upsert" else set()
     return acknowledged
 
 
