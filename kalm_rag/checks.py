@@ -6,7 +6,7 @@ that serves several doors takes its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import TypeVar
@@ -14,6 +14,8 @@ from typing import TypeVar
 from kalm_rag.errors import InputError
 
 Item = TypeVar("Item")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 _MEANT = {
     **dict.fromkeys(("score_threshold", "similarity_cutoff", "min_score", "cutoff"), ("threshold",)),
@@ -52,6 +54,21 @@ def check_text(text: object, what: str) -> str:
             f"valid Unicode. Decode its source with errors='replace', or clean it before."
         ) from err
     return text
+
+
+def call_app(what: str, function: Callable[[Argument], Result], given: Argument) -> Result:
+    """Call a function of the app's; `what` names it.
+
+    Raises:
+        InputError: If it raises StopIteration (a used-up iterator, say), which a future can't carry: who awaits it
+            would wait for ever.
+    """
+    try:
+        return function(given)
+    except StopIteration as err:
+        raise InputError(
+            f"{what} raised StopIteration; wanted a result. It may read an iterator that has come to its end."
+        ) from err
 
 
 def check_items(items: Iterable[Item], what: str, wanted: str = "a list of strings") -> list[Item]:

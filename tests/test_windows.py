@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
@@ -186,3 +190,40 @@ def test_no_more_is_read_than_a_vector_stands_for(pico: Reranker, monkeypatch: p
     monkeypatch.undo()
     kept = BundledEmbedder(pico).from_states(batch_states(pico.encode([long, "Bees make honey."])))
     assert (vectors * kept).sum(1) == pytest.approx([1, 1], abs=1e-4)
+
+
+@pytest.mark.parametrize("door", ["index", "langchain", "llama_index"])
+def test_who_opened_before_a_change_may_not_undo_it(pico: Reranker, tmp_path: Path, door: str) -> None:
+    """Its first write was refused, and its second one noted the former cut again: later readers saw old states."""
+    long = passage_of("", 600, "nowhere")
+    with ChromaIndex.open(tmp_path, device="cpu", max_passage_tokens=256) as index:
+        index.add(["x"], [long])
+    write: Callable[[], Any]
+    if door == "index":
+        old: Any = ChromaIndex.open(tmp_path, device="cpu")
+        write = lambda: old.upsert(["y"], ["I like tea."])  # noqa: E731
+    elif door == "langchain":
+        old = pytest.importorskip("kalm_rag.langchain").KaLMChroma("passages", persist_directory=str(tmp_path))
+        write = lambda: old.add_texts(["I like tea."], ids=["y"])  # noqa: E731
+    else:
+        room = pytest.importorskip("kalm_rag.llama_index")
+        node = pytest.importorskip("llama_index.core.schema").TextNode(id_="y", text="I like tea.")
+        old = room.KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path), passage="document")
+        node.embedding = old.as_embedding().get_text_embedding(node.text)
+        write = lambda: old.add([node])  # noqa: E731
+    assert old.verify().clean
+    code = (
+        f"from kalm_rag import ChromaIndex\nwith ChromaIndex.open({str(tmp_path)!r}, device='cpu', "
+        f"max_passage_tokens=2048, change_model=True) as index: index.backfill()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    for _ in range(3):
+        with pytest.raises(StateMismatchError, match="made with max_passage_tokens '2048'"):
+            write()
+        with pytest.raises(StateMismatchError, match="made with max_passage_tokens '2048'"):
+            old.backfill()
+    old.close()
+    with ChromaIndex.open(tmp_path, device="cpu") as index:
+        assert index.engine.info.max_passage_tokens == 2048
+        assert index.verify().clean
+        assert len(index) == 1

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
+from kalm_rag.checks import call_app
 from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError, ModelError, require
@@ -80,7 +81,7 @@ class AppEmbedder:
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of passages; InputError if the app's embedder gives anything but one finite vector per text."""
-        vectors = np.asarray(self._passages(list(texts)), dtype=np.float32)
+        vectors = np.asarray(call_app(f"embedder {self.name}", self._passages, list(texts)), dtype=np.float32)
         if vectors.ndim != 2 or vectors.shape[0] != len(texts) or not np.isfinite(vectors).all():
             raise InputError(
                 f"embedder {self.name} gave shape {vectors.shape} for {len(texts)} texts; wanted ({len(texts)}, width) "
@@ -91,7 +92,8 @@ class AppEmbedder:
     def query(self, text: str | PreparedQuery) -> list[float]:
         """Vector of a query; the app's embedder gets its text."""
         question = text.query if isinstance(text, PreparedQuery) else text
-        return cast("list[float]", np.asarray(self._query(question), dtype=np.float32).tolist())
+        vector = call_app(f"embedder {self.name}", self._query, question)
+        return cast("list[float]", np.asarray(vector, dtype=np.float32).tolist())
 
 
 def wrap_embedder(embedder: object) -> Embedder:

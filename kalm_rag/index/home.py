@@ -113,6 +113,7 @@ class CollectionHome:
         else:
             noted.check(given, self._name)
             self._notes = with_notes(noted, given)
+        self._seen, self._moving = noted, change_model
         self._rule: PassageRule | None = None
         self._given_store, self._codec, self._ratio, self._change_model = store, codec, ratio, change_model
         self._others: dict[str, StateStore] = {}
@@ -180,6 +181,12 @@ class CollectionHome:
         made = CollectionNotes(model=model, dtype=dtype, max_passage_tokens=limit, passage=str(self.rule))
         return with_notes(self._notes, made)
 
+    def note(self) -> None:
+        """Note what makes the collection, under the lock of writing."""
+        note(self.collection, self.notes())
+        self._notes, self._moving = self.notes(), False
+        self._seen = CollectionNotes.read(self.collection.metadata)
+
     def parts(self) -> tuple[Reranker, StateStore]:
         """Engine and store at one ratio; see `LazyEngine.get`."""
         return self.lazy.get()
@@ -210,6 +217,8 @@ class CollectionHome:
 
     def backfill(self, *, show_progress: bool = False) -> BackfillReport:
         """Bring states up to the collection: encode what is missing or damaged, mend references."""
+        with self.database.writing():
+            self.find_again()
         parts = self.parts()
         pages = records(self.collection, self.rule)
         total = self.collection.count()
@@ -217,7 +226,8 @@ class CollectionHome:
             parts, self.collection_id, pages, scope=self.scope, total=total, show_progress=show_progress
         )
         with self.database.writing():
-            note(self.collection, self.notes())
+            self.find_again()
+            self.note()
         return replace(report, dropped=self._forget_gone(parts[1]))
 
     def gc(self, *, younger_than: float = GRACE_SECONDS) -> GcReport:
@@ -250,12 +260,20 @@ class CollectionHome:
             return list(self.collection.get(ids=ids, include=[])["ids"]) if ids else []
 
     def find_again(self) -> None:
-        """Look the collection up again by name: after the client was opened again, or the collection made again."""
-        if self._collection is not None:
-            self._collection = require_collection(self.database.client, self._name)
-            noted = CollectionNotes.read(self._collection.metadata)
-            noted.check(replace(self._notes, passage=None), self._name)  # another door may have changed the model
-            self._notes, self._rule = with_notes(noted, self._notes), None
+        """Look the collection up again by name, as before each write: others may have made it again, or changed it.
+
+        Raises:
+            InputError: If it is gone.
+            StateMismatchError: If another door let it go over to another model, dtype or cut.
+        """
+        if self._collection is None:
+            return
+        self._collection = require_collection(self.database.client, self._name)
+        noted = CollectionNotes.read(self._collection.metadata)
+        if noted == self._seen or self._moving:
+            return
+        noted.check(replace(self.notes(), passage=None), self._name)
+        self._notes, self._rule, self._seen = with_notes(noted, self._notes), None, noted
 
     def _open_again(self) -> None:
         if self._collection is not None or self._place is None:

@@ -47,7 +47,8 @@ class FailurePolicy:
         on_error: ``"raise"``, or ``"retrieval_order"``: candidates come back in the order of the search, unscored and
             whatever the threshold; duplicates, budget and `top_n` hold. The status and one warning say why.
         timeout: Most seconds for loading and ranking, > 0; then it has failed with `DeadlineError`. Work that waits is
-            dropped; a pass that runs ends by itself, in a thread that nobody waits for. None for no limit.
+            dropped; a pass that runs ends by itself, in a thread that nobody waits for. What the app's ``count_tokens``
+            takes is not in it. None for no limit.
 
     Raises:
         InputError: If one is of the wrong kind or out of range.
@@ -279,7 +280,7 @@ def run_within(seconds: float | None, work: Callable[[], Result]) -> Result:
     with cancel_on_error():
         threading.Thread(target=copy_context().run, args=(run,), name="kalm-rag-rank", daemon=True).start()
         try:
-            return future.result(seconds)
+            return future.result(min(seconds, threading.TIMEOUT_MAX))
         except FutureTimeoutError as err:
             if future.done():  # just now, or by a timeout of the work's own
                 return future.result()

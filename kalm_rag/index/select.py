@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalm_rag.checks import check_count
+from kalm_rag.checks import call_app, check_count
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import CandidateStates, RankedCandidate, Ranking
@@ -222,7 +222,7 @@ def _least_cosine(selection: Selection, engine: Reranker | None) -> float | None
 
 def _count(text: str, selection: Selection, engine: Reranker | None) -> int:
     if selection.count_tokens is not None:
-        counted: Any = selection.count_tokens(text)
+        counted: Any = call_app("count_tokens", selection.count_tokens, text)
         return check_count(counted, "what count_tokens gave", least=0)
     raw = text.encode(errors="replace")  # a lone surrogate is no text that a tokenizer takes
     if engine is None:

@@ -17,7 +17,7 @@ from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import KeptStates, as_stored, keep_states
 from kalm_rag.index.clients import Database
-from kalm_rag.index.collection import PAGE, CollectionNotes, collection_errors, comparable_metadata, note, vector_width
+from kalm_rag.index.collection import PAGE, collection_errors, comparable_metadata, vector_width
 from kalm_rag.index.embedders import BundledEmbedder, Embedder
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.results import AddReport, Timings
@@ -94,14 +94,14 @@ class Home(Protocol):
     def store(self) -> StateStore:
         """The store whose states queries read, likewise."""
 
-    def notes(self) -> CollectionNotes:
-        """What made the collection."""
+    def note(self) -> None:
+        """Note what makes the collection."""
 
     def find(self, ids: list[str]) -> list[str]:
         """Which of the ids there are."""
 
     def find_again(self) -> None:
-        """Look the collection up again by name."""
+        """Look the collection up again by name; StateMismatchError if it went over to another model meanwhile."""
 
 
 class CollectionWriter:
@@ -118,6 +118,7 @@ class CollectionWriter:
         """Write new records; InputError if an id exists already, and nothing is written then."""
         report = AddReport()
         with self._home.database.writing():
+            self._home.find_again()
             taken = [i for page in chunked(records.ids, PAGE) for i in self._home.find(page)]
             if taken:
                 raise InputError(
@@ -138,6 +139,7 @@ class CollectionWriter:
         report = AddReport()
         for batch in records.batches(self._batch_size()):
             with self._home.database.writing():
+                self._home.find_again()
                 report += self._replace(batch, compare=compare and not refresh)
         return report
 
@@ -228,7 +230,7 @@ class CollectionWriter:
         return [Reference(collection_id=collection_id, record_id=i, key=key) for i, key in keys.items()]
 
     def _write_chroma(self, records: Records, vectors: Any, old: dict[str, dict[str, Any]]) -> None:  # noqa: ANN401
-        note(self._collection, self._home.notes())
+        self._home.note()
         metadatas = []
         for i, metadata in zip(records.ids, records.metadatas, strict=True):
             gone = old.get(i, {}).keys() - (metadata or {}).keys()

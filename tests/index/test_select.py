@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +75,13 @@ class TestBudget:
             index.query(QUERY, max_tokens=5, count_tokens=3)  # type: ignore[arg-type]
         with pytest.raises(InputError, match=r"what count_tokens gave is 1\.5"):
             index.query(QUERY, max_tokens=5, count_tokens=lambda text: 1.5)  # type: ignore[arg-type,return-value]
+
+    def test_a_counter_at_its_end_holds_nobody_up(self, index: ChromaIndex) -> None:
+        """No future can carry StopIteration: `aquery` waited for ever."""
+        sizes = iter([3])
+        options: dict[str, Any] = {"max_tokens": 50, "count_tokens": lambda text: next(sizes)}
+        with pytest.raises(InputError, match="count_tokens raised StopIteration"):
+            asyncio.run(asyncio.wait_for(index.aquery(QUERY, **options), 60))
 
 
 class TestDuplicates:
@@ -257,7 +265,8 @@ class TestFailure:
                 thread.join(60)
         assert not [thread for thread in threading.enumerate() if thread.name == "kalm-rag-rank"]
         assert len(passes) == 1, "who gave up was decoded"
-        assert index.query(QUERY, timeout=60).status == "reranked"
+        for long in (60, 1e10, sys.maxsize, 1e300):
+            assert index.query(QUERY, timeout=long).status == "reranked"
 
 
 def test_what_is_cut_is_said_once_per_call(index: ChromaIndex, caplog: pytest.LogCaptureFixture) -> None:
