@@ -119,6 +119,14 @@ class Database:
         place = f"{settings.chroma_server_host}:{settings.chroma_server_http_port}"
         return f"{place}|{client.tenant}|{client.database}"
 
+    @property
+    def outdated(self) -> bool:
+        """Whether another process has written since the client was opened, and is done; then `refresh` shows it."""
+        if self.folder is None:
+            return False
+        last = _last_write(self.folder)
+        return last != _last_seen.get(_server(self.client), "") and not last.endswith(_BEGUN)
+
     def watch(self, callback: Callable[[], None]) -> None:
         """Call a method whenever the client was opened again, so that its owner gets its collection anew."""
         self._watchers.append(cast("Any", weakref.WeakMethod(cast("Any", callback))))

@@ -32,7 +32,6 @@ from kalm_rag.serve.shapes import (
     SearchRequest,
     Steered,
     TeiOrRerank,
-    TeiResult,
     cohere_v2_answer,
     field_name,
     named_field,
@@ -163,7 +162,7 @@ async def rerank_v1(body: RerankRequest, request: Request) -> JSONResponse:
     return _answer(request, ranked, rerank_answer(ranked, documents=body.return_documents))
 
 
-@router.post("/rerank", response_model=list[TeiResult] | RerankAnswer)
+@router.post("/rerank", response_model=list[dict[str, Any]] | RerankAnswer)
 async def rerank(body: TeiOrRerank, request: Request) -> JSONResponse:
     """Rerank, as TEI has it; a body with `documents` is answered as vLLM and Infinity do, which have this path, too."""
     if isinstance(body, RerankRequest):

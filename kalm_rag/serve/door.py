@@ -6,7 +6,8 @@ method blocks, and is safe to call from many threads.
 
 from __future__ import annotations
 
-import logging
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from kalm_rag.index.clients import Database
     from kalm_rag.store import StateStore
 
-logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""How often is looked whether another process has written."""
 
 
 class NoCollectionError(InputError):
@@ -62,6 +65,10 @@ class Ranked:
     model: str
     seconds: dict[str, float]
 
+    def rows(self) -> list[tuple[RankedCandidate, str]]:
+        """Results with their texts."""
+        return [(one, self.texts[one.index]) for one in self.results]
+
 
 class Door:
     """An engine, and a collection where one is served.
@@ -79,6 +86,7 @@ class Door:
         self._lazy = LazyEngine(spec if spec is not None else EngineSpec())
         self.loaded = False
         """Whether the model was loaded."""
+        self._refreshing, self._looked = threading.Lock(), 0.0
 
     @classmethod
     def open(cls, settings: ServeSettings) -> Door:
@@ -113,13 +121,18 @@ class Door:
 
     @property
     def index(self) -> ChromaIndex:
-        """The collection that is served.
+        """The collection that is served, with what other processes wrote up to a second ago.
 
         Raises:
             NoCollectionError: If there is none.
         """
         if self._index is None:
             raise NoCollectionError("this server serves no collection, only reranking of texts. Start it with --db.")
+        with self._refreshing:  # another worker, or somebody else, may have written
+            if time.monotonic() - self._looked > LOOK_SECONDS:
+                self._looked = time.monotonic()
+                if self._index.home.database.outdated:
+                    self._index.refresh()
         return self._index
 
     def load(self, *, warmup: bool = False) -> None:

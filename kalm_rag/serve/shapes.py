@@ -194,20 +194,13 @@ class ErrorBody(TypedDict):
     field: str | None
 
 
-class Usage(TypedDict):
-    """Tokens that were read of the documents."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
 class RerankAnswer(TypedDict):
     """Answer of ``/v1/rerank``."""
 
     id: str
     model: str
     object: Literal["list"]
-    usage: Usage
+    usage: dict[str, int]
     results: list[dict[str, Any]]
     meta: dict[str, Any]
 
@@ -218,13 +211,6 @@ class CohereV2Answer(TypedDict):
     id: str
     results: list[dict[str, Any]]
     meta: dict[str, Any]
-
-
-class TeiResult(TypedDict):
-    """One entry of the answer of ``/rerank``; ``text`` only where it was asked for."""
-
-    index: int
-    score: float
 
 
 def cohere_v2_answer(ranked: Ranked, *, documents: bool) -> CohereV2Answer:
@@ -247,17 +233,15 @@ def rerank_answer(ranked: Ranked, *, documents: bool) -> RerankAnswer:
 def tei_answer(ranked: Ranked, *, raw: bool, texts: bool) -> list[dict[str, Any]]:
     """What ``/rerank`` gives."""
     return [
-        {"index": one.index, "score": one.margin if raw else one.probability}
-        | ({"text": ranked.texts[one.index]} if texts else {})
-        for one in ranked.results
+        {"index": one.index, "score": one.margin if raw else one.probability, **({"text": text} if texts else {})}
+        for one, text in ranked.rows()
     ]
 
 
 def _results(ranked: Ranked, documents: bool) -> list[dict[str, Any]]:
     return [
-        {"index": one.index, "relevance_score": one.probability}
-        | ({"document": {"text": ranked.texts[one.index]}} if documents else {})
-        for one in ranked.results
+        {"index": one.index, "relevance_score": one.probability, **({"document": {"text": text}} if documents else {})}
+        for one, text in ranked.rows()
     ]
 
 
@@ -272,7 +256,9 @@ def field_name(where: Sequence[int | str]) -> str:
         >>> field_name(["body", "documents", 3, "text"])
         'documents[3].text'
     """
-    parts = [one for one in where if one not in _SHAPES and one != "body"]
+    parts = list(where)
+    for first in (("body",), _SHAPES):
+        parts = parts[1:] if parts and parts[0] in first else parts
     return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in parts).removeprefix(".")
 
 

@@ -11,6 +11,7 @@ from serving import IDS, QUERY, TEXTS
 
 from kalm_rag import Instructions, Reranker
 from kalm_rag.engine import encoder_pass
+from kalm_rag.index.clients import WRITER_FILE
 from kalm_rag.serve.door import Door
 
 BY_ID = [{"id": one} for one in IDS]
@@ -143,6 +144,19 @@ def test_passages_come_and_go(client: httpx.Client) -> None:
     assert gone.json() == {"deleted": 2}
     refused = client.post("/v2/rerank", json={"query": QUERY, "documents": ["text", {"id": "honey"}]})
     assert (refused.status_code, refused.json()["field"]) == (422, "documents[1]")
+
+
+def test_what_another_process_wrote_is_seen(door: Door, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers share a folder; each has its own view of it, which is opened again once the note of the writer is new."""
+    database = door.index.home.database
+    before = database.client
+    monkeypatch.setattr("kalm_rag.serve.door.LOOK_SECONDS", -1.0)
+    for note, anew in (("other begun", False), ("other done", True)):
+        (database.folder / WRITER_FILE).write_text(note)
+        assert database.outdated is anew
+        assert post(client, "/v1/search", query=QUERY)["hits"][0]["id"] == "paris"
+        assert (database.client is not before) is anew
+    assert not database.outdated
 
 
 def test_health_and_counts(client: httpx.Client) -> None:
