@@ -65,7 +65,8 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
         missing: Nodes without stored states: ``"encode"`` (and keep; with a `KaLMChromaVectorStore` only what its
             collection holds, the rest is cached), ``"raise"``, or ``"skip"`` (treated as nodes without text).
         instructions: `Instructions`, a task, any prompt or engine (read now), or ``"auto"``: those of the prompt of
-            the query or chat engine, agent or workflow that runs this (the innermost), read anew at each query.
+            the query or chat engine, agent or workflow that runs this (the innermost), read anew at each query. From a
+            plain function tool, which agents run in a thread, no agent is seen: make it async, or `follow` the agent.
         metadata_mode: Which metadata the scored text of a node holds: the mode they were indexed with. Left out with a
             `KaLMChromaVectorStore`: nodes are read as its collection says.
         passage: How a node is read, in place of `metadata_mode`: ``"document"``, or a template over text and metadata
