@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a test that needs the hub must fail
@@ -18,6 +19,11 @@ from kalm_rag.engine.reranker import Reranker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest (a compiler works for it) comes first: no worker is left alone with it at the end."""
     items.sort(key=lambda item: item.path.name != "test_compiled.py")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays for good: every full collection of garbage went through all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
