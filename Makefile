@@ -18,10 +18,10 @@ demo: $(VENV)/.demo  ## index the Python language reference and rerank it, offli
 	$(VENV)/bin/kalm-rag demo
 
 test: $(VENV)/.dev lint  ## lint, types and all tests, three files at a time: some wait for processes that they start
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-lowest: $(LOWEST)/.dev  ## all tests with the lowest versions of everything that is declared
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 3 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/.dev  ## kills, damage and hostile input, as a table (10 minutes); PARTS="kills flips" SCALE=0.2 DATA=FOLDER
 	PYTHONPATH=tests:tests/index OMP_NUM_THREADS=1 $(VENV)/bin/python -m faults $(PARTS) --scale $(SCALE) $(DATA:%=--data %)

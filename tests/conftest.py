@@ -15,10 +15,22 @@ from checkpoints import save_tiny
 
 from kalm_rag.engine.reranker import Reranker
 
+SLOWEST = [
+    "test_compiled.py",  # a compiler works for it
+    "test_material.py",
+    "test_adapt.py",
+    "test_bench.py",
+    "test_reranker.py",
+    "test_training.py",
+    "test_windows.py",
+    "test_memory.py",
+    "test_store_chroma.py",
+]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest (a compiler works for it) comes first: no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_compiled.py")
+    """The files that take longest come first: no worker is left alone with one at the end."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
 def pytest_collection_finish() -> None:
