@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from kalm_rag.checks import check_count
 from kalm_rag.cli.opening import Embedder, Name
 from kalm_rag.cli.terminal import DAILY, Model, errors, working
 from kalm_rag.errors import require
+
+if TYPE_CHECKING:  # its room needs an extra
+    from kalm_rag.serve.settings import ServeSettings
 
 app = typer.Typer()
 
@@ -48,8 +51,6 @@ def serve(
     with errors():
         check_count(workers, "workers")
         for module in ("fastapi", "uvicorn", "prometheus_client"):
-            if module == "prometheus_client" and workers > 1:  # reads it when it is imported; the workers find it
-                os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="kalm-rag-metrics-"))
             require(module, "serve", "serving over HTTP")
         from kalm_rag.serve.settings import ServeSettings
 
@@ -72,7 +73,7 @@ def serve(
         _run(settings, port=port, workers=workers)
 
 
-def _run(settings: Any, *, port: int, workers: int) -> None:  # noqa: ANN401 - ServeSettings, of an extra
+def _run(settings: ServeSettings, *, port: int, workers: int) -> None:
     from kalm_rag.serve.settings import KEY_VARIABLE
 
     key = os.environ.get(KEY_VARIABLE) or None
@@ -82,22 +83,24 @@ def _run(settings: Any, *, port: int, workers: int) -> None:  # noqa: ANN401 - S
 
         from kalm_rag.serve.app import SETTINGS_VARIABLE, app_from_environment, make_app
         from kalm_rag.serve.door import Door
-        from kalm_rag.serve.telemetry import logging_settings
+        from kalm_rag.serve.telemetry import SHARED_VARIABLE, logging_settings
 
         door = Door.open(settings)
-        if workers > 1:  # it could be opened: each worker opens it again, for neither torch nor Chroma can be forked
-            door.close()
-            os.environ[SETTINGS_VARIABLE] = settings.to_json()
-    name = f"{app_from_environment.__module__}:{app_from_environment.__name__}"
-    uvicorn.run(
-        name if workers > 1 else make_app(door, settings, key=key),
-        factory=workers > 1,
-        workers=workers,
-        host=settings.host,
-        port=port,
-        access_log=False,
-        server_header=False,
-        log_config=logging_settings(),
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=int(settings.timeout) + 1,
-    )
+    options: dict[str, Any] = {
+        "host": settings.host,
+        "port": port,
+        "access_log": False,
+        "server_header": False,
+        "log_config": logging_settings(),
+        "timeout_keep_alive": KEEP_ALIVE,
+        "timeout_graceful_shutdown": int(settings.timeout) + 1,
+    }
+    if workers == 1:
+        uvicorn.run(make_app(door, settings, key=key), **options)
+        return
+    door.close()  # it could be opened: each worker opens it again, for neither torch nor Chroma can be forked
+    with tempfile.TemporaryDirectory(prefix="kalm-rag-metrics-") as folder:
+        os.environ.setdefault(SHARED_VARIABLE, folder)
+        os.environ[SETTINGS_VARIABLE] = settings.to_json()
+        name = f"{app_from_environment.__module__}:{app_from_environment.__name__}"
+        uvicorn.run(name, factory=True, workers=workers, **options)
