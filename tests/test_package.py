@@ -38,7 +38,7 @@ def test_version_and_module() -> None:
 def test_lowest_versions_are_those_declared(project: dict[str, Any]) -> None:
     """Lower bounds were declared that nothing had been tested with, some of which can't be had together."""
     extras = project["project"]["optional-dependencies"]
-    names = ("pico", "files", "langchain", "llama-index", "serve", "eval", "plot")
+    names = ("pico", "files", "langchain", "llama-index", "serve", "mcp", "eval", "plot", "otel")
     assert extras["all"] == [f"kalm-rag[{','.join(names)}]"]
     declared = [*project["project"]["dependencies"], *(line for name in names for line in extras[name])]
     bounds = dict(line.split(">=") for line in declared)

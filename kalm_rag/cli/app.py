@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kalm_rag import __version__
-from kalm_rag.cli import bench, demo, evaluate, index, search, serve, train, upkeep
+from kalm_rag.cli import agents, bench, demo, evaluate, index, search, serve, train, upkeep
 from kalm_rag.cli.terminal import SafeGroup
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for part in (index, search, serve, demo, upkeep, evaluate, bench, train):
+for part in (index, search, serve, agents, demo, upkeep, evaluate, bench, train):
     app.add_typer(part.app)
 
 

@@ -194,6 +194,21 @@ class Door:
         """Search the collection; see `ChromaIndex.query` for the options and what it raises."""
         return self.index.query(query, **options)
 
+    def read(self, record_id: str) -> tuple[str, dict[str, Any]]:
+        """Text and metadata of one passage of the collection.
+
+        Raises:
+            InputError: If there is none of this id, or it holds no text.
+        """
+        collection = self.index.home.collection
+        with chroma_errors("id"):
+            page: Any = collection.get(ids=[record_id], include=["documents", "metadatas"])
+        text = page["documents"][0] if page["ids"] else None
+        if text is None:
+            what = "holds no text" if page["ids"] else f"is no passage of the collection {collection.name!r}"
+            raise InputError(f"id {record_id!r:.200} {what}. Take an id that a search gave.")
+        return text, dict(page["metadatas"][0] or {})
+
     def upsert(self, ids: Sequence[str], texts: Sequence[str], metadatas: Metadatas) -> AddReport:
         """Write passages; see `ChromaIndex.upsert`."""
         return self.index.upsert(ids, texts, metadatas)

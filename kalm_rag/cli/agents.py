@@ -1,0 +1,94 @@
+"""``kalm-rag mcp``: the tools of an agent as a command. Thin; all work is done by `kalm_rag.serve.mcp`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kalm_rag.cli.opening import Embedder, Name
+from kalm_rag.cli.terminal import DAILY, Model, errors, working
+from kalm_rag.errors import InputError, require
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=DAILY)
+def mcp(
+    db: Annotated[Path | None, typer.Option("--db", help="Folder of the Chroma database.")] = None,
+    chroma: Annotated[
+        str | None, typer.Option(help="URL of a Chroma server instead, such as http://localhost:8000.")
+    ] = None,
+    collection: Name = "passages",
+    model: Model = None,
+    embedder: Embedder = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="CUDA if there is one")] = None,
+    http: Annotated[
+        bool, typer.Option("--http", help="Streamable HTTP at /mcp, for many agents, in place of stdin and stdout.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine with an API key only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8081,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Answer whoever comes, without an API key.")] = False,
+    threads: Annotated[int, typer.Option(help="Calls worked on at a time.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Most seconds of a call.")] = 60.0,
+) -> None:
+    """Let agents search a collection, over the Model Context Protocol: tools search and read_passage.
+
+    In the settings of an agent: command kalm-rag, arguments mcp --db /path/to/db. With --http behind an API key in the
+    environment variable KALM_RAG_API_KEY.
+    """
+    with errors():
+        for module in ("mcp", "prometheus_client"):
+            require(module, "mcp", "serving agents over MCP")
+        from kalm_rag.serve.settings import ServeSettings
+
+        if db is None and chroma is None:
+            raise InputError("no collection is named, and agents search one. Pass --db FOLDER or --chroma URL.")
+        settings = ServeSettings(
+            db=None if db is None else str(db.expanduser()),
+            chroma=chroma,
+            collection=collection,
+            model=model,
+            embedder=embedder,
+            device=device,
+            host=host,
+            insecure=insecure,
+            threads=threads,
+            timeout=timeout,
+            warmup=True,
+        )
+        _run(settings, http=http, port=port)
+
+
+def _run(settings: Any, *, http: bool, port: int) -> None:  # noqa: ANN401 - ServeSettings, of an extra
+    from kalm_rag.serve.settings import KEY_VARIABLE
+
+    key = os.environ.get(KEY_VARIABLE) or None
+    if http:
+        settings.check_exposure(key)
+    with working("opening the index ..."):
+        from kalm_rag.serve.door import Door
+        from kalm_rag.serve.mcp import http_app, serving
+        from kalm_rag.serve.threads import BoundedThreads
+
+        door = Door.open(settings)
+        threads = BoundedThreads(settings.threads, settings.queue, settings.timeout)
+    with serving(door, settings, threads) as server:
+        if not http:
+            server.run("stdio")
+            return
+        import uvicorn
+
+        from kalm_rag.serve.telemetry import logging_settings
+
+        uvicorn.run(
+            http_app(server, settings, threads, key),
+            host=settings.host,
+            port=port,
+            access_log=False,
+            server_header=False,
+            log_config=logging_settings(),
+            timeout_graceful_shutdown=int(settings.timeout) + 1,
+        )
