@@ -21,6 +21,7 @@ from kalm_rag.index.place import CollectionPlace
 from kalm_rag.index.results import AddReport, QueryResult, Timings
 from kalm_rag.instructions import Instructions
 from kalm_rag.serve.settings import ServeSettings
+from kalm_rag.store.companion import is_companion
 
 if TYPE_CHECKING:
     from kalm_rag.engine.reranker import Reranker
@@ -221,7 +222,8 @@ class Door:
         """The collections of the database, as their notes tell, and which one is served. Plain data."""
         home = self.index.home
         with chroma_errors("collections"):
-            found = [(one.name, one.metadata, int(one.count())) for one in home.database.client.list_collections()]
+            there = [one for one in home.database.client.list_collections() if not is_companion(one.metadata)]
+            found = [(one.name, one.metadata, int(one.count())) for one in there]
         listed = []
         for name, metadata, records in sorted(found, key=lambda one: one[0]):
             notes = CollectionNotes.read(metadata)

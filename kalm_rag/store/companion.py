@@ -9,7 +9,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kalm_rag.errors import StoreFormatError
@@ -37,6 +37,11 @@ def write_marks(layout: Layout) -> dict[str, str | int]:
     """Metadata of a new companion collection: what it is, and the layout of its states."""
     fields = dict(zip(FIELDS, layout.fields, strict=True))
     return {"kalm_schema": SCHEMA_VERSION, "kalm_layout": json.dumps(fields), CHECKSUM_KEY: layout.checksum}
+
+
+def is_companion(metadata: Mapping[str, Any] | None) -> bool:
+    """Whether a collection of this metadata holds states, and no records of anybody's."""
+    return "kalm_schema" in (metadata if metadata is not None else {})
 
 
 def read_marks(collection: Collection) -> Layout:

@@ -14,10 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 from serving import IDS, PLAIN, QUERY, TEXTS, until
+from stores import running_chroma
 from typer.testing import CliRunner
 
 from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.cli import app
+from kalm_rag.serve.door import Door, RecordId
+from kalm_rag.serve.settings import ServeSettings
 
 
 def answers(url: str) -> bool:
@@ -79,3 +82,33 @@ def test_what_it_refuses_to_start_with(
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
     assert not any(tmp_path.iterdir())
+
+
+def test_a_chroma_server_behind_it(tmp_path: Path) -> None:
+    """Records and states are on the server, so that any number of these may stand before it."""
+    with running_chroma(tmp_path) as chroma:
+        place = ServeSettings(chroma=f"http://127.0.0.1:{chroma.get_settings().chroma_server_http_port}", create=True)
+        writes, reads = Door.open(place), Door.open(place)
+        assert writes.upsert(IDS, TEXTS, [None] * len(IDS)).encoded == len(TEXTS)
+        ranked = reads.rank(QUERY, [RecordId(one) for one in IDS])
+        assert (ranked.results[0].index, ranked.from_store, ranked.encoded) == (1, len(IDS), 0)
+        assert reads.search(QUERY, top_n=1).hits[0].id == "paris"
+        assert [(one["name"], one["records"], one["served"]) for one in reads.collections()] == [("passages", 4, True)]
+        for door in (writes, reads):
+            door.close()
+
+
+def test_the_containers_commands_are_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No container runs here; what its file and the compose file call is asked for what it lacks: a key."""
+    yaml = pytest.importorskip("yaml", reason="Chroma brings it")
+    folder = Path(__file__).resolve().parents[2] / "examples" / "serve"
+    lines = dict(
+        line.split(" ", 1) for line in (folder / "Dockerfile").read_text().splitlines() if line[:3] in ("ENT", "CMD")
+    )
+    entry, default = json.loads(lines["ENTRYPOINT"]), json.loads(lines["CMD"])
+    service = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["kalm-rag"]
+    monkeypatch.delenv("KALM_RAG_API_KEY", raising=False)
+    for command in (default, service["command"]):
+        result = CliRunner().invoke(app, [*entry[1:], *command])
+        assert (result.exit_code, "there is no API key" in " ".join(result.output.split())) == (1, True), result.output
+    assert (folder / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == folder / "Dockerfile"
