@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Script
 from typer.testing import CliRunner
 
 from kalm_rag import ChromaIndex, Reranker
@@ -216,7 +215,7 @@ def test_who_opened_before_a_change_may_not_undo_it(pico: Reranker, tmp_path: Pa
         f"from kalm_rag import ChromaIndex\nwith ChromaIndex.open({str(tmp_path)!r}, device='cpu', "
         f"max_passage_tokens=2048, change_model=True) as index: index.backfill()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    Script(code).finish()
     for _ in range(3):
         with pytest.raises(StateMismatchError, match="made with max_passage_tokens '2048'"):
             write()
