@@ -258,7 +258,7 @@ async def _rank(
     if max_tokens is not None and any(isinstance(one, RecordId) for one in documents):
         raise InputError("max_tokens_per_doc can't be had with ids: stored states are those of the whole passage.")
     work = partial(served.door.rank, body.query, documents, instructions=body.instructions, top_n=top_n)
-    return await served.threads.run(partial(work, max_tokens=max_tokens))
+    return await served.threads.run(partial(work, max_tokens=max_tokens, what=field))
 
 
 def _check_most(count: int, most: int, field: str) -> None:

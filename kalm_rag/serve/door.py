@@ -157,6 +157,7 @@ class Door:
         instructions: Instructions | None = None,
         top_n: int | None = None,
         max_tokens: int | None = None,
+        what: str = "documents",
     ) -> Ranked:
         """Order documents by relevance.
 
@@ -167,6 +168,7 @@ class Door:
             top_n: Most results; None gives all.
             max_tokens: Read no more than the first tokens of each text, special ones not counted; not with ids, whose
                 states are those of the whole text.
+            what: How messages call the documents.
 
         Raises:
             InputError: If an id is no record's, or the record holds no text. Else as `rank_texts`.
@@ -174,7 +176,7 @@ class Door:
         timings = Timings()
         engine, store = self._parts()
         with timings.stage("read"):
-            shown, read, owners = self._texts(documents)
+            shown, read, owners = self._texts(documents, what)
         if max_tokens is not None:
             read = [_cut(engine, text, max_tokens) for text in read]
         ranking = rank_texts(
@@ -242,7 +244,7 @@ class Door:
     def _parts(self) -> tuple[Reranker, StateStore]:
         return self._lazy.get() if self._index is None else self._index.home.parts()
 
-    def _texts(self, documents: Sequence[str | RecordId]) -> tuple[list[str], list[str], Owners]:
+    def _texts(self, documents: Sequence[str | RecordId], what: str) -> tuple[list[str], list[str], Owners]:
         """Texts to show and to read of each document, and whose they are: states of records are kept with them."""
         wanted = list(dict.fromkeys(one.id for one in documents if isinstance(one, RecordId)))
         if not wanted:
@@ -259,8 +261,8 @@ class Door:
             text, reads = (one, one) if isinstance(one, str) else records.get(one.id, (None, None))
             if reads is None:
                 known = isinstance(one, RecordId) and one.id in records
-                what = "holds no text" if known else f"is not in the collection {home.collection.name!r}"
-                raise InputError(f"documents[{place}] is a record that {what}.")
+                lacks = "holds no text" if known else f"is not in the collection {home.collection.name!r}"
+                raise InputError(f"{what}[{place}] is a record that {lacks}.")
             shown.append(text if text is not None else reads)
             read.append(reads)
         ids = [one.id if isinstance(one, RecordId) else None for one in documents]

@@ -56,6 +56,7 @@ def own(pico: Reranker) -> Iterator[httpx.Client]:
         ("POST", "/rerank", {"query": QUERY}, "texts"),
         ("POST", "/rerank", {**GOOD, "top_n": 1.5}, "top_n"),
         ("POST", "/rerank", {"query": QUERY, "texts": ["a", None]}, "texts[1]"),
+        ("POST", "/rerank", {"query": QUERY, "texts": ["a", {"id": "nobody"}]}, "texts[1]"),
         ("POST", "/v1/search", {"query": "q" * 3001}, "query"),
         ("POST", "/v1/search", {"query": QUERY, "fetch_k": 21}, "fetch_k"),
         ("POST", "/v1/search", {"query": QUERY, "top_k": 3}, "top_k"),
