@@ -72,6 +72,8 @@ def demo(
             *("--task", "Explain the special method."),
         )
         out.print(f"\nThe database is {shown(str(db))}. Ask it yourself:\n{shown(ask)}", soft_wrap=True)
+        serve = command_line("kalm-rag", "serve", "--db", db, "--collection", COLLECTION)
+        out.print(f"Or serve it over HTTP (pip install 'kalm-rag[serve]'): {shown(serve)}", soft_wrap=True)
 
 
 def reference_documents() -> list[Document]:
