@@ -6,6 +6,7 @@ Plain ASGI. Bodies are read here, whole, within a bound and a deadline, so that 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -26,6 +27,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN_ROUTES = {"/health", "/ready"}
 """What is answered without a key: they tell nothing, and are asked by what starts and stops servers."""
+GONE = 499
+"""What log and counts call a request whose client went away; nobody gets it."""
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
@@ -76,13 +79,33 @@ class Guard:
             except Refusal as refusal:
                 await _refuse(answer, refusal)
             else:
-                await self._app(scope, _replay(body, receive), answer)
+                if not await self._run(scope, body, receive, answer):
+                    status = GONE
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")  # a bounded number of names
             self._metrics.count(route, status, seconds, facts)
             told = {"request": name, "method": scope["method"], "route": route, "status": status}
             logger.info("request", extra=told | {"total": round(seconds, 4)} | facts)
+
+    async def _run(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> bool:
+        """Let the app answer; whether it did, before the client went away. Then its work is dropped where it waits."""
+        gone = asyncio.ensure_future(receive())  # behind the body only comes that the client is gone
+        left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return left.pop() if left else await asyncio.shield(gone)
+
+        work = asyncio.ensure_future(self._app(scope, replay, send))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # also when the server gives up on the request
+            answered = work.done()
+            for task in (work, gone):
+                task.cancel()
+        with contextlib.suppress(*([] if answered else [asyncio.CancelledError])):
+            await work
+        return answered
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         headers = dict(scope["headers"])
@@ -127,16 +150,6 @@ class Guard:
             return await asyncio.wait_for(read(), self._settings.timeout)
         except asyncio.TimeoutError as err:
             raise Refusal(408, "too_slow", f"the body took longer than {self._settings.timeout:g} seconds.") from err
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the body that was read once, then what comes after it."""
-    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return left.pop() if left else await receive()
-
-    return replay
 
 
 async def _refuse(send: Send, refusal: Refusal) -> None:

@@ -148,6 +148,28 @@ def test_too_much_at_once_is_refused_and_what_waits_is_dropped(pico: Reranker, m
         assert PLAIN.post(f"{url}/v2/rerank", json=GOOD).status_code == 200
 
 
+def test_who_goes_away_is_not_waited_for(pico: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request is in the decoder; the one behind it is dropped when its client goes."""
+    passes: list[int] = []
+    real = pico.backbone.decode
+    monkeypatch.setattr(pico.backbone, "decode", lambda *a: passes.append(len(a[0])) or real(*a))
+    with running(opened(pico)) as url, ThreadPoolExecutor(1) as pool:
+
+        def length(number: int) -> bool:
+            return f"kalm_rag_queue_length {number}.0" in PLAIN.get(f"{url}/metrics").text
+
+        passes.clear()
+        with held_decoder(pico, monkeypatch):
+            first = pool.submit(PLAIN.post, f"{url}/v2/rerank", json=GOOD)
+            until(lambda: length(1))
+            with pytest.raises(httpx.ReadTimeout):
+                PLAIN.post(f"{url}/v2/rerank", json=GOOD | {"documents": TEXTS[:2]}, timeout=0.5)
+            until(lambda: 'route="/v2/rerank",status="499"' in PLAIN.get(f"{url}/metrics").text)
+        assert first.result().status_code == 200
+        until(lambda: length(0))
+        assert passes == [len(TEXTS)]
+
+
 def test_a_search_may_come_back_in_retrieval_order(own: httpx.Client, pico: Reranker, monkeypatch) -> None:
     with held_decoder(pico, monkeypatch):
         told = own.post("/v1/search", json={"query": QUERY, "timeout": 0.1, "on_error": "retrieval_order"})
