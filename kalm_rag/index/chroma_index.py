@@ -269,7 +269,8 @@ class ChromaIndex:
             fetch_k: Candidates the vector search gives, 1 to 32,000.
             instructions: System and task text, or a task alone; None takes the model's defaults.
             ratio: A multiple of the stored ratio, for speed; None takes the stored one.
-            threshold: Keep only P(yes) >= this; unscored candidates are dropped too.
+            threshold: Keep only P(yes) >= this; unscored candidates are dropped too, unless the ranking failed and
+                `on_error` gives all in the order of the search.
             where: Chroma metadata filter.
             where_document: Chroma document filter.
             missing: Policy for this query; None takes the index's.
@@ -342,11 +343,8 @@ class ChromaIndex:
             )
 
         given = Candidates(read=read, shown=lambda place: found[place].text or "", names=[hit.id for hit in found])
-        model = home.lazy.spec.model
-        with ranking_span(asked, told, given, top_n=top_n, model=model) as ended:
-            outcome = rank_and_select(
-                home.parts, rank, model=model, given=given, top_n=top_n, selection=selection, policy=failure
-            )
+        with ranking_span(asked, told, given, top_n=top_n, model=home.lazy.spec.model) as ended:
+            outcome = rank_and_select(home.lazy, rank, given=given, top_n=top_n, selection=selection, policy=failure)
             ended(outcome.ranking, outcome.candidates, outcome.report())
         return QueryResult(
             query=text,

@@ -217,6 +217,12 @@ class LazyEngine:
             engine = self._at(engine, ratio)
         return engine, store if store is not None else shared_cache(engine.layout())
 
+    def loaded(self) -> Reranker | None:
+        """The engine, if it is loaded and open already; loads nothing and waits for nobody."""
+        own = self._engine if self._owns_engine else _engines.get(self.spec)
+        engine = self.reranker if self.reranker is not None else own
+        return engine if engine is not None and is_open(engine) else None
+
     def opened(self) -> StateStore | None:
         """The store, if it is open already; loads nothing."""
         if isinstance(self._given, LazyEngine):

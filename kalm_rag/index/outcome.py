@@ -113,10 +113,9 @@ class Outcome:
 
 
 def rank_and_select(
-    parts: Callable[[], tuple[Reranker, StateStore]],
+    lazy: LazyEngine,
     rank: Callable[[Reranker, StateStore], Ranking],
     *,
-    model: str,
     given: Candidates,
     top_n: int | None,
     selection: Selection,
@@ -125,25 +124,25 @@ def rank_and_select(
     """Load, rank and select under a failure policy, and log what came of it.
 
     Args:
-        parts: Gives engine and store, loading them if need be.
+        lazy: Gives engine and store, loading them if need be; also the tokenizer, if the ranking fails.
         rank: Ranks all candidates with them.
-        model: What to call the model if it can't be asked.
         given: The candidates.
         top_n: Most candidates.
         selection: Duplicates and budget.
         policy: What happens on failure.
 
     Raises:
-        DeadlineError: Over the timeout, under ``on_error="raise"``; whatever `parts` and `rank` raise likewise.
+        DeadlineError: Over the timeout, under ``on_error="raise"``; whatever `lazy` and `rank` raise likewise.
         InputError: If ``count_tokens`` gives anything but a whole number.
     """
     started = time.perf_counter()
 
     def work() -> tuple[Reranker, Ranking]:
-        engine, store = parts()
+        engine, store = lazy.get()
         return engine, rank(engine, store)
 
-    engine, status = None, RERANKED
+    status = RERANKED
+    engine: Reranker | None
     try:
         engine, ranking = run_within(policy.timeout, work)
     except CancelledError:
@@ -155,12 +154,13 @@ def rank_and_select(
             "reranking failed, so %d candidates come back in retrieval order, unscored: %r", len(given.read), err
         )
         status, ranking = f"skipped: {type(err).__name__}: {err}", retrieval_order(len(given.read))
+        engine = lazy.loaded()  # its tokenizer counts all the same
     return finish(
         ranking,
         engine,
         status,
         started,
-        model=model,
+        model=lazy.spec.model,
         given=given,
         top_n=top_n,
         selection=selection,
@@ -204,14 +204,14 @@ def rank_for_app(
             owners=owners(),
         )
 
-    chosen: dict[str, Any] = {"model": model, "given": given, "top_n": top_n, "selection": selection}
+    chosen: dict[str, Any] = {"given": given, "top_n": top_n, "selection": selection}
     with ranking_span(query, instructions, given, top_n=top_n, model=model) as ended:
         if is_blank(query):
             placed = unscored_candidates(len(read), top_n=None, threshold=threshold)
             blank = Ranking(candidates=placed, from_store=0, encoded=0, unscored=len(read))
-            outcome = finish(blank, None, "skipped: the query is blank", started, **chosen)
+            outcome = finish(blank, lazy.loaded(), "skipped: the query is blank", started, model=model, **chosen)
         else:
-            outcome = rank_and_select(lazy.get, rank, policy=policy, **chosen)
+            outcome = rank_and_select(lazy, rank, policy=policy, **chosen)
         ended(outcome.ranking, outcome.candidates, outcome.report())
     return outcome
 

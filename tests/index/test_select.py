@@ -212,11 +212,46 @@ class TestFailure:
             engine.close()
             with pytest.raises(ClosedError, match="was closed"):
                 index.query(QUERY)
-            result = index.query(QUERY, on_error="retrieval_order", max_tokens=5)
+            result = index.query(QUERY, on_error="retrieval_order", max_tokens=6)
             assert result.status.startswith("skipped: ClosedError")
             assert (result.model, result.fingerprint) == ("pico", None)
-            assert ids(result) == ["a"], "by bytes 'I like tea.' takes 4 tokens and 'Paris.' 2"
-            assert [(out.id, out.reason, out.tokens) for out in result.left_out] == [("b", "budget", 2)]
+            assert ids(result) == ["a"], "I/like/tea/. and Pari/s/., and two that every passage has"
+            assert [(out.id, out.reason, out.tokens) for out in result.left_out] == [("b", "budget", 5)]
+
+    def test_the_budget_holds_in_retrieval_order_too(self, pico: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tokens were counted as bytes / 3 as soon as a ranking failed: three tables of 121 went into 300."""
+        tables = {f"t{n}": " | ".join(str((n * 7 + k) % 10) for k in range(60)) for n in range(6)}
+        size = pico.backbone.tokenize([tables["t0"]])[0].total_tokens
+        with ChromaIndex.open(model=pico, embedder=toy_vectors, collection="tables") as index:
+            index.add(list(tables), list(tables.values()))
+            monkeypatch.setattr(pico.backbone, "decode", lambda *args: 1 / 0)
+            for failing in ({}, {"timeout": 1e-9}):  # while ranking, and before anything is asked of the model
+                result = index.query(QUERY, top_n=None, max_tokens=300, on_error="retrieval_order", **failing)
+                assert result.status.startswith("skipped: DeadlineError" if failing else "skipped: ZeroDivisionError")
+                assert len(result) == 300 // size == 2
+                assert {(out.reason, out.tokens) for out in result.left_out} == {("budget", size)}
+            for thread in threading.enumerate():
+                if thread.name == "kalm-rag-rank":
+                    thread.join(60)
+
+    def test_without_a_tokenizer_no_text_is_taken_for_too_short(self, pico: Reranker) -> None:
+        texts = [
+            " | ".join("0123456789" * 6),
+            "1995,0.25,-17,3.1416,88301,42",
+            "d41d8cd98f00b204e9800998ecf8427e",
+            "if (a[i] != b[i]) { return x->y; }",
+            "Париж является столицей Франции.",
+            "巴黎是法国的首都。",
+            "Paris is the capital of France; Berlin, that of Germany.",
+        ]
+        engine = pico.at(4)
+        with ChromaIndex.open(model=engine, embedder=toy_vectors, collection="unloaded") as index:
+            index.add(texts, texts)
+            engine.close()
+            for spent in index.query(QUERY, on_error="retrieval_order", max_tokens=1, top_n=None).left_out:
+                least = pico.backbone.tokenize([spent.id])[0].total_tokens
+                assert spent.tokens is not None
+                assert least <= spent.tokens < 2 * least, spent
 
     def test_mistakes_of_the_caller_are_raised_all_the_same(self, index: ChromaIndex) -> None:
         with pytest.raises(InputError, match="query is blank"):
