@@ -5,27 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
 
 from kalm_rag import __version__
-from kalm_rag.errors import DeadlineError, InputError, KalmRagError, MissingStateError, StateMismatchError
-from kalm_rag.serve.door import Door, NoCollectionError, Ranked, RecordId
+from kalm_rag.errors import InputError
+from kalm_rag.serve.door import Door, Ranked, RecordId
 from kalm_rag.serve.guard import Guard
+from kalm_rag.serve.refusals import RESPONSES, add_handlers, error_answer
 from kalm_rag.serve.settings import KEY_VARIABLE, ServeSettings
 from kalm_rag.serve.shapes import (
     CohereV2Answer,
     CohereV2Request,
     DeleteRequest,
-    ErrorBody,
     PutRequest,
     RerankAnswer,
     RerankRequest,
@@ -33,46 +31,18 @@ from kalm_rag.serve.shapes import (
     Steered,
     TeiOrRerank,
     cohere_v2_answer,
-    field_name,
-    named_field,
     rerank_answer,
     tei_answer,
 )
 from kalm_rag.serve.telemetry import Metrics
-from kalm_rag.serve.threads import BoundedThreads, BusyError
+from kalm_rag.serve.threads import BoundedThreads
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_VARIABLE = "KALM_RAG_SERVE"
 """The environment variable in which workers find their settings."""
 
-_STATUS: list[tuple[type[KalmRagError], int, str]] = [
-    (NoCollectionError, 404, "no_collection"),
-    (BusyError, 429, "busy"),
-    (DeadlineError, 504, "deadline"),
-    (MissingStateError, 409, "missing_states"),
-    (InputError, 422, "invalid"),
-    (StateMismatchError, 422, "invalid"),
-    (KalmRagError, 503, "unavailable"),  # model, store, Chroma
-]
-_REFUSED = {
-    400: "No JSON.",
-    401: "No key, or another.",
-    404: "No collection is served.",
-    408: "The body came too slowly.",
-    409: "States are missing, under missing='raise'.",
-    413: "The body is too long.",
-    421: "Asked by a name that is not this machine's.",
-    422: "A field can't be used; it is named.",
-    429: "Too much is waiting; see Retry-After.",
-    503: "The model, the store or Chroma fails.",
-    504: "Over the deadline; what waited was dropped.",
-}
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": told} for status, told in _REFUSED.items()
-}
-
-router = APIRouter(responses=_RESPONSES)
+router = APIRouter(responses=RESPONSES)
 
 
 @dataclass(kw_only=True)
@@ -110,10 +80,7 @@ def make_app(door: Door, settings: ServeSettings, *, key: str | None = None) -> 
     app.state.served = Served(door=door, settings=settings, threads=threads, metrics=metrics)
     app.include_router(router)
     app.add_middleware(cast("Any", Guard), settings=settings, key=key, metrics=metrics)
-    app.add_exception_handler(KalmRagError, _tell_error)
-    app.add_exception_handler(RequestValidationError, _tell_invalid)
-    app.add_exception_handler(HTTPException, _tell_http)
-    app.add_exception_handler(Exception, _tell_bug)
+    add_handlers(app)
     return app
 
 
@@ -181,7 +148,7 @@ async def search(body: SearchRequest, request: Request) -> JSONResponse:
     most = served.settings.max_documents
     options = body.options() | {"fetch_k": body.fetch_k if body.fetch_k is not None else min(50, most)}
     _check_most(options["fetch_k"], most, "fetch_k")
-    _check_texts(served.settings, {"query": [body.query], "instruction": [body.instruction], "system": [body.system]})
+    _check_texts(served, query=body.query, instruction=body.instruction, system=body.system)
     found = await served.threads.run(partial(served.door.search, body.query, **options))
     return _answer(request, found, found.to_dict())
 
@@ -191,7 +158,7 @@ async def put_passages(body: PutRequest, request: Request) -> JSONResponse:
     """Add passages, or replace those of the same ids; unchanged texts are not encoded again."""
     served, passages = _served(request), body.passages
     _check_most(len(passages), served.settings.max_passages, "passages")
-    _check_texts(served.settings, {"passages": [one.text for one in passages]})
+    _check_texts(served, passages=[one.text for one in passages])
     columns = [one.id for one in passages], [one.text for one in passages], [one.metadata for one in passages]
     report = await served.threads.run(partial(served.door.upsert, *columns))
     request.state.facts.update(passages=report.records, encoded=report.encoded)
@@ -228,7 +195,7 @@ async def ready(request: Request) -> JSONResponse:
         return JSONResponse({"status": "ready"})
     if served.loading is None or served.loading.done():
         _load(served)
-    return _error(503, "loading", "the model is not loaded yet.")
+    return error_answer(503, "loading", "the model is not loaded yet.")
 
 
 @router.get("/metrics")
@@ -253,8 +220,7 @@ async def _rank(
     served = _served(request)
     _check_most(len(documents), served.settings.max_documents, field)
     texts = [one if isinstance(one, str) else one.id for one in documents]
-    _check_texts(served.settings, {"query": [body.query], field: texts})
-    _check_texts(served.settings, {"instruction": [body.instruction], "system": [body.system]})
+    _check_texts(served, query=body.query, instruction=body.instruction, system=body.system, **{field: texts})
     if max_tokens is not None and any(isinstance(one, RecordId) for one in documents):
         raise InputError("max_tokens_per_doc can't be had with ids: stored states are those of the whole passage.")
     work = partial(served.door.rank, body.query, documents, instructions=body.instructions, top_n=top_n)
@@ -266,12 +232,13 @@ def _check_most(count: int, most: int, field: str) -> None:
         raise InputError(f"{field}: {count} were asked for; this server takes at most {most} at once.")
 
 
-def _check_texts(settings: ServeSettings, texts: Mapping[str, Sequence[str | None]]) -> None:
-    most = settings.max_characters
-    for name, values in texts.items():
-        for place, text in enumerate(values):
-            if text is not None and len(text) > most:
-                where = name if len(values) == 1 and name not in ("documents", "texts") else f"{name}[{place}]"
+def _check_texts(served: Served, **texts: Sequence[str] | str | None) -> None:
+    """Refuse texts that are too long; a list of them, or one, by the name of its field."""
+    most = served.settings.max_characters
+    for name, given in texts.items():
+        rows = [(name, given)] if isinstance(given, str) else [(f"{name}[{n}]", t) for n, t in enumerate(given or [])]
+        for where, text in rows:
+            if len(text) > most:
                 raise InputError(f"{where} has {len(text)} characters; this server takes at most {most}.")
 
 
@@ -282,34 +249,3 @@ def _answer(request: Request, done: Ranked | Any, body: Any) -> JSONResponse:  #
     timing = ", ".join(f"{stage};dur={1000 * spent:.1f}" for stage, spent in seconds.items())
     told = {"server-timing": timing, "x-states-stored": str(done.from_store), "x-states-encoded": str(done.encoded)}
     return JSONResponse(body, headers=told)
-
-
-def _error(status: int, error: str, message: str, field: str | None = None) -> JSONResponse:
-    headers = {"retry-after": "1"} if status in (429, 503) else None
-    return JSONResponse({"error": error, "message": message, "field": field}, status_code=status, headers=headers)
-
-
-async def _tell_error(_: Request, err: Exception) -> JSONResponse:
-    status, name = next((status, name) for kind, status, name in _STATUS if isinstance(err, kind))
-    if status == 503:
-        logger.error("%s", type(err).__name__, exc_info=err)
-    return _error(status, name, str(err), named_field(str(err)) if status == 422 else None)
-
-
-async def _tell_invalid(_: Request, err: Exception) -> JSONResponse:
-    """Name the first field that can't be used; what it held is not given back."""
-    first: dict[str, Any] = cast("RequestValidationError", err).errors()[0]
-    if first["type"] == "json_invalid":
-        return _error(400, "no_json", f"the body is no JSON: {first.get('ctx', {}).get('error', '')}")
-    name = field_name(first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return _error(422, "invalid", f"{name or 'the body'}: {message}", name or None)
-
-
-async def _tell_http(_: Request, err: Exception) -> JSONResponse:
-    status = cast("HTTPException", err).status_code
-    return _error(status, "no_json" if status == 400 else "http", str(cast("HTTPException", err).detail))
-
-
-async def _tell_bug(_: Request, err: Exception) -> JSONResponse:
-    return _error(500, "bug", f"the server failed ({type(err).__name__}); its log says where.")
