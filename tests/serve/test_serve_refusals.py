@@ -199,7 +199,7 @@ def test_the_log_holds_no_text(client: httpx.Client, caplog: pytest.LogCaptureFi
         answer = client.post("/v2/rerank?q=hush", json=secrets)
         client.post("/hush", json={"hush": 1})
         client.post("/v2/rerank", json=secrets | {"top_n": "hush"})
-    until(lambda: sum(r.message == "request" for r in caplog.records) == 3)
+        until(lambda: sum(r.message == "request" for r in caplog.records) == 3)  # told behind the answer
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     assert "hush" not in json.dumps(lines)
     told = next(line for line in lines if line.get("request") == answer.headers["x-request-id"])
