@@ -18,12 +18,14 @@ from kalm_rag import __version__
 from kalm_rag.errors import InputError
 from kalm_rag.serve.door import Door, Ranked, RecordId
 from kalm_rag.serve.guard import Guard
+from kalm_rag.serve.page import page_response
 from kalm_rag.serve.refusals import RESPONSES, add_handlers, error_answer
 from kalm_rag.serve.settings import KEY_VARIABLE, ServeSettings
 from kalm_rag.serve.shapes import (
     CohereV2Answer,
     CohereV2Request,
     DeleteRequest,
+    ExplainRequest,
     PutRequest,
     RerankAnswer,
     RerankRequest,
@@ -153,6 +155,20 @@ async def search(body: SearchRequest, request: Request) -> JSONResponse:
     return _answer(request, found, found.to_dict())
 
 
+@router.post("/v1/explain")
+async def explain(body: ExplainRequest, request: Request) -> JSONResponse:
+    """Where the decoder looks in each document: stretches of the text that it reads, and their shares of attention."""
+    served = _served(request)
+    _check_documents(served, body, body.documents, "documents")
+    work = partial(served.door.explain, body.query, body.documents, instructions=body.instructions)
+    results = [
+        {"index": place, "text": one.passage, "margin": one.margin, "probability": one.probability}
+        | {"spans": [asdict(span) for span in one.spans]}
+        for place, one in enumerate(await served.threads.run(work))
+    ]
+    return JSONResponse({"results": results})
+
+
 @router.put("/v1/passages")
 async def put_passages(body: PutRequest, request: Request) -> JSONResponse:
     """Add passages, or replace those of the same ids; unchanged texts are not encoded again."""
@@ -179,6 +195,12 @@ async def collections(request: Request) -> JSONResponse:
     """The collections of the database, and which one is served."""
     served = _served(request)
     return JSONResponse({"collections": await served.threads.run(served.door.collections)})
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """A page to try it with."""
+    return page_response()
 
 
 @router.get("/health")
@@ -218,13 +240,17 @@ async def _rank(
     max_tokens: int | None = None,
 ) -> Ranked:
     served = _served(request)
-    _check_most(len(documents), served.settings.max_documents, field)
-    texts = [one if isinstance(one, str) else one.id for one in documents]
-    _check_texts(served, query=body.query, instruction=body.instruction, system=body.system, **{field: texts})
+    _check_documents(served, body, documents, field)
     if max_tokens is not None and any(isinstance(one, RecordId) for one in documents):
         raise InputError("max_tokens_per_doc can't be had with ids: stored states are those of the whole passage.")
     work = partial(served.door.rank, body.query, documents, instructions=body.instructions, top_n=top_n)
     return await served.threads.run(partial(work, max_tokens=max_tokens, what=field))
+
+
+def _check_documents(served: Served, body: Steered, documents: list[str | RecordId], field: str) -> None:
+    _check_most(len(documents), served.settings.max_documents, field)
+    texts = [one if isinstance(one, str) else one.id for one in documents]
+    _check_texts(served, query=body.query, instruction=body.instruction, system=body.system, **{field: texts})
 
 
 def _check_most(count: int, most: int, field: str) -> None:

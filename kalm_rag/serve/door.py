@@ -24,6 +24,7 @@ from kalm_rag.serve.settings import ServeSettings
 from kalm_rag.store.companion import is_companion
 
 if TYPE_CHECKING:
+    from kalm_rag.engine.explanation import Explanation
     from kalm_rag.engine.reranker import Reranker
     from kalm_rag.index.clients import Database
     from kalm_rag.store import StateStore
@@ -192,6 +193,15 @@ class Door:
             model=engine.info.name,
             seconds=timings.seconds,
         )
+
+    def explain(
+        self, query: str, documents: Sequence[str | RecordId], *, instructions: Instructions | None = None
+    ) -> list[Explanation]:
+        """Tell where the decoder looked in each document, in the order given; takes and raises what `rank` does."""
+        engine, _ = self._parts()
+        _, read, _ = self._texts(documents, "documents")
+        asked = engine.prepare(query, instructions)
+        return [engine.explain(asked, text) for text in read]
 
     def search(self, query: str, **options: Any) -> QueryResult:  # noqa: ANN401
         """Search the collection; see `ChromaIndex.query` for the options and what it raises."""

@@ -25,8 +25,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-OPEN_ROUTES = {"/health", "/ready"}
-"""What is answered without a key: they tell nothing, and are asked by what starts and stops servers."""
+OPEN_ROUTES = {"/", "/health", "/ready"}
+"""What is answered without a key: the page, which asks for it, and what those ask who start and stop servers."""
 GONE = 499
 """What log and counts call a request whose client went away; nobody gets it."""
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}

@@ -160,6 +160,14 @@ class SearchRequest(Steered):
         return self.model_dump(exclude={"query", "instruction", "system"}) | {"instructions": self.instructions}
 
 
+class ExplainRequest(Steered):
+    """Body of ``POST /v1/explain``: each document takes an encoder pass of its own, so they are few."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: Annotated[list[Document], Field(min_length=1, max_length=20)]
+
+
 class Passage(BaseModel):
     """A passage to be kept."""
 
@@ -277,6 +285,6 @@ def named_field(message: str) -> str | None:
 
 _FIELDS = {
     name
-    for shape in (TeiRequest, RerankRequest, SearchRequest, PutRequest, DeleteRequest, Passage)
+    for shape in (TeiRequest, RerankRequest, SearchRequest, ExplainRequest, PutRequest, DeleteRequest, Passage)
     for name in shape.model_fields
 }

@@ -177,8 +177,15 @@ def test_openapi_tells_the_routes(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     routes = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert routes == {
-        *("POST /v2/rerank", "POST /v1/rerank", "POST /rerank", "POST /v1/search", "PUT /v1/passages"),
-        *("DELETE /v1/passages", "GET /v1/collections", "GET /health", "GET /ready", "GET /metrics"),
+        *("POST /v2/rerank", "POST /v1/rerank", "POST /rerank", "POST /v1/search", "POST /v1/explain"),
+        *(
+            "PUT /v1/passages",
+            "DELETE /v1/passages",
+            "GET /v1/collections",
+            "GET /health",
+            "GET /ready",
+            "GET /metrics",
+        ),
     }
     assert client.get("/docs").status_code == 404, "a page that fetches scripts from elsewhere"
     assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": "http://evil"}).headers
