@@ -149,7 +149,14 @@ def check_count(value: object, name: str, least: int = 1, hint: str = "") -> int
     return int(value)
 
 
-def check_cut(top_n: int | None, threshold: float | None, *, count: str = "top_n", least: str = "threshold") -> None:
+def check_cut(
+    top_n: int | None,
+    threshold: float | None,
+    *,
+    count: str = "top_n",
+    least: str = "threshold",
+    none: str = "None for all",
+) -> None:
     """Refuse a cut that means nothing.
 
     Args:
@@ -157,15 +164,16 @@ def check_cut(top_n: int | None, threshold: float | None, *, count: str = "top_n
         threshold: Least P(yes); None for all.
         count: What the caller's argument for `top_n` is called.
         least: What the caller's argument for `threshold` is called.
+        none: What the message says that None does there.
 
     Raises:
         InputError: If `top_n` is not a whole number >= 1, or `threshold` is no number in [0, 1].
     """
     if top_n is not None:
-        check_count(top_n, count, hint=", or None for all")
+        check_count(top_n, count, hint=f", or {none}")
     number = isinstance(threshold, Real) and not isinstance(threshold, bool)
     if threshold is not None and not (number and 0.0 <= threshold <= 1.0):
-        raise InputError(f"{least} is {threshold!r}; wanted P(yes) in [0, 1], or None for all.")
+        raise InputError(f"{least} is {threshold!r}; wanted P(yes) in [0, 1], or {none}.")
 
 
 def unknown_argument_hint(name: str, known: Iterable[str]) -> str:

@@ -225,11 +225,6 @@ class SelectionFields(BaseModel):
         """What happens on failure."""
         return FailurePolicy(on_error=self.on_error, timeout=self.timeout)
 
-    def changed_selection(self) -> dict[str, Any]:
-        """Those of these fields that are not at their defaults."""
-        fields = SelectionFields.model_fields
-        return {name: mine for name, field in fields.items() if (mine := getattr(self, name)) != field.default}
-
     def refuse_counter(self) -> None:
         """Refuse to be pickled with a function of the app's.
 

@@ -26,7 +26,7 @@ _CONFIGURED = {
     "top_n": (int | None, "Most documents given back, for this call."),
     "threshold": (float | None, "Keep only P(yes) >= this, for this call."),
 }
-"""What a call's config may say as ``kalm_<name>``; None there says nothing."""
+"""What a call's config may say as ``kalm_<name>``; None there says nothing: LangServe writes it for what was left out."""
 
 CALL_NAMES = tuple(_CONFIGURED)
 """What one call may say otherwise than a component's settings."""
@@ -118,9 +118,17 @@ def configured(config: RunnableConfig | None) -> dict[str, Any]:
     """What a call's config, or that of the running chain, says: instructions, top_n, threshold, as far as it does.
 
     Raises:
-        InputError: If a number is out of range, or the instructions are none.
+        InputError: If a number is out of range, the instructions are none, or a name that begins with ``kalm_`` is
+            unknown.
     """
     held = ensure_config(config).get("configurable") or {}
+    known = [*(f"kalm_{name}" for name in _CONFIGURED), FILTER_KEY]
+    for key in held:
+        if isinstance(key, str) and key.startswith("kalm_") and key not in known:
+            hint = unknown_argument_hint(key.removeprefix("kalm_"), [name.removeprefix("kalm_") for name in known])
+            raise InputError(
+                f"the config says {key}; wanted one of {', '.join(known)}.{hint.replace('mean ', 'mean kalm_')}"
+            )
     said = {name: value for name in _CONFIGURED if (value := held.get(f"kalm_{name}")) is not None}
     return read_call(said, prefix="kalm_")
 
@@ -135,7 +143,8 @@ def read_call(said: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     Raises:
         InputError: If a number is out of range, or the instructions are none.
     """
-    check_cut(said.get("top_n"), said.get("threshold"), count=f"{prefix}top_n", least=f"{prefix}threshold")
+    none = "None to leave it as it is" if prefix else "None for all"
+    check_cut(said.get("top_n"), said.get("threshold"), count=f"{prefix}top_n", least=f"{prefix}threshold", none=none)
     read = dict(said)
     if "instructions" in said:
         read["instructions"] = as_instructions(said["instructions"])

@@ -30,7 +30,10 @@ _MMR_POOL = 5
 """Of how many times as many documents ``"mmr"`` chooses its candidates, as LangChain's own 20 for 4."""
 
 _OWN: Any = object()
-"""Stands for the retriever's own filter and threshold in a call that says neither: None lifts them."""
+"""Stands for the retriever's own k, filter and threshold in a call that doesn't say: None lifts them."""
+
+_TAKEN_OVER = (*SelectionFields.model_fields, "threshold", "keep_score")
+"""What is the compressor's where the retriever was not told."""
 
 
 @runtime_checkable
@@ -61,11 +64,11 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
 
     Over a `KaLMChroma` the candidates' stored states are used. Over any other vector store (or with a `compressor` of
     yours) states come from the compressor's store, or from memory. ``invoke`` (and ``bind``) takes `k`, `fetch_k`,
-    `filter`, `instructions` and `threshold` for one call, too; None there lifts a filter or a threshold. So does
+    `filter`, `instructions` and `threshold` for one call, too; None there lifts `k`, a filter or a threshold. So does
     ``config["configurable"]``, under ``kalm_top_n``, ``kalm_threshold``, ``kalm_filter`` and ``kalm_instructions``:
     what it says holds for every step of ours in a chain; for one of them use ``configurable_fields``.
-    What a call says goes before what its config says, that before what the retriever says, and that before what the
-    compressor says.
+    What a call says goes before what its config says, that before what the retriever was told by name (False and None,
+    too), and that before what the compressor says.
 
     Behind a retriever that asks several times and compares whole documents (``MultiQueryRetriever``), each question's
     own ``relevance_score`` makes one document look like several. Put the reranking outside, so that it is done once,
@@ -74,7 +77,8 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
 
     Args:
         vectorstore: Where candidates come from.
-        k: Documents wanted, >= 1. Not given, it is the `top_n` that the compressor was given, or else the same default.
+        k: Documents wanted, >= 1; None for all candidates. Not given, it is the `top_n` that the compressor was given,
+            or else the same default.
         fetch_k: Candidates, >= 1; at least `k` are taken.
         instructions: `Instructions`, a task as a string, or the app's prompt or chain.
         threshold: Keep only P(yes) >= this.
@@ -90,7 +94,7 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
         keep_retrieval_score: Keep the vector store's score (Chroma: a distance, lower is nearer; none with ``"mmr"``)
             and rank.
         max_tokens: Most tokens of all documents together; see `KaLMDocumentCompressor`, as for the next six. What is
-            left at its default is the compressor's.
+            not named is the compressor's; so are `threshold` and `keep_score`.
         count_tokens: Counts the tokens of a text.
         drop_duplicates: Leave out documents that repeat a better one.
         diversity: How much a document loses for being like others, in [0, 1).
@@ -115,7 +119,7 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     vectorstore: VectorStore
-    k: StrictInt = DEFAULT_TOP_N
+    k: StrictInt | None = DEFAULT_TOP_N
     fetch_k: StrictInt = 50
     instructions: AnyInstructions = None
     threshold: float | None = None
@@ -156,11 +160,13 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
                 raise InputError(
                     f"k is {self.k} and the compressor's top_n {wanted}; wanted one of them, or the same twice."
                 )
-            if wanted is not None:
-                self.k = wanted
+            self.k = wanted
             self.compressor = self.compressor.model_copy()
             self.compressor.model_fields_set.discard("top_n")  # it is `k` now, which a call's config may change
-        check_count(self.k, "k")
+        if self.compressor is not None:  # now: a copy that LangChain makes for a call was told all by name
+            for name in set(_TAKEN_OVER) - self.model_fields_set:
+                self.__dict__[name] = getattr(self.compressor, name)
+        check_cut(self.k, None, count="k")
         check_count(self.fetch_k, "fetch_k")
         check_cut(None, self.threshold)
         if taken := sorted({"k", "query"} & self.search_kwargs.keys()):
@@ -181,11 +187,11 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
 
     def invoke(self, input: str, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
         """Retrieve and rerank; see the class for what `kwargs` may hold."""
-        return super().invoke(input, config, **_arguments(config, kwargs))
+        return super().invoke(input, config, **self._arguments(config, kwargs))
 
     async def ainvoke(self, input: str, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:  # noqa: ANN401
         """Retrieve and rerank without holding up the event loop."""
-        return await super().ainvoke(input, config, **_arguments(config, kwargs))
+        return await super().ainvoke(input, config, **self._arguments(config, kwargs))
 
     def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:  # noqa: ANN401
         """Add documents to the vector store, as LangChain's own retriever does.
@@ -208,7 +214,7 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
         query: str,
         *,
         run_manager: CallbackManagerForRetrieverRun,
-        k: int | None = None,
+        k: int | None = _OWN,
         fetch_k: int | None = None,
         filter: Any = _OWN,  # noqa: ANN401 - each vector store has its own kind
         instructions: object = None,
@@ -226,7 +232,7 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
         query: str,
         *,
         run_manager: AsyncCallbackManagerForRetrieverRun,
-        k: int | None = None,
+        k: int | None = _OWN,
         fetch_k: int | None = None,
         filter: Any = _OWN,  # noqa: ANN401 - each vector store has its own kind
         instructions: object = None,
@@ -238,6 +244,29 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
             found = query, await getattr(self.vectorstore, f"a{self._search_name()}")(**search)
         candidates = _as_candidates(found[1], search, scored=self.keep_retrieval_score)
         return await compressor.arun(candidates, found[0], _config(run_manager))
+
+    def _arguments(self, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a call, and before them what its config, or that of the running chain, says.
+
+        Raises:
+            TypeError: If a call can't say that.
+        """
+        known = [*signature(self._get_relevant_documents).parameters][1:]
+        known.remove("run_manager")
+        check_names(kwargs, known, "KaLMRetriever.invoke")
+        if unknown := [name for name in kwargs if name not in known]:
+            own = " It is an argument of the retriever itself." if unknown[0] in type(self).model_fields else ""
+            wanted = ", ".join(known)
+            raise TypeError(
+                f"KaLMRetriever.invoke got an unexpected keyword argument {unknown[0]!r}; wanted {wanted}.{own}"
+            )
+        said = configured(config)
+        if "top_n" in said:
+            said["k"] = said.pop("top_n")
+        held = ensure_config(config).get("configurable") or {}
+        if FILTER_KEY in held:
+            said["filter"] = held[FILTER_KEY]
+        return {**said, **kwargs}
 
     def _plan(
         self,
@@ -257,26 +286,22 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
 
     def _changes(self, k: int | None, instructions: object, threshold: float | None) -> dict[str, Any]:
         """Settings of the compressor that this call, or else the retriever, says otherwise."""
-        top_n = check_count(k if k is not None else self.k, "k")
-        check_cut(None, None if threshold is _OWN else threshold)
+        top_n, least = self.k if k is _OWN else k, self.threshold if threshold is _OWN else threshold
+        check_cut(top_n, least, count="k")
         told = as_instructions(instructions)
-        said = {
-            "instructions": told if told is not None else self.instructions,
-            "threshold": self.threshold,
-            "ratio": self.ratio,
-            "keep_score": None if self.keep_score else False,
-        }
-        changes = {
+        said = {"instructions": told if told is not None else self.instructions, "ratio": self.ratio}
+        return {
+            **{name: getattr(self, name) for name in _TAKEN_OVER},
             "top_n": top_n,
-            **self.changed_selection(),
+            "threshold": least,
             **{name: value for name, value in said.items() if value is not None},
         }
-        return changes if threshold is _OWN else {**changes, "threshold": threshold}
 
-    def _search(self, query: str, k: int, fetch_k: int | None, filter: Any) -> dict[str, Any]:  # noqa: ANN401
+    def _search(self, query: str, k: int | None, fetch_k: int | None, filter: Any) -> dict[str, Any]:  # noqa: ANN401
         """Arguments of the vector store's search."""
         check_text(query, "query")
-        count = max(k, check_count(fetch_k if fetch_k is not None else self.fetch_k, "fetch_k"))
+        count = check_count(fetch_k if fetch_k is not None else self.fetch_k, "fetch_k")
+        count = count if k is None else max(k, count)
         search = {"query": query, "k": count, **self.search_kwargs}
         if filter is not _OWN:
             search.pop("filter", None)
@@ -335,15 +360,3 @@ def _as_candidates(found: Sequence[Any], search: Mapping[str, Any], *, scored: b
 def _with_retrieval(found: Document | tuple[Document, float], place: int) -> Document:
     document, kept = (found, {}) if isinstance(found, Document) else (found[0], {RETRIEVAL_SCORE: float(found[1])})
     return document.model_copy(update={"metadata": {**document.metadata, **kept, RETRIEVAL_RANK: place}})
-
-
-def _arguments(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call, and before them what its config, or that of the running chain, says."""
-    check_names(kwargs, ("k", "fetch_k", "filter", "instructions", "threshold"), "KaLMRetriever.invoke")
-    said = configured(config)
-    if "top_n" in said:
-        said["k"] = said.pop("top_n")
-    held = ensure_config(config).get("configurable") or {}
-    if FILTER_KEY in held:
-        said["filter"] = held[FILTER_KEY]
-    return {**said, **kwargs}

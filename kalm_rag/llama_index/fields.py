@@ -26,6 +26,10 @@ class EngineFields(EngineSettings, BaseComponent):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:  # noqa: ANN401 - what pydantic was given
+        if isinstance(values, dict) and "class_name" in values:  # LlamaIndex's ``model_dump`` writes it
+            if values["class_name"] != cls.class_name():
+                raise InputError(f"class_name is {values['class_name']!r}; wanted {cls.class_name()!r}.")
+            values = {name: value for name, value in values.items() if name != "class_name"}
         for name in values if isinstance(values, dict) else ():
             if name not in cls.model_fields:
                 hint = unknown_argument_hint(name, cls.model_fields)

@@ -13,14 +13,14 @@ pytest.importorskip("langchain_chroma", reason="langchain-chroma is not installe
 
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_documents import QUERY, TEXTS, VECTORS, documents
 from pydantic import ValidationError
 
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
-from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMRetriever
+from kalm_rag.langchain import KaLMChroma, KaLMDocumentCompressor, KaLMRerank, KaLMRetriever
 
 
 def test_retriever_over_another_vector_store(tiny: Reranker) -> None:
@@ -137,7 +137,11 @@ def test_top_n_of_a_compressor_is_the_retrievers_k(chroma: KaLMChroma) -> None:
     assert len(KaLMRetriever(vectorstore=chroma, compressor=one).invoke(QUERY)) == 1
     assert len(KaLMRetriever(vectorstore=chroma, compressor=one).invoke(QUERY, k=2)) == 2
     assert len(KaLMRetriever(vectorstore=chroma, compressor=chroma.as_compressor(), k=2).invoke(QUERY)) == 2
-    assert len(KaLMRetriever(vectorstore=chroma, compressor=chroma.as_compressor(top_n=None)).invoke(QUERY)) == 4
+    every = KaLMRetriever(vectorstore=chroma, compressor=chroma.as_compressor(top_n=None))
+    assert len(every.invoke(QUERY)) == len(TEXTS) == 5, "None is all, and was taken for nothing said"
+    assert len(every.invoke(QUERY, k=2)) == 2
+    assert len(every.invoke(QUERY, fetch_k=3)) == 3
+    assert len(asyncio.run(KaLMRetriever(vectorstore=chroma).ainvoke(QUERY, k=None))) == 5
     with pytest.raises(ValidationError, match="k is 2 and the compressor's top_n 1; wanted one of them"):
         KaLMRetriever(vectorstore=chroma, compressor=one, k=2)
     assert len(chroma.rerank(QUERY, top_n=1)) == 1
@@ -202,3 +206,50 @@ def test_what_a_call_says_goes_before_its_chains_config(chroma: KaLMChroma) -> N
     inside = RunnableLambda(lambda query: retriever.invoke(query, instructions="Find food."))
     assert inside.invoke(QUERY, config=told) == retriever.invoke(QUERY, instructions="Find food.")
     assert retriever.invoke(QUERY, instructions="Find food.") != retriever.invoke(QUERY, config=told)
+
+
+def test_what_a_retriever_is_told_by_name_switches_off_its_compressors(chroma: KaLMChroma) -> None:
+    """False and None were taken for nothing said, so that nothing could lift a compressor's settings."""
+    chroma.add_documents(documents())
+    chroma.add_texts([TEXTS[0]], ids=["again"])
+    strict = chroma.as_compressor(top_n=None, drop_duplicates=True, max_tokens=30, threshold=1.0, keep_score=False)
+    off: dict[str, Any] = {"drop_duplicates": False, "max_tokens": None, "threshold": None, "keep_score": True}
+
+    def found(**named: Any) -> list[Document]:
+        return KaLMRetriever(vectorstore=chroma, compressor=strict, **named).invoke(QUERY)
+
+    assert found() == []
+    every = found(**off)
+    assert len(every) == 6
+    assert all("relevance_score" in d.metadata for d in every)
+    assert len({d.page_content for d in found(**{**off, "drop_duplicates": True})}) == 5
+    assert "relevance_score" not in found(threshold=None, max_tokens=None)[0].metadata
+    some = KaLMRetriever(vectorstore=chroma, compressor=strict, threshold=None)
+    assert 0 < len(some.invoke(QUERY)) < 5, "the compressor's budget holds"
+    copied = some.configurable_fields(k=ConfigurableField("how_many"))
+    assert copied.invoke(QUERY, {"configurable": {"how_many": 5}}) == some.invoke(QUERY)
+    again = KaLMRetriever(**{**some.model_dump(), "vectorstore": chroma, "compressor": some.compressor})
+    assert again.invoke(QUERY) == some.invoke(QUERY)
+
+
+def test_names_that_a_call_or_its_config_does_not_have(chroma: KaLMChroma) -> None:
+    """They were ignored in a config, and in a call a private method was blamed."""
+    retriever, step = KaLMRetriever(vectorstore=chroma), KaLMRerank(top_n=2)
+    for key, meant in (
+        ("kalm_topn", " Did you mean kalm_top_n"),
+        ("kalm_k", " Did you mean kalm_top_n"),
+        ("kalm_x", ""),
+    ):
+        for call in (retriever.invoke, lambda query, config: step.invoke({"query": query, "documents": []}, config)):
+            with pytest.raises(InputError, match=rf"the config says {key}; wanted one of kalm_.*kalm_filter\.{meant}"):
+                call(QUERY, {"configurable": {key: 2}})
+    for wrong, told in (({"kalm_top_n": "2"}, "kalm_top_n is '2'"), ({"kalm_threshold": 3}, "kalm_threshold is 3")):
+        with pytest.raises(InputError, match=rf"{told}; wanted .*, or None to leave it as it is"):
+            retriever.invoke(QUERY, {"configurable": wrong})
+    wanted = (
+        "invoke got an unexpected keyword argument 'max_tokens'; wanted k, fetch_k, filter, instructions, threshold"
+    )
+    with pytest.raises(TypeError, match=rf"{wanted}\. It is an argument of the retriever itself"):
+        retriever.invoke(QUERY, max_tokens=20)
+    with pytest.raises(TypeError, match=wanted):
+        asyncio.run(retriever.ainvoke(QUERY, max_tokens=20))

@@ -210,3 +210,21 @@ class TestSerialisation:
         reborn = pickle.loads(pickle.dumps(by_vectors))
         ranked = [got(p.postprocess_nodes(scored(), query_str=QUERY)) for p in (by_folder, by_vectors, reborn)]
         assert ranked[0] == ranked[1] == ranked[2]
+
+
+def test_what_pydantic_dumps_is_read_back(tmp_path: Path) -> None:
+    """Each component refused its own ``class_name``, which LlamaIndex writes into every dump."""
+    made: list[Any] = [
+        KaLMNodePostprocessor(top_n=7),
+        KaLMEmbedding(embed_batch_size=9),
+        KaLMStateTransform(store=str(tmp_path), batch_size=3),
+        KaLMChromaVectorStore.from_params("passages", persist_dir=str(tmp_path)),
+    ]
+    for one in made:
+        kind, wanted = type(one), one.model_dump()
+        assert wanted["class_name"] == kind.class_name()
+        assert kind(**wanted).model_dump() == wanted
+        assert kind.model_validate(wanted).model_dump() == wanted
+        assert kind.model_validate_json(one.model_dump_json()).model_dump() == wanted
+        with pytest.raises(ValidationError, match="class_name is 'Other'; wanted 'KaLM"):
+            kind(**{**wanted, "class_name": "Other"})
