@@ -26,7 +26,7 @@ _CONFIGURED = {
     "top_n": (int | None, "Most documents given back, for this call."),
     "threshold": (float | None, "Keep only P(yes) >= this, for this call."),
 }
-"""What a call's config may say as ``kalm_<name>``; None there says nothing: LangServe puts it where nothing was said."""
+"""What a call's config may say as ``kalm_<name>``; None there says nothing: LangServe puts it where none was said."""
 
 CALL_NAMES = tuple(_CONFIGURED)
 """What one call may say otherwise than a component's settings."""
