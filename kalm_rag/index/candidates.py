@@ -7,7 +7,7 @@ own over missing states, and none can score a text other than the one at hand. K
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -93,12 +93,14 @@ class RankedCandidate:
         margin: logit(yes) - logit(no); None if it was not scored.
         probability: P(yes); None likewise.
         truncated: Whether the model read only the beginning of it.
+        kept: Characters ``[start, end)`` of its own text that a selection left of it; None for all.
     """
 
     index: int
     margin: float | None = None
     probability: float | None = None
     truncated: bool = False
+    kept: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ class Ranking:
         unscored: How many were not scored: skipped by policy, or without text.
         states: Their states, for who goes on to select; None if there was no ranking.
         seconds: Stage to seconds: fetch, encode, score; a caller's own stages, too.
+        score: Margins of other states under the same query, for who goes on to select.
     """
 
     candidates: list[RankedCandidate]
@@ -120,6 +123,7 @@ class Ranking:
     unscored: int
     states: CandidateStates | None = field(default=None, repr=False, compare=False)
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    score: Callable[[StateBatch], list[float]] | None = field(default=None, repr=False, compare=False)
 
 
 def check_missing(missing: str) -> Missing:
@@ -222,6 +226,10 @@ def rank_texts(
     """
     loaded = load_states(engine, store, texts, missing=missing, timings=timings, owners=owners)
     states = loaded.states
+
+    def score(others: StateBatch) -> list[float]:
+        return [r.margin for r in engine.score(query, others, instructions=instructions, ratio=ratio)]
+
     with timings.stage("score"):
         relevances = engine.score(query, states if states is not None else [], instructions=instructions, ratio=ratio)
     cut = [] if states is None else (states.total_tokens > states.tokens).tolist()
@@ -239,6 +247,7 @@ def rank_texts(
         unscored=len(unscored),
         states=loaded,
         seconds=dict(timings.seconds),
+        score=score,
     )
 
 

@@ -20,7 +20,7 @@ from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import ClosedError, InputError
-from kalm_rag.index.candidates import Missing, Owners, Ranking, check_missing, rank_texts
+from kalm_rag.index.candidates import Missing, Owners, RankedCandidate, Ranking, check_missing, rank_texts
 from kalm_rag.index.clients import read_folder
 from kalm_rag.index.collection import (
     COSINE,
@@ -36,6 +36,7 @@ from kalm_rag.index.lazy_engine import EngineSpec
 from kalm_rag.index.outcome import FailurePolicy, OnError, rank_and_select
 from kalm_rag.index.passage_rule import PassageRule
 from kalm_rag.index.place import CollectionPlace
+from kalm_rag.index.pruning import pruned_text
 from kalm_rag.index.results import AddReport, BackfillReport, Hit, QueryResult, RebuildReport, Timings, VerifyReport
 from kalm_rag.index.select import Candidates, Selection
 from kalm_rag.index.traces import ranking_span, search_span
@@ -258,6 +259,7 @@ class ChromaIndex:
         count_tokens: Callable[[str], int] | None = None,
         drop_duplicates: bool | float = False,
         diversity: float = 0.0,
+        prune: bool | float = False,
         on_error: OnError = "raise",
         timeout: float | None = None,
     ) -> QueryResult:
@@ -274,10 +276,11 @@ class ChromaIndex:
             where: Chroma metadata filter.
             where_document: Chroma document filter.
             missing: Policy for this query; None takes the index's.
-            max_tokens: Most tokens of all hits together, see `kalm_rag.index.select.Selection`, as for the next three.
+            max_tokens: Most tokens of all hits together, see `kalm_rag.index.select.Selection`, as for the next four.
             count_tokens: Counts the tokens of a text; None takes the model's tokenizer.
             drop_duplicates: Leave out hits that repeat a better one: True, or from which cosine on.
             diversity: How much a hit loses for being like others, in [0, 1), when it is decided which are handed on.
+            prune: Leave out sentences that don't answer: True, or how far below the passage's best one; `Hit.kept`.
             on_error: ``"raise"``, or ``"retrieval_order"``: if the ranking fails, hits come in the order of the search,
                 and `QueryResult.status` says so. Without an embedder of the app's own a model that can't be loaded is
                 an error either way: the search needs it.
@@ -293,7 +296,11 @@ class ChromaIndex:
         check_query(text)
         check_cut(top_n, threshold)
         selection = Selection(
-            max_tokens=max_tokens, count_tokens=count_tokens, drop_duplicates=drop_duplicates, diversity=diversity
+            max_tokens=max_tokens,
+            count_tokens=count_tokens,
+            drop_duplicates=drop_duplicates,
+            diversity=diversity,
+            prune=prune,
         )
         failure = FailurePolicy(on_error=on_error, timeout=timeout)
         if check_count(fetch_k, "fetch_k") > MOST_CANDIDATES:
@@ -342,16 +349,18 @@ class ChromaIndex:
                 **scoring,
             )
 
-        given = Candidates(read=read, shown=lambda place: found[place].text or "", names=[hit.id for hit in found])
+        given = Candidates(
+            read=read,
+            shown=lambda place: found[place].text or "",
+            names=[hit.id for hit in found],
+            body=lambda place: found[place].text,
+        )
         with ranking_span(asked, told, given, top_n=top_n, model=home.lazy.spec.model) as ended:
             outcome = rank_and_select(home.lazy, rank, given=given, top_n=top_n, selection=selection, policy=failure)
             ended(outcome.ranking, outcome.candidates, outcome.report())
         return QueryResult(
             query=text,
-            hits=[
-                replace(found[r.index], margin=r.margin, probability=r.probability, truncated=r.truncated)
-                for r in outcome.candidates
-            ],
+            hits=[_ranked(found[r.index], r) for r in outcome.candidates],
             candidates=len(found),
             from_store=outcome.ranking.from_store,
             encoded=outcome.ranking.encoded,
@@ -455,3 +464,15 @@ class ChromaIndex:
             Hit(id=i, text=text, metadata=dict(metadata or {}), retrieval_rank=rank, distance=float(distance))
             for rank, (i, text, metadata, distance) in enumerate(rows, 1)
         ]
+
+
+def _ranked(hit: Hit, found: RankedCandidate) -> Hit:
+    """A hit of the search with what the ranking found."""
+    return replace(
+        hit,
+        text=None if hit.text is None else pruned_text(hit.text, found.kept),
+        margin=found.margin,
+        probability=found.probability,
+        truncated=found.truncated,
+        kept=found.kept,
+    )

@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "retrieval_order"]
 RERANKED = "reranked"
+Selected = tuple[list[RankedCandidate], list[LeftOut]]
+"""What `select_candidates` gives."""
 Result = TypeVar("Result")
 
 
@@ -46,9 +49,9 @@ class FailurePolicy:
     Attributes:
         on_error: ``"raise"``, or ``"retrieval_order"``: candidates come back in the order of the search, unscored and
             whatever the threshold; duplicates, budget and `top_n` hold. The status and one warning say why.
-        timeout: Most seconds for loading and ranking, > 0; then it has failed with `DeadlineError`. Work that waits is
-            dropped; a pass that runs ends by itself, in a thread that nobody waits for. What the app's ``count_tokens``
-            takes is not in it. None for no limit.
+        timeout: Most seconds for loading, ranking and selecting, > 0; then it has failed with `DeadlineError`. Work
+            that waits is dropped; a pass that runs ends by itself, in a thread that nobody waits for. What the app's
+            ``count_tokens`` then takes for the retrieval order is not in it. None for no limit.
 
     Raises:
         InputError: If one is of the wrong kind or out of range.
@@ -108,8 +111,9 @@ class Outcome:
         }
 
     def details(self, candidate: RankedCandidate) -> dict[str, Any]:
-        """The report, with ``truncated`` of one passage: what ``details=True`` puts on it."""
-        return {**self.report(), "truncated": candidate.truncated}
+        """The report, with what became of one passage: what ``details=True`` puts on it."""
+        pruned = {} if candidate.kept is None else {"kept": [list(span) for span in candidate.kept]}
+        return {**self.report(), "truncated": candidate.truncated, **pruned}
 
 
 def rank_and_select(
@@ -137,14 +141,17 @@ def rank_and_select(
     """
     started = time.perf_counter()
 
-    def work() -> tuple[Reranker, Ranking]:
+    select = partial(select_candidates, given=given, selection=selection, top_n=top_n)
+
+    def work() -> tuple[Reranker, Ranking, Selected]:
         engine, store = lazy.get()
-        return engine, rank(engine, store)
+        ranking = rank(engine, store)
+        return engine, ranking, select(ranking, engine=engine)
 
     status = RERANKED
     engine: Reranker | None
     try:
-        engine, ranking = run_within(policy.timeout, work)
+        engine, ranking, selected = run_within(policy.timeout, work)
     except CancelledError:
         raise  # the caller gave up: nobody waits for an order
     except Exception as err:
@@ -155,16 +162,8 @@ def rank_and_select(
         )
         status, ranking = f"skipped: {type(err).__name__}: {err}", retrieval_order(len(given.read))
         engine = lazy.loaded()  # its tokenizer counts all the same
-    return finish(
-        ranking,
-        engine,
-        status,
-        started,
-        model=lazy.spec.model,
-        given=given,
-        top_n=top_n,
-        selection=selection,
-    )
+        selected = select(ranking, engine=engine)
+    return finish(ranking, selected, engine, status, started, model=lazy.spec.model, given=given)
 
 
 def rank_for_app(
@@ -209,7 +208,8 @@ def rank_for_app(
         if is_blank(query):
             placed = unscored_candidates(len(read), top_n=None, threshold=threshold)
             blank = Ranking(candidates=placed, from_store=0, encoded=0, unscored=len(read))
-            outcome = finish(blank, lazy.loaded(), "skipped: the query is blank", started, model=model, **chosen)
+            selected = select_candidates(blank, engine=lazy.loaded(), **chosen)
+            outcome = finish(blank, selected, None, "skipped: the query is blank", started, model=model, given=given)
         else:
             outcome = rank_and_select(lazy, rank, policy=policy, **chosen)
         ended(outcome.ranking, outcome.candidates, outcome.report())
@@ -218,17 +218,16 @@ def rank_for_app(
 
 def finish(
     ranking: Ranking,
+    selected: Selected,
     engine: Reranker | None,
     status: str,
     started: float,
     *,
     model: str,
     given: Candidates,
-    top_n: int | None,
-    selection: Selection,
 ) -> Outcome:
-    """Select from a ranking and report; see `rank_and_select`. `started` is of ``time.perf_counter``."""
-    candidates, left_out = select_candidates(ranking, given, selection=selection, top_n=top_n, engine=engine)
+    """Report on a ranking and what was selected of it; see `rank_and_select`. `started` is of ``time.perf_counter``."""
+    candidates, left_out = selected
     info = None if engine is None else engine.info
     states = None if ranking.states is None else ranking.states.states  # a threshold may have dropped what was cut
     outcome = Outcome(

@@ -17,13 +17,14 @@ class Hit:
 
     Attributes:
         id: Its record id in the collection.
-        text: Its text.
+        text: Its text; with `prune`, what is left of it, with ``…`` where sentences went.
         metadata: Its metadata, a copy.
         retrieval_rank: Its place in the vector search, from 1.
         distance: Chroma's distance; lower is nearer.
         margin: logit(yes) - logit(no); higher is better. None if it was not scored (``missing="skip"``, or no text).
         probability: P(yes) in [0, 1], None likewise.
         truncated: Whether the model read only the beginning of it.
+        kept: Characters ``[start, end)`` of the record's text that `text` has; None for all of it.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Hit:
     margin: float | None = None
     probability: float | None = None
     truncated: bool = False
+    kept: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

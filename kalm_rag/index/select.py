@@ -1,15 +1,16 @@
 """The fourth verb: which passages of a ranking are handed on. No passage twice, no more tokens than there is room for.
 
-One order for every door: threshold (the ranking's own), duplicates, budget, `top_n`; diversity says whose turn it is.
-A passage is a duplicate of one that is handed on, so one that found no room takes no other with it. Knows no framework
-and no Chroma.
+One order for every door: threshold (the ranking's own), duplicates, pruning, budget, `top_n`; diversity says whose turn
+it is. A passage is a duplicate of one that is handed on, so one that found no room takes no other with it. Knows no
+framework and no Chroma.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -20,6 +21,7 @@ from kalm_rag.checks import call_app, check_count
 from kalm_rag.engine.reranker import Reranker
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import CandidateStates, RankedCandidate, Ranking
+from kalm_rag.index.pruning import PRUNE_MARGINS, Pruner, pruned_text
 from kalm_rag.index.results import LeftOut
 from kalm_rag.states import StateBatch
 
@@ -57,6 +59,9 @@ class Selection:
             relevance (Carbonell and Goldstein, SIGIR 1998), ``(1 - diversity) * P(yes) - diversity * cosine`` to the
             nearest of them, by mean states. It decides which passages are handed on, where `top_n` or the budget
             leaves some out; they come best first all the same. 0 goes by P(yes) alone.
+        prune: Whether sentences go that don't answer the question: those whose margin lies further below that of the
+            best sentence of their passage than this, >= 0. True takes what was measured for the model; that is pico,
+            and other models' passages stay whole then. No passage becomes empty; see `kalm_rag.index.pruning`.
 
     Raises:
         InputError: If one is of the wrong kind or out of range.
@@ -66,6 +71,7 @@ class Selection:
     count_tokens: Callable[[str], int] | None = None
     drop_duplicates: bool | float = False
     diversity: float = 0.0
+    prune: bool | float = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -81,6 +87,9 @@ class Selection:
         share: object = self.diversity
         if isinstance(share, bool) or not isinstance(share, Real) or not 0.0 <= float(share) < 1.0:
             raise InputError(f"diversity is {share!r}; wanted 0 (by P(yes) alone) or more, below 1.")
+        below: object = self.prune
+        if not isinstance(below, bool) and not (isinstance(below, Real) and 0.0 <= float(below) < inf):
+            raise InputError(f"prune is {below!r}; wanted True, False, or a difference of margins, 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +100,13 @@ class Candidates:
         read: Their texts as the model reads them; None for one without text.
         shown: Gives the text of one, by its place, as the app will hand it to its LLM: what a budget counts.
         names: What each is called in reports: its id.
+        body: Gives the part of a text, by its place, that may be pruned; None for one that stays whole.
     """
 
     read: Sequence[str | None]
     shown: Callable[[int], str]
     names: Sequence[str]
+    body: Callable[[int], str | None] = lambda place: None
 
 
 def select_candidates(
@@ -127,6 +138,7 @@ def select_candidates(
     left = [LeftOut(id=name, reason="threshold") for place, name in enumerate(names) if place not in ranks]
     near = _Similarity(ranking.states if selection.drop_duplicates or selection.diversity else None)
     least = _least_cosine(selection, engine)
+    pruner = _pruner(ranking, given, selection, engine)
     kept: list[RankedCandidate] = []
     considered: set[int] = set()
     room = selection.max_tokens
@@ -139,8 +151,11 @@ def select_candidates(
         if twin is not None:
             left.append(LeftOut(id=name, reason="duplicate", duplicate_of=names[twin]))
             continue
+        spans = None if pruner is None else pruner.kept(candidate.index)
+        if spans is not None:
+            candidate = replace(candidate, kept=tuple(spans))
         if room is not None:
-            size = _count(given.shown(candidate.index), selection, engine)
+            size = _count(shown_text(given, candidate), selection, engine)
             if size > room:
                 left.append(LeftOut(id=name, reason="budget", tokens=size))
                 continue
@@ -151,6 +166,14 @@ def select_candidates(
     passed_over = (names[c.index] for c in ranking.candidates[:last] if c.index not in considered)
     left += [LeftOut(id=name, reason="diversity") for name in passed_over]
     return kept, left
+
+
+def shown_text(given: Candidates, candidate: RankedCandidate) -> str:
+    """Text of a candidate as the app hands it to its LLM, without what was pruned."""
+    shown, body = given.shown(candidate.index), given.body(candidate.index)
+    if body is None:
+        return shown
+    return shown.replace(body, pruned_text(body, candidate.kept), 1)
 
 
 def mean_states(states: StateBatch) -> Tensor:
@@ -214,6 +237,14 @@ def _twin(
     cosines = near.to(place, others)
     best = int(cosines.argmax())
     return others[best] if float(cosines[best]) >= least else None
+
+
+def _pruner(ranking: Ranking, given: Candidates, selection: Selection, engine: Reranker | None) -> Pruner | None:
+    """What prunes, if anything shall be."""
+    if engine is None or selection.prune is False:
+        return None
+    margin = PRUNE_MARGINS.get(engine.info.family) if selection.prune is True else float(selection.prune)
+    return None if margin is None else Pruner(engine, ranking, given.read, given.body, margin)
 
 
 def _least_cosine(selection: Selection, engine: Reranker | None) -> float | None:

@@ -188,6 +188,9 @@ class SelectionFields(BaseModel):
     diversity: float = Field(
         default=0.0, description="How much being like what is handed on counts against, in [0, 1)."
     )
+    prune: StrictBool | StrictFloat = Field(
+        default=False, description="Leave out sentences that don't answer: True, or how far below the best one."
+    )
     on_error: OnError = Field(default="raise", description="raise, or retrieval_order: if the ranking fails.")
     timeout: float | None = Field(default=None, description="Most seconds for loading and ranking.")
     details: StrictBool = Field(default=False, description="Put on each result how the ranking went.")
@@ -219,6 +222,7 @@ class SelectionFields(BaseModel):
             count_tokens=self.count_tokens,
             drop_duplicates=self.drop_duplicates,
             diversity=self.diversity,
+            prune=self.prune,
         )
 
     def policy(self) -> FailurePolicy:

@@ -21,7 +21,7 @@ from uuid import UUID
 from kalm_rag.engine.prepared import PreparedQuery
 from kalm_rag.index.candidates import RankedCandidate, Ranking
 from kalm_rag.index.results import QueryResult
-from kalm_rag.index.select import Candidates
+from kalm_rag.index.select import Candidates, shown_text
 from kalm_rag.instructions import Instructions
 
 RankingEnded = Callable[[Ranking, Sequence[RankedCandidate], Mapping[str, Any]], None]
@@ -100,7 +100,7 @@ def ranking_span(
             _note(span, _flat(MINE, {**counts, "stage_seconds": ranking.seconds}))
             if not _hidden("OUTPUTS"):
                 for place, one in enumerate(candidates):
-                    name, text = given.names[one.index], given.shown(one.index)
+                    name, text = given.names[one.index], shown_text(given, one)
                     _document(span, f"reranker.output_documents.{place}", name, text, one.probability)
 
         yield ended

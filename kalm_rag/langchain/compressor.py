@@ -31,6 +31,7 @@ from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, RankedCandidate
 from kalm_rag.index.outcome import Outcome, rank_for_app
 from kalm_rag.index.passage_rule import DOCUMENT, PassageRule
+from kalm_rag.index.pruning import pruned_text
 from kalm_rag.index.ranking import is_blank
 from kalm_rag.index.select import Candidates
 from kalm_rag.index.settings import SelectionFields, place_of
@@ -107,12 +108,15 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
             see `kalm_rag.index.select.Selection`.
         diversity: How much a document loses for being like others, in [0, 1), when `top_n` or the budget decides which
             are handed on; they come best first all the same.
+        prune: Leave sentences out of ``page_content`` that don't answer, ``…`` in their place: True, or how far the
+            margin of one that stays may lie below its passage's best; see `kalm_rag.index.pruning`.
         on_error: ``"raise"``, so that a wrong setting is seen; or ``"retrieval_order"``: if the model can't be loaded,
             fails or takes too long, documents come back as they came, unscored, and the log and `details` say why.
         timeout: Most seconds for loading and ranking; None for no limit.
         details: Give ``rerank_details`` in the metadata: status (``reranked`` or ``skipped: ...``), model,
-            fingerprint, seconds, whether this document was read only to the model's limit (``truncated``), and how
-            many were left out for what. Traces always have them when there is something to tell.
+            fingerprint, seconds, whether this document was read only to the model's limit (``truncated``), which
+            characters of it are left if it was pruned (``kept``), and how many were left out for what. Traces always
+            have them when there is something to tell.
 
     Raises:
         pydantic.ValidationError: If an argument is unknown or out of range.
@@ -279,6 +283,7 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
                 read=texts,
                 shown=lambda place: documents[place].page_content,
                 names=[one.id or f"document {place}" for place, one in enumerate(documents)],
+                body=lambda place: documents[place].page_content,
             ),
             instructions=None if isinstance(query, PreparedQuery) else self.instructions,  # it has its own
             ratio=self.ratio,
@@ -304,7 +309,8 @@ class KaLMDocumentCompressor(EngineSettings, SelectionFields, BaseDocumentCompre
             metadata[MARGIN] = placed.margin
         if self.details:
             metadata[DETAILS] = outcome.details(placed)
-        return document.model_copy(update={"metadata": metadata})
+        text = pruned_text(document.page_content, placed.kept)
+        return document.model_copy(update={"page_content": text, "metadata": metadata})
 
     def _run_name(self, config: RunnableConfig) -> str:
         return config.get("run_name") or type(self).__name__

@@ -93,11 +93,12 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
         keep_score: Give ``relevance_score`` = P(yes) in the metadata. False leaves it out.
         keep_retrieval_score: Keep the vector store's score (Chroma: a distance, lower is nearer; none with ``"mmr"``)
             and rank.
-        max_tokens: Most tokens of all documents together; see `KaLMDocumentCompressor`, as for the next six. What is
+        max_tokens: Most tokens of all documents together; see `KaLMDocumentCompressor`, as for the next seven. What is
             not named is the compressor's; so are `threshold` and `keep_score`.
         count_tokens: Counts the tokens of a text.
         drop_duplicates: Leave out documents that repeat a better one.
         diversity: How much a document loses for being like others, in [0, 1).
+        prune: Leave out sentences that don't answer.
         on_error: ``"raise"`` or ``"retrieval_order"``, if the ranking fails; errors of the search are raised.
         timeout: Most seconds for loading and ranking.
         details: Give ``rerank_details`` in the metadata.

@@ -22,6 +22,7 @@ from kalm_rag.engine.queue import cancel_on_error
 from kalm_rag.errors import InputError
 from kalm_rag.index.candidates import Missing, RankedCandidate, check_missing
 from kalm_rag.index.outcome import Outcome, rank_for_app
+from kalm_rag.index.pruning import pruned_text
 from kalm_rag.index.select import Candidates
 from kalm_rag.index.settings import SelectionFields
 from kalm_rag.index.traces import inside_llama_index
@@ -79,13 +80,15 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
             `kalm_rag.index.select.Selection`.
         diversity: How much a node loses for being like others, in [0, 1), when `top_n` or the budget decides which are
             handed on; they come best first all the same.
+        prune: Leave sentences out of a node's text that don't answer, ``…`` in their place: True, or how far the margin
+            of one that stays may lie below its passage's best; see `kalm_rag.index.pruning`. The node keeps its id.
         on_error: ``"raise"``, so that a wrong setting is seen; or ``"retrieval_order"``: if the model can't be loaded,
             fails or takes too long, nodes come back as they came, with score None; log, event and `details` say why.
         timeout: Most seconds for loading and ranking; None for no limit.
         details: Give `RankedNode` objects, whose ``details`` hold status (``reranked`` or ``skipped: ...``), model,
-            fingerprint, seconds, whether this node was read only to the model's limit (``truncated``), and how many
-            were left out for what. The nodes in them, their hashes and texts stay as they are. The end event of every
-            rerank has the same in its ``tags``.
+            fingerprint, seconds, whether this node was read only to the model's limit (``truncated``), which characters
+            of it are left if it was pruned (``kept``), and how many were left out for what. The nodes in them, their
+            hashes and texts stay as they are. The end event of every rerank has the same in its ``tags``.
 
     Raises:
         InputError: (inside pydantic's ValidationError) if an argument is unknown, of the wrong kind or out of range.
@@ -247,6 +250,7 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
                 read=texts,
                 shown=lambda place: content_of(nodes[place].node, MetadataMode.LLM),
                 names=[item.node_id for item in nodes],
+                body=lambda place: content_of(nodes[place].node, MetadataMode.NONE),
             ),
             instructions=instructions,
             ratio=self.ratio,
@@ -260,6 +264,10 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
 
     def _scored(self, item: NodeWithScore, placed: RankedCandidate, outcome: Outcome) -> NodeWithScore:
         ranked = with_score(item, placed.probability, keep=self.keep_retrieval_score)
+        if placed.kept is not None:
+            node = ranked.node.model_copy()
+            node.set_content(pruned_text(content_of(item.node, MetadataMode.NONE), placed.kept))
+            ranked = NodeWithScore(node=node, score=ranked.score)
         if not self.details:
             return ranked
         return RankedNode(node=ranked.node, score=ranked.score, details=outcome.details(placed))

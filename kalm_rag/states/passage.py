@@ -120,6 +120,31 @@ class StateBatch:
             token_ids=None if self.token_ids is None else _rows(self.token_ids[:, : width * self.ratio], index, pin),
         )
 
+    def stretches(self, parts: Sequence[tuple[int, int, int]]) -> StateBatch:
+        """Give stretches of passages as passages of their own, widened to whole states.
+
+        Args:
+            parts: Row, first token and token behind the last one, of each stretch; at least one token that was read.
+        """
+        rows, first, last = torch.tensor(parts, dtype=torch.long).reshape(-1, 3).unbind(1)
+        first, last = first // self.ratio, (last + self.ratio - 1) // self.ratio  # states
+        tokens = torch.minimum(last * self.ratio, self.tokens[rows]) - first * self.ratio
+        width = int((last - first).max()) if len(parts) else 0
+        states = (first[:, None] + torch.arange(width)).clamp(max=self.vectors.shape[1] - 1)
+        token_ids = None
+        if self.token_ids is not None:
+            place = torch.arange(width * self.ratio)
+            every = (first[:, None] * self.ratio + place).clamp(max=self.token_ids.shape[1] - 1)
+            token_ids = torch.where(place < tokens[:, None], self.token_ids[rows[:, None], every], 0)
+        return replace(
+            self,
+            vectors=self.vectors[rows[:, None], states],
+            scales=None if self.scales is None else self.scales[rows[:, None], states],
+            tokens=tokens,
+            total_tokens=tokens,
+            token_ids=token_ids,
+        )
+
     def on(self, device: torch.device, dtype: torch.dtype, ratio: int | None = None) -> tuple[Tensor, Tensor]:
         """Put the batch on a device, undo int8 there, and pool further if asked, to a multiple of the stored ratio.
 
