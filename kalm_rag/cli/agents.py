@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,7 @@ def _run(settings: Any, *, http: bool, port: int) -> None:  # noqa: ANN401 - Ser
         threads = BoundedThreads(settings.threads, settings.queue, settings.timeout)
     with serving(door, settings, threads) as server:
         if not http:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the SDK's reader of stdin would wait for one more line
             server.run("stdio")
             return
         import uvicorn

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -138,6 +141,23 @@ def test_an_agent_over_stdio(tmp_path: Path, pico: Reranker) -> None:
         asyncio.run(talk())
     assert not heard, "a line on stdout that is none of the protocol is an exception here"
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_ctrl_c_stops_it(tmp_path: Path, pico: Reranker) -> None:
+    """It waited for one more line on stdin, which nobody who presses Ctrl-C writes."""
+    fill(tmp_path / "db", pico).close()
+    hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+    call = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello}
+    command = [sys.executable, "-m", "kalm_rag", "mcp", "--db", str(tmp_path / "db")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            server.stdin.write(json.dumps(call) + "\n")
+            server.stdin.flush()
+            assert json.loads(server.stdout.readline())["result"]["serverInfo"]["name"] == "kalm-rag"
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) == -signal.SIGINT
+        finally:
+            server.kill()
 
 
 @contextlib.contextmanager

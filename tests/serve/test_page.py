@@ -276,6 +276,7 @@ def test_the_key_is_asked_for_and_not_kept(visit: Any, pico: Reranker) -> None:
             page.get_by_role("button", name="Use this key").click()
             page.get_by_text("4 passages, model pico" if hidden else "This server wants an API key.").wait_for()
             assert (field.input_value(), field.is_hidden()) == ("", hidden)
+            assert page.get_by_role("alert").is_hidden() == hidden, "or it says that the key was wrong"
         ask(page)
         assert order(page, "Instruction A")[0] == "paris"
         assert page.evaluate("localStorage.length + sessionStorage.length") == 0
