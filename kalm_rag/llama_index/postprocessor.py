@@ -29,7 +29,7 @@ from kalm_rag.index.traces import inside_llama_index
 from kalm_rag.instructions import AnyInstructions, Instructions, as_instructions
 from kalm_rag.llama_index.fields import PassageFields
 from kalm_rag.llama_index.nodes import RankedNode, check_nodes, content_of, read_node, with_score
-from kalm_rag.llama_index.steering import override, overriding, surrounding_instructions
+from kalm_rag.llama_index.steering import override, overriding, surrounding_instructions, watch_engines
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
@@ -66,8 +66,10 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
         missing: Nodes without stored states: ``"encode"`` (and keep; with a `KaLMChromaVectorStore` only what its
             collection holds, the rest is cached), ``"raise"``, or ``"skip"`` (treated as nodes without text).
         instructions: `Instructions`, a task, any prompt or engine (read now), or ``"auto"``: those of the prompt of
-            the query or chat engine, agent or workflow that runs this (the innermost), read anew at each query. From a
-            plain function tool, which agents run in a thread, no agent is seen: make it async, or `follow` the agent.
+            the query or chat engine, agent or workflow that runs this (the innermost), read anew at each query; also
+            through ``asyncio.gather``, ``create_task`` and ``to_thread``. Threads of an executor of the app's
+            (``ThreadPoolExecutor.submit``, ``run_in_executor``) don't see what started them: hand them
+            ``contextvars.copy_context().run``, or `follow` the engine. LlamaIndex 0.14.0 runs plain function tools so.
         metadata_mode: Which metadata the scored text of a node holds: the mode they were indexed with. Left out with a
             `KaLMChromaVectorStore`: nodes are read as its collection says.
         passage: How a node is read, in place of `metadata_mode`: ``"document"``, or a template over text and metadata
@@ -129,7 +131,10 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
     @field_validator("instructions", mode="before")
     @classmethod
     def _read_instructions(cls, value: object) -> object:
-        return value if isinstance(value, str) and value == "auto" else as_instructions(value)
+        if isinstance(value, str) and value == "auto":
+            watch_engines()
+            return value
+        return as_instructions(value)
 
     @field_serializer("instructions")
     def _write_instructions(self, value: object) -> dict[str, Any] | str | None:
@@ -213,13 +218,14 @@ class KaLMNodePostprocessor(PassageFields, SelectionFields, BaseNodePostprocesso
             return as_instructions(self.instructions)  # may have been assigned, in any form
         if self._followed is not None:
             return Instructions.from_prompt(self._followed)
+        watch_engines()  # "auto" may have been assigned, and an app's tracing may have put its own handlers there
         found = surrounding_instructions()
         if found is None:
             logger.log(
                 logging.INFO if self._warned else logging.WARNING,
                 "instructions='auto' found no query or chat engine, agent or workflow with a prompt around this "
-                "postprocessor, so the default instructions hold. Use follow(engine), or pass the prompt as "
-                "instructions=.",
+                "postprocessor, so the default instructions hold. Threads of an executor see none, unless they run in "
+                "contextvars.copy_context(). Use follow(engine), or pass the prompt as instructions=.",
             )
             self._warned = True
         return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +19,7 @@ from llama_index.core.query_engine import CustomQueryEngine, RetrieverQueryEngin
 from llama_index.core.response_synthesizers.no_text import NoText
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
-from llama_index.core.tools import RetrieverTool
+from llama_index.core.tools import FunctionTool, RetrieverTool, function_tool
 from llama_index.core.workflow import StartEvent, StopEvent, Workflow, step
 from llama_nodes import EMBEDDING, QUERY, documents, engine_of, expected, got, index_of, make_nodes, same, scored
 
@@ -240,3 +242,169 @@ def test_instructions_may_be_assigned_as_a_task(vectors: KaLMChromaVectorStore) 
     assigned.instructions = "Find rivers."  # type: ignore[assignment]
     given = vectors.as_postprocessor(instructions="Find rivers.")
     assert assigned.postprocess_nodes(scored(), query_str=QUERY) == given.postprocess_nodes(scored(), query_str=QUERY)
+
+
+def qa(task: str) -> PromptTemplate:
+    return PromptTemplate(task + "\n\nContext:\n{context_str}\n\nQuestion: {query_str}")
+
+
+class Asking(CustomQueryEngine):
+    """An engine whose own prompt is `prompt`, and which calls `work` in its answer."""
+
+    prompt: PromptTemplate
+    work: Callable[[], Awaitable[str]]
+
+    def custom_query(self, query_str: str) -> str:
+        return asyncio.run(self.acustom_query(query_str))
+
+    async def acustom_query(self, query_str: str) -> str:
+        return await self.work()
+
+
+class Asks(Workflow):
+    def __init__(self, prompt: PromptTemplate, work: Callable[[], Awaitable[str]]) -> None:
+        super().__init__(timeout=60)
+        self.prompt, self.work = prompt, work
+
+    @step
+    async def answer(self, ev: StartEvent) -> StopEvent:
+        return StopEvent(result=await self.work())
+
+
+async def in_create_task(work: Callable[[], Awaitable[str]]) -> str:
+    return await asyncio.create_task(work())  # type: ignore[arg-type]
+
+
+async def in_to_thread(work: Callable[[], Awaitable[str]]) -> str:
+    return await asyncio.to_thread(lambda: asyncio.run(work()))  # type: ignore[arg-type]
+
+
+async def in_gather(work: Callable[[], Awaitable[str]]) -> str:
+    first, second = await asyncio.gather(work(), work())
+    assert first == second
+    return first
+
+
+async def in_an_executor(work: Callable[[], Awaitable[str]]) -> str:
+    run = contextvars.copy_context().run
+    return await asyncio.get_running_loop().run_in_executor(None, run, lambda: asyncio.run(work()))  # type: ignore[arg-type]
+
+
+class TestWhatRunsElsewhere:
+    """A rerank in a task or thread of its own has no engine on its call stack: the defaults held."""
+
+    @pytest.fixture
+    def heard(self, tiny: Reranker) -> Callable[[], Awaitable[str]]:
+        post = KaLMNodePostprocessor(reranker=tiny, instructions="auto")
+
+        async def preview() -> str:
+            await asyncio.sleep(0)
+            return post.preview(QUERY)
+
+        return preview
+
+    @pytest.mark.parametrize("through", [in_create_task, in_to_thread, in_gather, in_an_executor])
+    @pytest.mark.parametrize("kind", ["engine", "engine, sync", "workflow", "agent"])
+    def test_auto_is_heard(
+        self, tiny: Reranker, heard: Callable[[], Awaitable[str]], through: Callable[..., Awaitable[str]], kind: str
+    ) -> None:
+        async def work() -> str:
+            return await through(heard)
+
+        async def ask() -> str:
+            if kind == "workflow":
+                return str(await Asks(qa("Find laws."), work).run())
+            return str(await Asking(prompt=qa("Find laws."), work=work).aquery(QUERY))
+
+        if kind == "agent":
+            if not hasattr(function_tool, "contextvars"):
+                pytest.skip("this LlamaIndex runs plain function tools without their context")
+            got = self.agents(work)
+        else:
+            got = str(Asking(prompt=qa("Find laws."), work=work).query(QUERY)) if "sync" in kind else asyncio.run(ask())
+        wanted = Instructions(system="Find laws.") if kind == "agent" else LAWS
+        assert got == tiny.preview(QUERY, wanted)
+        assert asyncio.run(heard()) == tiny.preview(QUERY), "nobody is around any more"
+
+    def agents(self, work: Callable[[], Awaitable[str]]) -> str:
+        """What a plain function tool, which agents run in a thread, hears."""
+
+        class Searching(MockLLM):
+            def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+                done = "Observation:" in prompt.split(QUERY)[-1]
+                call = 'Thought: I look.\nAction: search\nAction Input: {"question": "Nile"}'
+                return CompletionResponse(text="Thought: I know.\nAnswer: Nile." if done else call)
+
+        got: list[str] = []
+
+        def search(question: str) -> str:
+            """Search."""
+            got.append(asyncio.run(work()))  # type: ignore[arg-type]
+            return "found"
+
+        async def run() -> None:
+            tools = [FunctionTool.from_defaults(search, name="search")]
+            await ReActAgent(tools=tools, llm=Searching(), system_prompt="Find laws.", streaming=False).run(QUERY)
+
+        asyncio.run(run())
+        return got[0]
+
+    def test_the_innermost_wins_and_nothing_leaks(self, tiny: Reranker, heard: Callable[[], Awaitable[str]]) -> None:
+        async def inside() -> str:
+            return await in_gather(heard)
+
+        async def nested(task: str) -> tuple[str, str, str]:
+            """Before, in and after an engine within an engine, each in a task of its own."""
+            seen: list[str] = []
+
+            async def outer() -> str:
+                seen.append(await in_create_task(heard))
+                inner: Any = Asks(qa(f"{task} of the inner"), inside).run()
+                seen.append(await in_create_task(heard))  # while it runs: its caller isn't inside
+                seen.append(str(await inner))
+                seen.append(await in_to_thread(heard))
+                return ""
+
+            await Asking(prompt=qa(task), work=outer).aquery(QUERY)
+            assert seen[0] == seen[1] == seen[3]
+            return seen[0], seen[2], await in_create_task(heard)
+
+        async def together() -> list[tuple[str, str, str]]:
+            return await asyncio.gather(*(nested(f"Find {n}") for n in range(8)))
+
+        for n, (before, within, after) in enumerate(asyncio.run(together())):
+            assert before == tiny.preview(QUERY, Instructions(task=f"Find {n}"))
+            assert within == tiny.preview(QUERY, Instructions(task=f"Find {n} of the inner"))
+            assert after == tiny.preview(QUERY)
+
+    def test_a_task_that_outlives_its_engine_follows_it_no_more(
+        self, tiny: Reranker, heard: Callable[[], Awaitable[str]]
+    ) -> None:
+        async def main() -> str:
+            over, left = asyncio.Event(), list[asyncio.Task[str]]()
+
+            async def late() -> str:
+                await over.wait()
+                return await heard()
+
+            async def work() -> str:
+                left.append(asyncio.create_task(late()))
+                raise RuntimeError("it fails")
+
+            with pytest.raises(RuntimeError, match="it fails"):
+                await Asking(prompt=qa("Find laws."), work=work).aquery(QUERY)
+            over.set()
+            return await left[0]
+
+        assert asyncio.run(main()) == tiny.preview(QUERY)
+
+    def test_a_loop_in_an_engine_has_engines_of_its_own(
+        self, tiny: Reranker, heard: Callable[[], Awaitable[str]]
+    ) -> None:
+        """The call stack shows who started the event loop; its tasks' engines are further in."""
+
+        async def inner() -> str:
+            return str(await Asking(prompt=qa("Find poems."), work=lambda: in_create_task(heard)).aquery(QUERY))
+
+        got = Asking(prompt=qa("Find laws."), work=inner).query(QUERY)
+        assert str(got) == tiny.preview(QUERY, Instructions(task="Find poems."))
