@@ -85,6 +85,7 @@ def _run(settings: Any, *, http: bool, port: int) -> None:  # noqa: ANN401 - Ser
 
         from kalm_rag.serve.telemetry import logging_settings
 
+        signal.signal(signal.SIGTERM, _leave)  # uvicorn gives the signal on when it has drained
         uvicorn.run(
             http_app(server, settings, threads, key),
             host=settings.host,
@@ -94,3 +95,8 @@ def _run(settings: Any, *, http: bool, port: int) -> None:  # noqa: ANN401 - Ser
             log_config=logging_settings(),
             timeout_graceful_shutdown=int(settings.timeout) + 1,
         )
+
+
+def _leave(*_: object) -> None:
+    """End as SIGTERM ends a process, but close the index before."""
+    raise SystemExit(128 + signal.SIGTERM)

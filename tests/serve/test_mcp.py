@@ -143,21 +143,28 @@ def test_an_agent_over_stdio(tmp_path: Path, pico: Reranker) -> None:
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_ctrl_c_stops_it(tmp_path: Path, pico: Reranker) -> None:
-    """It waited for one more line on stdin, which nobody who presses Ctrl-C writes."""
+def test_signals_stop_it(tmp_path: Path, pico: Reranker) -> None:
+    """Ctrl-C waited for one more line on stdin; over HTTP, SIGTERM left the index open."""
     fill(tmp_path / "db", pico).close()
     hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
     call = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello}
     command = [sys.executable, "-m", "kalm_rag", "mcp", "--db", str(tmp_path / "db")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with (
+        subprocess.Popen([*command, "--http", "--port", "0"], stderr=subprocess.PIPE, text=True) as listener,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
+    ):
         try:
             server.stdin.write(json.dumps(call) + "\n")
             server.stdin.flush()
             assert json.loads(server.stdout.readline())["result"]["serverInfo"]["name"] == "kalm-rag"
             server.send_signal(signal.SIGINT)
             assert server.wait(30) == -signal.SIGINT
+            assert any("Uvicorn running" in line for line in listener.stderr)
+            listener.send_signal(signal.SIGTERM)
+            assert listener.wait(60) == 128 + signal.SIGTERM, "by its own end, in which all is closed"
         finally:
             server.kill()
+            listener.kill()
 
 
 @contextlib.contextmanager
