@@ -131,13 +131,17 @@ def test_search_is_that_of_the_index(client: httpx.Client, door: Door) -> None:
 def test_passages_come_and_go(client: httpx.Client) -> None:
     honey = {"id": "honey", "text": "Bees make honey.", "metadata": {"kind": "food", "legs": 6}}
     sent = copy.deepcopy(honey)
-    put = client.put("/v1/passages", json={"passages": [honey, {"id": "wax", "text": "Bees make wax."}]})
+    put = client.put(
+        "/v1/passages", json={"passages": [honey, {"id": "wax", "text": "Bees make wax. The sea is wide and blue."}]}
+    )
     assert (put.status_code, put.json()["records"], put.json()["encoded"]) == (200, 2, 2)
     again = client.put("/v1/passages", json={"passages": [honey]}).json()
     assert (again["records"], again["unchanged"]) == (0, 1)
     found = post(client, "/v1/search", query="What do bees make?", top_n=1)
     assert (found["hits"][0]["text"], found["encoded"]) == ("Bees make honey.", 0)
     assert {key: found["hits"][0][key] for key in sent} == sent
+    short = post(client, "/v1/search", query="Who makes wax?", top_n=1, prune=1.5)["hits"][0]
+    assert (short["id"], short["kept"]) == ("wax", [[0, 14]])
     listed = client.get("/v1/collections").json()["collections"]
     assert [(one["name"], one["records"], one["served"]) for one in listed] == [("passages", 6, True)]
     gone = client.request("DELETE", "/v1/passages", json={"ids": ["honey", "wax", "nobody"]})
