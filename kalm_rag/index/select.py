@@ -60,7 +60,7 @@ class Selection:
             nearest of them, by mean states. It decides which passages are handed on, where `top_n` or the budget
             leaves some out; they come best first all the same. 0 goes by P(yes) alone.
         prune: Whether sentences go that don't answer the question: those whose margin lies further below that of the
-            best sentence of their passage than this, >= 0. True takes what was measured for the model; that is pico,
+            best sentence of their passage than this, > 0. True takes what was measured for the model; that is pico,
             and other models' passages stay whole then. No passage becomes empty; see `kalm_rag.index.pruning`.
 
     Raises:
@@ -88,8 +88,8 @@ class Selection:
         if isinstance(share, bool) or not isinstance(share, Real) or not 0.0 <= float(share) < 1.0:
             raise InputError(f"diversity is {share!r}; wanted 0 (by P(yes) alone) or more, below 1.")
         below: object = self.prune
-        if not isinstance(below, bool) and not (isinstance(below, Real) and 0.0 <= float(below) < inf):
-            raise InputError(f"prune is {below!r}; wanted True, False, or a difference of margins, 0 or more.")
+        if not isinstance(below, bool) and not (isinstance(below, Real) and 0.0 < float(below) < inf):
+            raise InputError(f"prune is {below!r}; wanted True, False, or a difference of margins above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def select_candidates(
     left = [LeftOut(id=name, reason="threshold") for place, name in enumerate(names) if place not in ranks]
     near = _Similarity(ranking.states if selection.drop_duplicates or selection.diversity else None)
     least = _least_cosine(selection, engine)
-    pruner = _pruner(ranking, given, selection, engine)
+    pruner = _pruner(ranking, given, selection, engine, top_n)
     kept: list[RankedCandidate] = []
     considered: set[int] = set()
     room = selection.max_tokens
@@ -171,9 +171,10 @@ def select_candidates(
 def shown_text(given: Candidates, candidate: RankedCandidate) -> str:
     """Text of a candidate as the app hands it to its LLM, without what was pruned."""
     shown, body = given.shown(candidate.index), given.body(candidate.index)
-    if body is None:
+    if candidate.kept is None or body is None:
         return shown
-    return shown.replace(body, pruned_text(body, candidate.kept), 1)
+    left = pruned_text(body, candidate.kept)
+    return left if shown == body else shown.replace(body.strip(), left, 1)
 
 
 def mean_states(states: StateBatch) -> Tensor:
@@ -239,12 +240,14 @@ def _twin(
     return others[best] if float(cosines[best]) >= least else None
 
 
-def _pruner(ranking: Ranking, given: Candidates, selection: Selection, engine: Reranker | None) -> Pruner | None:
+def _pruner(
+    ranking: Ranking, given: Candidates, selection: Selection, engine: Reranker | None, top_n: int | None
+) -> Pruner | None:
     """What prunes, if anything shall be."""
     if engine is None or selection.prune is False:
         return None
     margin = PRUNE_MARGINS.get(engine.info.family) if selection.prune is True else float(selection.prune)
-    return None if margin is None else Pruner(engine, ranking, given.read, given.body, margin)
+    return None if margin is None else Pruner(engine, ranking, given.read, given.body, margin, top_n)
 
 
 def _least_cosine(selection: Selection, engine: Reranker | None) -> float | None:

@@ -81,6 +81,30 @@ def test_our_retriever_takes_the_same_arguments(pico: Reranker) -> None:
     assert asyncio.run(retriever.ainvoke(QUERY)) != []
 
 
+def test_sentences_go_behind_our_retriever_too(pico: Reranker) -> None:
+    """What the compressor says holds, unless the retriever says otherwise; the store's documents stay whole."""
+    vectors = InMemoryVectorStore(VECTORS)
+    text = f"I like tea. Steel rusts. {TEXTS[2]} Berlin is large."
+    vectors.add_documents([Document(text, id="a", metadata={"n": 1})])
+
+    def ask(compressor: dict[str, Any], **settings: Any) -> Document:
+        made = KaLMDocumentCompressor(reranker=pico, **compressor)
+        (got,) = KaLMRetriever(vectorstore=vectors, compressor=made, **settings).invoke(QUERY)
+        return got
+
+    assert ask({}).page_content == text
+    pruned = ask({"prune": 0.5, "details": True})
+    assert (pruned.id, pruned.page_content) == ("a", f"… {TEXTS[2]} …")
+    ((start, end),) = pruned.metadata["rerank_details"]["kept"]
+    assert text[start:end] == TEXTS[2]
+    for smallest in (0.5, 1e-9):
+        assert ask({}, prune=smallest).page_content == f"… {TEXTS[2]} …"
+    again = KaLMDocumentCompressor(reranker=pico, prune=True).compress_documents([pruned], QUERY)
+    assert TEXTS[2] in again[0].page_content
+    assert "rerank_details" not in again[0].metadata
+    assert vectors.get_by_ids(["a"])[0].page_content == text
+
+
 def test_details_are_on_request_only_and_plain(pico: Reranker) -> None:
     assert all("rerank_details" not in d.metadata for d in retrieve(pico))
     long = candidates(["Paris is the capital of France. " * 1000, "I like tea."])
@@ -167,6 +191,8 @@ def test_a_timeout_holds(pico: Reranker, monkeypatch: pytest.MonkeyPatch, is_asy
         {"count_tokens": 3},
         {"drop_duplicates": 2.0},
         {"drop_duplicates": "yes"},
+        {"prune": -1.0},
+        {"prune": "yes"},
         {"on_error": "ignore"},
         {"timeout": 0},
         {"details": "yes"},
@@ -186,6 +212,7 @@ def test_settings_survive_being_written_down_but_a_function_does_not() -> None:
         "max_tokens": 9,
         "drop_duplicates": 0.9,
         "diversity": 0.2,
+        "prune": 3.5,
         "on_error": "retrieval_order",
         "timeout": 3.0,
         "details": True,

@@ -80,6 +80,26 @@ def test_the_budget_counts_what_the_llm_gets(pico: Reranker) -> None:
     assert len(retrieve(pico, hidden, max_tokens=5, count_tokens=words)) == 1
 
 
+@pytest.mark.parametrize("mode", list(MetadataMode))
+def test_sentences_go_from_the_text_and_no_metadata_does(pico: Reranker, mode: MetadataMode) -> None:
+    """Whatever of the metadata the model reads before the text: characters are those of the node's own text."""
+    text = f"I like tea. Steel rusts. {TEXTS[2]} Berlin is large."
+    given = nodes_of([text], metadata={"title": "Ünïcode. On tea.", "n": 1}, excluded_llm_metadata_keys=["n"])
+    before = copy.deepcopy(given)
+    (ranked,) = retrieve(pico, given, prune=0.5, metadata_mode=mode, details=True)
+    assert given == before, "the caller's nodes were changed"
+    assert ranked.node_id == "r0"
+    assert ranked.text == f"… {TEXTS[2]} …"
+    assert ranked.get_content(metadata_mode=MetadataMode.LLM) == f"title: Ünïcode. On tea.\n\n… {TEXTS[2]} …"
+    assert ranked.node.metadata == given[0].node.metadata
+    ((start, end),) = ranked.details["kept"]  # type: ignore[attr-defined]
+    assert text[start:end] == TEXTS[2]
+    room = words(ranked.get_content(metadata_mode=MetadataMode.LLM))
+    options: dict[str, Any] = {"prune": 0.5, "metadata_mode": mode, "count_tokens": words}
+    assert len(retrieve(pico, given, max_tokens=room, **options)) == 1
+    assert retrieve(pico, given, max_tokens=room - 1, **options) == []
+
+
 def test_details_are_on_request_and_leave_the_node_alone(pico: Reranker) -> None:
     given = nodes_of(["Paris is the capital of France. " * 1000, "I like tea."])
     assert all(type(item) is NodeWithScore for item in retrieve(pico, given))
@@ -154,6 +174,7 @@ def test_a_timeout_holds(pico: Reranker, monkeypatch: pytest.MonkeyPatch) -> Non
         {"count_tokens": 3},
         {"drop_duplicates": 2.0},
         {"diversity": 1.0},
+        {"prune": -1.0},
         {"on_error": "ignore"},
         {"timeout": 0},
     ],
@@ -170,6 +191,7 @@ def test_settings_survive_being_written_down_but_a_function_does_not() -> None:
         "max_tokens": 9,
         "drop_duplicates": 0.9,
         "diversity": 0.2,
+        "prune": 3.5,
         "on_error": "retrieval_order",
         "timeout": 3.0,
         "details": True,
