@@ -152,7 +152,7 @@ class SearchRequest(Steered):
     max_tokens: Count | None = Field(default=None, description="Most tokens of all hits together.")
     drop_duplicates: StrictBool | Share = False
     diversity: Share = 0.0
-    prune: StrictBool | Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)] = Field(
+    prune: StrictBool | Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
         default=False, description="Leave out sentences that don't answer; `kept` says which characters stay."
     )
     on_error: OnError = "raise"
