@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import chromadb
 import pytest
 import torch
 from hypothesis import given
@@ -192,7 +193,8 @@ def test_no_more_is_read_than_a_vector_stands_for(pico: Reranker, monkeypatch: p
 
 
 @pytest.mark.parametrize("door", ["index", "langchain", "llama_index"])
-def test_who_opened_before_a_change_may_not_undo_it(pico: Reranker, tmp_path: Path, door: str) -> None:
+@pytest.mark.parametrize("change", ["max_passage_tokens=2048", "dtype='bf16'"])
+def test_who_opened_before_a_change_may_not_undo_it(pico: Reranker, tmp_path: Path, door: str, change: str) -> None:
     """Its first write was refused, and its second one noted the former cut again: later readers saw old states."""
     long = passage_of("", 600, "nowhere")
     with ChromaIndex.open(tmp_path, device="cpu", max_passage_tokens=256) as index:
@@ -213,16 +215,75 @@ def test_who_opened_before_a_change_may_not_undo_it(pico: Reranker, tmp_path: Pa
     assert old.verify().clean
     code = (
         f"from kalm_rag import ChromaIndex\nwith ChromaIndex.open({str(tmp_path)!r}, device='cpu', "
-        f"max_passage_tokens=2048, change_model=True) as index: index.backfill()"
+        f"{change}, change_model=True) as index: index.backfill()"
     )
     Script(code).finish()
+    told = {
+        "max_passage_tokens=2048": "made with max_passage_tokens '2048' since this opened it with '256'",
+        "dtype='bf16'": "made with dtype 'bfloat16' since this opened it with 'float32'",
+    }[change]
     for _ in range(3):
-        with pytest.raises(StateMismatchError, match="made with max_passage_tokens '2048'"):
-            write()
-        with pytest.raises(StateMismatchError, match="made with max_passage_tokens '2048'"):
-            old.backfill()
+        for work in (write, old.backfill, *([old.refresh] if door == "index" else [])):
+            with pytest.raises(StateMismatchError, match=rf"{told}: another process.* Open it again"):
+                work()
     old.close()
     with ChromaIndex.open(tmp_path, device="cpu") as index:
-        assert index.engine.info.max_passage_tokens == 2048
+        info, cut = index.engine.info, change.startswith("max")
+        assert (info.max_passage_tokens, info.dtype) == ((2048, "float32") if cut else (256, "bfloat16"))
         assert index.verify().clean
         assert len(index) == 1
+
+
+@pytest.mark.parametrize("door", ["langchain", "llama_index"])
+def test_another_limit_than_the_stores_is_named(pico: Reranker, door: str) -> None:
+    """Two fingerprints were shown, and no word about what differs."""
+    if door == "langchain":
+        room = pytest.importorskip("kalm_rag.langchain")
+        document = pytest.importorskip("langchain_core.documents").Document("Paris is the capital of France.")
+        store = room.KaLMChroma("limits", max_passage_tokens=256)
+        store.add_documents([document], ids=["x"])
+        other = store.as_compressor(max_passage_tokens=2048)
+        own = room.KaLMDocumentCompressor(store=store, max_passage_tokens=2048)
+        asked: list[Callable[[], Any]] = [
+            lambda c=c: c.compress_documents([document], "capital?") for c in (other, own)
+        ]
+    else:
+        room, core = pytest.importorskip("kalm_rag.llama_index"), pytest.importorskip("llama_index.core.schema")
+        collection = chromadb.EphemeralClient().get_or_create_collection("limits-of-nodes")
+        store = room.KaLMChromaVectorStore(collection, max_passage_tokens=256)
+        other = store.as_postprocessor(max_passage_tokens=2048)
+        nodes = [core.NodeWithScore(node=core.TextNode(text="Paris"))]
+        asked = [
+            lambda: other.postprocess_nodes(nodes, query_str="capital?"),
+            lambda: room.KaLMEmbedding(store=store, max_passage_tokens=2048).get_text_embedding("x"),
+        ]
+    for ask in asked:
+        with pytest.raises(StateMismatchError, match=r"max_passage_tokens is 2048, and the store's .* with 256"):
+            ask()
+
+
+def test_a_command_lets_a_collection_go_over_to_another_limit(tmp_path: Path) -> None:
+    """``backfill --change-model`` kept the former limit and encoded nothing, and no command took one."""
+
+    def call(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(app, list(arguments))
+        assert done.exit_code == code, done.output
+        return " ".join(done.output.split())
+
+    texts, db = tmp_path / "texts", str(tmp_path / "db")
+    texts.mkdir()
+    (texts / "tea.txt").write_text("I like tea.")
+    again = ("index", str(texts), "--db", db)
+    call(*again, "--max-passage-tokens", "256")
+    for limit, changing in (("2048", ()), ("100", ("--max-passage-tokens", "100"))):
+        told = call(*again, "--max-passage-tokens", limit, code=1)
+        assert "Leave --max-passage-tokens out to go on with it, or run kalm-rag backfill with it" in told
+        assert "1 passages encoded" in call("backfill", "--db", db, "--change-model", *changing)
+        call(*again, "--max-passage-tokens", limit)
+        assert "I like tea." in call("query", "What do I like?", "--db", db)
+        with ChromaIndex.open(db, device="cpu") as index:
+            assert index.engine.info.max_passage_tokens == int(limit)
+            assert index.verify().clean
+    long = passage_of("", 600, "Paris is the capital of France.")
+    scores = {call("rank", "What is the capital of France?", long, "--max-passage-tokens", n) for n in ("64", "2048")}
+    assert len(scores) == 2

@@ -15,6 +15,7 @@ from kalm_rag.cli.opening import (
     Codec,
     Database,
     Embedder,
+    Limit,
     Name,
     Passage,
     Ratio,
@@ -50,6 +51,7 @@ def index(
     passage: Passage = None,
     ratio: Ratio = None,
     codec: Codec = None,
+    max_passage_tokens: Limit = None,
     as_json: AsJson = False,
 ) -> None:
     """Index a folder; run again, it touches only what changed and removes what is gone."""
@@ -62,6 +64,7 @@ def index(
         if not found and not has_index(db):
             raise InputError(_NOTHING.format(folder))
         options = {"model": model, "embedder": embedder, "ratio": ratio, "codec": codec}
+        options["max_passage_tokens"] = max_passage_tokens
         with open_index(db, collection, create=found, passage=plain_passage(passage), **options) as opened:
             report = sync_documents(
                 opened, listing.documents, listing.scope, origin=listing.origin, unreadable=listing.unreadable

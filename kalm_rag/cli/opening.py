@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,14 @@ FetchK = Annotated[int, typer.Option("--fetch-k", help="Candidates the vector se
 Ratio = Annotated[int | None, typer.Option(help="Tokens per state.", show_default="as stored, or 4")]
 Codec = Annotated[
     str | None, typer.Option(help="How states are kept: exact, bf16 or int8.", show_default="as stored, or exact")
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--max-passage-tokens",
+        help="Where passages are cut; a collection made with another limit goes over by backfill --change-model.",
+        show_default="the collection's, or the model's",
+    ),
 ]
 Passage = Annotated[
     str | None,
@@ -72,11 +81,13 @@ def open_home(
     passage: str | None = None,
     ratio: int | None = None,
     codec: str | None = None,
+    max_passage_tokens: int | None = None,
     change_model: bool = False,
 ) -> Iterator[CollectionHome]:
     """Open a collection to look after its states: whatever made its vectors, and without a model until one is needed.
 
-    Nothing is made where there is no such collection (InputError).
+    Nothing is made where there is no such collection (InputError). Under `change_model` passages are cut where the
+    model cuts them today, if no limit is named.
     """
     _require_index(db)
     with working("opening the index ..."):
@@ -85,11 +96,17 @@ def open_home(
         from kalm_rag.index.home import CollectionHome
         from kalm_rag.index.lazy_engine import EngineSpec
         from kalm_rag.index.place import CollectionPlace
+        from kalm_rag.models.registry import passage_limit
 
         given = CollectionNotes(model=model, passage=plain_passage(passage))
-        spec = EngineSpec(model=model if model is not None else "pico", ratio=ratio)  # else the collection's
+        named = model if model is not None else "pico"  # else the collection's
+        spec = EngineSpec(model=named, ratio=ratio, max_passage_tokens=max_passage_tokens)
         database, found = CollectionPlace(name=collection, folder=db, create=False).open()
         try:
+            if change_model and max_passage_tokens is None:
+                made = CollectionNotes.read(found.metadata).model
+                reads = named if model is not None or made is None else made
+                spec = replace(spec, max_passage_tokens=passage_limit(reads))
             home = CollectionHome(
                 database, found, spec, given, ratio=ratio, codec=codec, change_model=change_model, own_engine=True
             )

@@ -87,6 +87,9 @@ def rank(
     task: Task = None,
     top_n: Annotated[int | None, typer.Option("--top-n", help="Passages to show.", show_default="all")] = None,
     threshold: Threshold = None,
+    max_passage_tokens: Annotated[
+        int | None, typer.Option(help="Where passages are cut.", show_default="the model's")
+    ] = None,
     full: Full = False,
     as_json: AsJson = False,
 ) -> None:
@@ -98,7 +101,7 @@ def rank(
         with working("loading the model ..."):
             from kalm_rag.engine.reranker import Reranker
 
-            engine = Reranker.from_pretrained(model)
+            engine = Reranker.from_pretrained(model, max_passage_tokens=max_passage_tokens)
         places: dict[str, list[int]] = {}
         for position, passage in enumerate(texts):
             places.setdefault(passage, []).append(position)

@@ -43,6 +43,7 @@ _WORDS = (
     ),
     (r"Open it with what is stored \(stored_layout tells\), or", "Leave --ratio and --codec out to go on with it, or"),
     (r"\bLeave (model|revision|dtype|passage) out\b", r"Leave --\1 out"),
+    (r"\bLeave max_passage_tokens out\b", "Leave --max-passage-tokens out"),
     (r"\b(?:pass|Pass) embedder=(?= with)", "Pass --embedder"),
     (r"\bdevice='(\w+)'", r"--device \1"),
     (r"\bwith ratio=(\d+)", r"with --ratio \1"),

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalm_rag.cli.opening import GOES_ON, Codec, Database, Embedder, Name, Passage, Ratio, open_home, open_index, stored
+from kalm_rag.cli.opening import (
+    GOES_ON,
+    Codec,
+    Database,
+    Embedder,
+    Limit,
+    Name,
+    Passage,
+    Ratio,
+    open_home,
+    open_index,
+    stored,
+)
 from kalm_rag.cli.terminal import DAILY, AsJson, Model, command_line, errors, out, print_json, shown, working
 
 if TYPE_CHECKING:  # torch and Chroma take seconds to import; --help must not
@@ -36,13 +48,16 @@ def backfill(
     passage: Passage = None,
     ratio: Ratio = None,
     codec: Codec = None,
+    max_passage_tokens: Limit = None,
     change_model: Annotated[
-        bool, typer.Option("--change-model", help="Go over to another model or passage rule: all is encoded again.")
+        bool,
+        typer.Option("--change-model", help="Go over to another model, limit or passage rule: all is encoded again."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make the states that a collection lacks, e.g. one that your app filled; its records are left as they are."""
     told: dict[str, Any] = {"model": model, "passage": passage, "ratio": ratio, "codec": codec}
+    told["max_passage_tokens"] = max_passage_tokens
     with errors(stopped=GOES_ON), open_home(db, collection, change_model=change_model, **told) as home:
         mended = home.backfill(show_progress=sys.stderr.isatty())
         stats, records = home.store().stats(), home.collection.count()

@@ -85,8 +85,10 @@ class CollectionNotes:
         named = {NOTE + f.name: getattr(self, f.name) for f in fields(self)}
         return {key: value for key, value in named.items() if value is not None}
 
-    def check(self, wanted: CollectionNotes, name: str) -> None:
+    def check(self, wanted: CollectionNotes, name: str, *, opened: bool = False) -> None:
         """Refuse to open the collection `name` under other terms than it was made with; None leaves it to decide.
+
+        Under `opened` the terms are those that it was opened with, which somebody has changed since.
 
         Raises:
             StateMismatchError: If model, revision, dtype, cut or passage rule differ: its states would be made again.
@@ -95,12 +97,18 @@ class CollectionNotes:
             noted, asked = getattr(self, what), getattr(wanted, what)
             if what == "model" and (_is_folder(noted) or _is_folder(asked)):
                 continue  # the same weights may lie elsewhere now; their fingerprint tells, once they are loaded
-            if noted is not None and asked is not None and noted != asked:
+            if noted is None or asked is None or noted == asked:
+                continue
+            if opened:
                 raise StateMismatchError(
-                    f"collection {name!r} was made with {what} {noted!r}; asked for {asked!r}. Leave {what} out to go "
-                    f"on with it, or pass change_model=True to ChromaIndex.open and run backfill(), which encodes all "
-                    f"its passages again."
+                    f"collection {name!r} was made with {what} {noted!r} since this opened it with {asked!r}: another "
+                    f"process, or another handle, let it go over. Open it again."
                 )
+            raise StateMismatchError(
+                f"collection {name!r} was made with {what} {noted!r}; asked for {asked!r}. Leave {what} out to go "
+                f"on with it, or pass change_model=True to ChromaIndex.open and run backfill(), which encodes all "
+                f"its passages again."
+            )
 
 
 def _is_folder(model: str | None) -> bool:

@@ -272,7 +272,7 @@ class CollectionHome:
         noted = CollectionNotes.read(self._collection.metadata)
         if noted == self._seen or self._moving:
             return
-        noted.check(replace(self.notes(), passage=None), self._name)
+        noted.check(replace(self.notes(), passage=None), self._name, opened=True)
         self._notes, self._rule, self._seen = with_notes(noted, self._notes), None, noted
 
     def _open_again(self) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from kalm_rag.checks import check_count
 from kalm_rag.engine.reranker import DEFAULT_RATIO, Reranker
-from kalm_rag.errors import ClosedError, InputError
+from kalm_rag.errors import ClosedError, InputError, StateMismatchError
 from kalm_rag.index.state_cache import release_caches, shared_cache
 from kalm_rag.models.backbone import CachingBackbone
 from kalm_rag.models.prefix_cache import check_bytes
@@ -249,7 +249,9 @@ class LazyEngine:
 
     def _find_store(self, engine: Reranker) -> StateStore | None:
         if isinstance(self._given, LazyEngine):
-            return self._given.get()[1]
+            theirs, store = self._given.get()
+            check_same_limit(engine, theirs)
+            return store
         if self._opener is None and not isinstance(self._given, str):
             return self._given
         with self._lock:
@@ -324,6 +326,20 @@ def match_ratio(engine: Reranker, store: StateStore | None) -> tuple[Reranker, S
     if store is not None:
         return (engine if engine.ratio == store.layout.ratio else engine.at(store.layout.ratio)), store
     return engine, shared_cache(engine.layout())
+
+
+def check_same_limit(engine: Reranker, theirs: Reranker) -> None:
+    """Refuse an engine that differs from that of a store only in where it cuts passages; others name their models.
+
+    Raises:
+        StateMismatchError: If it does.
+    """
+    asked, made = engine.info.max_passage_tokens, theirs.info.max_passage_tokens
+    if asked != made and replace(engine.info, max_passage_tokens=made) == theirs.info:
+        raise StateMismatchError(
+            f"max_passage_tokens is {asked}, and the store's states were made with {made}. Leave max_passage_tokens "
+            f"out to read as the store does, or give it to the store."
+        )
 
 
 def is_open(engine: Reranker) -> bool:
