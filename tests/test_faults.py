@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,9 @@ def test_a_part_of_the_table(tmp_path: Path, tiny_folder: Path, part, scale: flo
     assert bench.row.trials > 80
     assert not bench.row.failed, bench.row.problems
     assert part.__name__ in PARTS
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_is_there(part: str) -> None:
+    """A part that can't be imported was found only by who ran the table."""
+    assert callable(getattr(importlib.import_module(f"faults.{PARTS[part][0]}"), part))

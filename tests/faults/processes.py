@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 from faults.children import end, start
 from faults.table import GONE, Bench, Fresh, check_index
-from test_clients import writer
+from test_clients import WRITER
 from test_rebuild import passages
 from toy import QUERY, reopen
 
@@ -23,7 +25,7 @@ def writers(bench: Bench) -> None:
         for number in range(bench.count(3)):
             path = bench.folder / str(number)
             reopen(path, engine).close()
-            two = [writer(path, bench.model, name) for name in "ab"]
+            two = [_writer(path, bench.model, name) for name in "ab"]
             wanted: set[str] = set()
             for process in two:
                 assert process.stdin is not None
@@ -43,6 +45,13 @@ def writers(bench: Bench) -> None:
                 bench.row.add("lost", f"{what}: deleted, and still found", len(found - wanted))
                 bench.row.add("lost", f"{what}: written, and not found", len(wanted - found))
             bench.tell(f"{len(wanted)} records written, {len(found)} found")
+
+
+def _writer(path: Path, model: Path, name: str) -> subprocess.Popen[str]:
+    """A process of its own; it finds helpers of tests as this one does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", WRITER, str(path), str(model), name]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def reader(bench: Bench) -> None:
