@@ -19,6 +19,7 @@ from pydantic import (
     StrictBool,
     StrictFloat,
     StrictInt,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
@@ -203,6 +204,15 @@ class SelectionFields(BaseModel):
                 f"count_tokens was the function {value['live']} when this was written down, which can't be made from "
                 f"a description. Pass count_tokens= again."
             )
+        return value
+
+    @field_validator("timeout", "diversity", mode="before")
+    @classmethod
+    def _check_number(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - before pydantic makes True 1.0
+        if info.field_name == "timeout":
+            FailurePolicy(timeout=value)
+        else:
+            Selection(diversity=value)
         return value
 
     @model_validator(mode="after")

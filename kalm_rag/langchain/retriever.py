@@ -148,6 +148,12 @@ class KaLMRetriever(ByName, SelectionFields, BaseRetriever):
             )
         return value
 
+    @field_validator("threshold", mode="before")
+    @classmethod
+    def _check_threshold(cls, value: Any) -> Any:  # noqa: ANN401 - before pydantic makes True 1.0
+        check_cut(None, value)
+        return value
+
     @field_validator("instructions", mode="before")
     @classmethod
     def _read_instructions(cls, value: object) -> Instructions | None:

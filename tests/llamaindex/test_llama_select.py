@@ -177,6 +177,9 @@ def test_a_timeout_holds(pico: Reranker, monkeypatch: pytest.MonkeyPatch) -> Non
         {"prune": -1.0},
         {"on_error": "ignore"},
         {"timeout": 0},
+        {"timeout": True},
+        {"timeout": "1"},
+        {"diversity": "0.5"},
     ],
     ids=str,
 )
