@@ -80,7 +80,9 @@ def test_there_is_something_to_run() -> None:
 def test_readme_snippets_run(number: int, tmp_path: Path, processes: multiprocessing.context.BaseContext) -> None:
     script = tmp_path / "snippet.py"
     script.write_text(SNIPPETS[number], encoding="utf-8")
-    assert run_script(processes, script, tmp_path).strip()
+    printed = run_script(processes, script, tmp_path)
+    assert printed.strip()
+    assert run_script(processes, script, tmp_path) == printed, "run again, it finds its passages twice"
 
 
 def test_public_types_are_what_is_shown(tmp_path: Path) -> None:
