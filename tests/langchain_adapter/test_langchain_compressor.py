@@ -111,7 +111,7 @@ def test_missing_states(compressor: KaLMDocumentCompressor) -> None:
         ({"top_n": -1}, "top_n is -1"),
         ({"top_n": True}, "should be a valid integer"),
         ({"threshold": float("nan")}, "threshold is nan"),
-        ({"threshold": 2}, "threshold is 2.0"),
+        ({"threshold": 2}, "threshold is 2;"),
         ({"ratio": 0}, "ratio"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"missing": "guess"}, "'encode', 'raise' or 'skip'"),
