@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import sqlite3
 import threading
 import uuid
@@ -170,6 +171,24 @@ class Database:
             finally:
                 locks.write.release()
 
+    def check_room(self) -> None:
+        """Refuse to write where hardly any room is left: Chroma's add may wait for ever on a full disk.
+
+        Raises:
+            StoreError: If less than `LEAST_FREE` bytes are free on the folder's disk.
+        """
+        if self.folder is None:
+            return
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError:  # the folder is gone, say: writing tells why
+            return
+        if free < LEAST_FREE:
+            raise StoreError(
+                f"the disk of {self.folder} has {free / 2**20:.0f} MB left; wanted at least {LEAST_FREE / 2**20:.0f} MB: "
+                f"on a full disk Chroma may wait for ever. Free space; nothing of this batch was written."
+            )
+
     def refresh(self) -> None:
         """Open the client again, to see what other processes wrote since.
 
@@ -229,6 +248,8 @@ class Database:
             _last_seen[_server(self.client)] = name
 
 
+LEAST_FREE = 64 * 2**20
+"""Bytes that must be free on a folder's disk before records are written: some ten batches' worth."""
 _BEGUN, _DONE = "begun", "done"
 _HANDLES = 2
 """References that one client holds on Chroma's system: its own and its admin client's."""

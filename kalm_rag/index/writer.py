@@ -202,6 +202,7 @@ class CollectionWriter:
 
     def _write(self, records: Records, old: dict[str, dict[str, Any]]) -> AddReport:
         """One batch: states and references in one transaction, then vectors, texts and metadata."""
+        self._home.database.check_room()
         timings = Timings()
         engine, store = self._home.parts()
         texts = {i: text for i, text in zip(records.ids, self._texts(records), strict=True) if text is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import threading
 from contextlib import closing
@@ -16,6 +17,7 @@ from toy import IDS, QUERY, TEXTS, reopen, toy_vectors
 
 from kalm_rag import ChromaIndex, Reranker
 from kalm_rag.errors import InputError, StoreError
+from kalm_rag.index import clients
 from kalm_rag.index.clients import Database
 
 WRITER = """
@@ -197,3 +199,23 @@ def test_who_opens_again_gets_no_half_made_client(tmp_path: Path, tiny: Reranker
     file.unlink()
     with reopen(tmp_path, tiny) as index:
         assert len(index) == 0
+
+
+def test_nothing_is_written_where_no_room_is_left(
+    tmp_path: Path, tiny: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk Chroma's add waited for ever in 2 of 36 tries; deleting goes on, which frees room."""
+    with reopen(tmp_path, tiny) as index:
+        index.add(IDS, TEXTS)
+        before = index.store.stats()
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(clients.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+        for write in (index.add, index.upsert):
+            with pytest.raises(StoreError, match="has 1 MB left; wanted 64 MB"):
+                write(["new"], ["A new text."])
+        assert index.store.stats() == before
+        assert len(index) == len(IDS)
+        assert index.upsert(IDS, TEXTS).unchanged == len(IDS)
+        assert index.delete(IDS[:1]) == 1
+        monkeypatch.undo()
+        index.add(["new"], ["A new text."])
