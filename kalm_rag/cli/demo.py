@@ -73,7 +73,8 @@ def demo(
         )
         out.print(f"\nThe database is {shown(str(db))}. Ask it yourself:\n{shown(ask)}", soft_wrap=True)
         serve = command_line("kalm-rag", "serve", "--db", db, "--collection", COLLECTION)
-        out.print(f"Or serve it over HTTP (pip install 'kalm-rag[serve]'): {shown(serve)}", soft_wrap=True)
+        extra = shown("'kalm-rag[serve]'")
+        out.print(f"Or serve it over HTTP (pip install {extra}): {shown(serve)}", soft_wrap=True)
 
 
 def reference_documents() -> list[Document]:

@@ -185,8 +185,8 @@ class Database:
             return
         if free < LEAST_FREE:
             raise StoreError(
-                f"the disk of {self.folder} has {free / 2**20:.0f} MB left; wanted at least {LEAST_FREE / 2**20:.0f} MB: "
-                f"on a full disk Chroma may wait for ever. Free space; nothing of this batch was written."
+                f"the disk of {self.folder} has {free >> 20} MB left; wanted {LEAST_FREE >> 20} MB: on a full disk "
+                f"Chroma may wait for ever. Free space; nothing of this batch was written."
             )
 
     def refresh(self) -> None:
