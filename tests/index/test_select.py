@@ -227,7 +227,10 @@ class TestFailure:
             monkeypatch.setattr(pico.backbone, "decode", lambda *args: 1 / 0)
             for failing in ({}, {"timeout": 1e-9}):  # while ranking, and before anything is asked of the model
                 result = index.query(QUERY, top_n=None, max_tokens=300, on_error="retrieval_order", **failing)
-                assert result.status.startswith("skipped: DeadlineError" if failing else "skipped: ZeroDivisionError")
+                why = (
+                    ("DeadlineError", "ZeroDivisionError") if failing else "ZeroDivisionError"
+                )  # either may come first
+                assert result.status.removeprefix("skipped: ").startswith(why)
                 assert len(result) == 300 // size == 2
                 assert {(out.reason, out.tokens) for out in result.left_out} == {("budget", size)}
             for thread in threading.enumerate():
