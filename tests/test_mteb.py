@@ -80,9 +80,10 @@ class Spy(Reranker):
         self.asked: list[tuple[str, Instructions]] = []
         self.encoded: list[str] = []
 
-    def score(self, query, states, *, instructions=None, ratio=None):
-        self.asked.append((query, instructions))
-        return super().score(query, states, instructions=instructions, ratio=ratio)
+    def prepare(self, query, instructions=None):
+        if isinstance(query, str):  # what was prepared already was noted then
+            self.asked.append((query, instructions))
+        return super().prepare(query, instructions)
 
     def encode(self, passages, *, show_progress=None):
         self.encoded += passages

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalm_rag.cli.opening import Embedder, Name
+from kalm_rag.cli.opening import Device, Embedder, Host, Insecure, Name, Port, Served, Server
 from kalm_rag.cli.terminal import DAILY, Model, errors, working
 from kalm_rag.errors import InputError, require
+
+if TYPE_CHECKING:  # its room needs an extra
+    from kalm_rag.serve.settings import ServeSettings
 
 app = typer.Typer()
 
 
 @app.command(rich_help_panel=DAILY)
 def mcp(
-    db: Annotated[Path | None, typer.Option("--db", help="Folder of the Chroma database.")] = None,
-    chroma: Annotated[
-        str | None, typer.Option(help="URL of a Chroma server instead, such as http://localhost:8000.")
-    ] = None,
+    db: Served = None,
+    chroma: Server = None,
     collection: Name = "passages",
     model: Model = None,
     embedder: Embedder = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="CUDA if there is one")] = None,
+    device: Device = None,
     http: Annotated[
         bool, typer.Option("--http", help="Streamable HTTP at /mcp, for many agents, in place of stdin and stdout.")
     ] = False,
-    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine with an API key only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8081,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Answer whoever comes, without an API key.")] = False,
+    host: Host = "127.0.0.1",
+    port: Port = 8081,
+    insecure: Insecure = False,
     threads: Annotated[int, typer.Option(help="Calls worked on at a time.")] = 8,
     timeout: Annotated[float, typer.Option(help="Most seconds of a call.")] = 60.0,
 ) -> None:
@@ -63,7 +63,7 @@ def mcp(
         _run(settings, http=http, port=port)
 
 
-def _run(settings: Any, *, http: bool, port: int) -> None:  # noqa: ANN401 - ServeSettings, of an extra
+def _run(settings: ServeSettings, *, http: bool, port: int) -> None:
     from kalm_rag.serve.settings import KEY_VARIABLE
 
     key = os.environ.get(KEY_VARIABLE) or None

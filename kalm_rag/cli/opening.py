@@ -47,6 +47,14 @@ Embedder = Annotated[
         help="Sentence-transformers model that makes the vectors.", show_default="the bundled all-MiniLM-L6-v2"
     ),
 ]
+Served = Annotated[Path | None, typer.Option("--db", help="Folder of the Chroma database.")]
+Server = Annotated[
+    str | None, typer.Option("--chroma", help="URL of a Chroma server instead, such as http://localhost:8000.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="CUDA if there is one")]
+Host = Annotated[str, typer.Option(help="Where to listen; beyond this machine with an API key only.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Answer whoever comes, without an API key.")]
 GOES_ON = "What was finished is kept; run the same command again, and it goes on from there."
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kalm_rag.checks import check_count
-from kalm_rag.cli.opening import Embedder, Name
+from kalm_rag.cli.opening import Device, Embedder, Host, Insecure, Name, Port, Served, Server
 from kalm_rag.cli.terminal import DAILY, Model, errors, working
 from kalm_rag.errors import require
 
@@ -25,18 +24,16 @@ KEEP_ALIVE = 65
 
 @app.command(rich_help_panel=DAILY)
 def serve(
-    db: Annotated[Path | None, typer.Option("--db", help="Folder of the Chroma database.")] = None,
-    chroma: Annotated[
-        str | None, typer.Option(help="URL of a Chroma server instead, such as http://localhost:8000.")
-    ] = None,
+    db: Served = None,
+    chroma: Server = None,
     collection: Name = "passages",
     create: Annotated[bool, typer.Option("--create", help="Make the collection if it is absent.")] = False,
     model: Model = None,
     embedder: Embedder = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="CUDA if there is one")] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine with an API key only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Answer whoever comes, without an API key.")] = False,
+    device: Device = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    insecure: Insecure = False,
     workers: Annotated[int, typer.Option(help="Processes, each with the model in memory.")] = 1,
     threads: Annotated[int, typer.Option(help="Requests a worker works on at a time.")] = 8,
     queue: Annotated[int, typer.Option(help="Most requests of a worker, waiting ones too; then 429.")] = 64,

@@ -226,12 +226,14 @@ def rank_texts(
     """
     loaded = load_states(engine, store, texts, missing=missing, timings=timings, owners=owners)
     states = loaded.states
+    with timings.stage("score"):
+        if states is not None and not isinstance(query, PreparedQuery):  # read once, for who goes on to select, too
+            query, instructions = engine.prepare(query, instructions), None
+        relevances = engine.score(query, states if states is not None else [], instructions=instructions, ratio=ratio)
 
     def score(others: StateBatch) -> list[float]:
         return [r.margin for r in engine.score(query, others, instructions=instructions, ratio=ratio)]
 
-    with timings.stage("score"):
-        relevances = engine.score(query, states if states is not None else [], instructions=instructions, ratio=ratio)
     cut = [] if states is None else (states.total_tokens > states.tokens).tolist()
     ranked = [
         RankedCandidate(index=loaded.rows[r.index], margin=r.margin, probability=r.probability, truncated=cut[r.index])

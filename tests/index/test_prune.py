@@ -140,6 +140,16 @@ def test_stored_and_fresh_states_give_the_same(index: ChromaIndex) -> None:
     assert [(hit.id, hit.kept) for hit in fresh] == [(hit.id, hit.kept) for hit in stored]
 
 
+def test_the_query_is_read_once(index: ChromaIndex, pico: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with an embedder of the app's, where the decoder gets its text: it was made a prompt once more to prune."""
+    read: list[str] = []
+    kind = type(pico.backbone)
+    plain = kind.prompt
+    monkeypatch.setattr(kind, "prompt", lambda self, text, *told: (read.append(text), plain(self, text, *told))[1])
+    assert any(hit.kept for hit in index.query(QUERY, prune=True))
+    assert read == [QUERY]
+
+
 def test_a_budget_counts_what_is_left(index: ChromaIndex) -> None:
     def words(text: str) -> int:
         return len(text.split())
